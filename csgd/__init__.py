@@ -1,0 +1,28 @@
+"""Centripetal SGD: train the filters of a cluster into one, then cut the duplicates without changing the function."""
+
+from csgd.centripetal import decay_matrix, forecast, merge_matrix
+from csgd.clusters import cluster
+from csgd.errors import InputError
+from csgd.graph import ChannelSpace, Ref
+from csgd.optim import CSGD, param_groups
+from csgd.trial import find_spaces, pin_failures
+from csgd.trim import load_trimmed, merge_equal, trim
+from csgd.widths import target_widths
+
+__all__ = [
+    "CSGD",
+    "ChannelSpace",
+    "InputError",
+    "Ref",
+    "cluster",
+    "decay_matrix",
+    "find_spaces",
+    "forecast",
+    "load_trimmed",
+    "merge_equal",
+    "merge_matrix",
+    "param_groups",
+    "pin_failures",
+    "target_widths",
+    "trim",
+]

@@ -1,0 +1,161 @@
+"""The equations of Centripetal SGD (Ding et al., CVPR 2019) on tensors and numbers.
+
+A tensor W is seen as one row per channel (c rows of k entries), G is the gradient of the loss, η the weight decay,
+ε the centripetal strength, τ the learning rate, μ the momentum, H(j) the cluster of row j.  Rows that become equal
+may lie along any dim; the `segments` of a tensor are a vector [c] with, for each position, the position of the
+representative of its cluster.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def merge_matrix(clusters: Sequence[Sequence[int]], *, dtype=torch.float64, device=None) -> Tensor:
+    """Merge matrix Γ [c, c]: Γ[i,j] = 1/|H(i)| if j ∈ H(i), else 0.  ΓW holds the cluster means (section 3.2, eq. 8).
+
+    `clusters` is a partition of range(c).  Dense: for reading and as the oracle of `centripetal_direction`.
+    """
+    size = sum(map(len, clusters))
+    merge = torch.zeros(size, size, dtype=dtype, device=device)
+    for members in clusters:
+        rows = torch.tensor(members, device=device)
+        merge[rows[:, None], rows] = 1 / len(members)
+    return merge
+
+
+def decay_matrix(
+    clusters: Sequence[Sequence[int]], weight_decay: float, centri_strength: float, *, dtype=torch.float64, device=None
+) -> Tensor:
+    """Decay matrix Λ = ηI + ε(I − Γ) [c, c] (section 3.2, eq. 9).  The C-SGD direction is ΓG + ΛW."""
+    merge = merge_matrix(clusters, dtype=dtype, device=device)
+    identity = torch.eye(len(merge), dtype=dtype, device=device)
+    return weight_decay * identity + centri_strength * (identity - merge)
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """The rows of a tensor that lie in clusters of two or more.
+
+    dim      the dim along which the rows lie
+    rows     [n] their positions, cluster after cluster
+    cluster  [n] number of the cluster of each, 0 … h − 1
+    sizes    [h] members of each cluster
+    """
+
+    dim: int
+    rows: Tensor
+    cluster: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, dim: int, segments: Tensor, device=None) -> "SharedRows":
+        segments = segments.to("cpu")
+        counts = torch.bincount(segments, minlength=len(segments))
+        shared = (counts[segments] > 1).nonzero().flatten()
+        rows = shared[segments[shared].argsort(stable=True)]
+        _, cluster = segments[rows].unique(return_inverse=True)
+        sizes = torch.bincount(cluster)
+        return cls(dim, *(t.to(device) for t in (rows, cluster, sizes)))
+
+    def select(self, tensor: Tensor) -> Tensor:
+        """The shared rows as a matrix [n, k], a copy."""
+        return tensor.index_select(self.dim, self.rows).movedim(self.dim, 0).reshape(len(self.rows), -1)
+
+    def means(self, rows: Tensor) -> Tensor:
+        """Cluster means [h, k] of shared rows [n, k].
+
+        Summed segment after segment, never by atomics: the same bits on every run and every rank (fact F10).
+        """
+        return torch.segment_reduce(rows, "mean", lengths=self.sizes, unsafe=True)
+
+    def replace(self, tensor: Tensor, rows: Tensor) -> Tensor:
+        """A copy of `tensor` with its shared rows replaced by `rows` [n, k]."""
+        moved = tensor.movedim(self.dim, 0)
+        rows = rows.view(len(rows), *moved.shape[1:]).movedim(0, self.dim)
+        return tensor.clone().index_copy_(self.dim, self.rows, rows)
+
+
+def centripetal_direction(gradient: Tensor, weight: Tensor, shared: SharedRows, centri_strength: float) -> Tensor:
+    """The C-SGD direction without weight decay: Γ(G − εW) + εW, in the shape of `weight` (eq. 7).
+
+    Adding ηW gives ΓG + ΛW.  A row in a cluster of one gets its gradient G.
+    """
+    w = shared.select(weight)
+    means = shared.means(shared.select(gradient).sub_(w, alpha=centri_strength))
+    return shared.replace(gradient, means.index_select(0, shared.cluster).add_(w, alpha=centri_strength))
+
+
+def squared_deviation(weight: Tensor, shared: SharedRows) -> Tensor:
+    """Deviation ‖W − ΓW‖² as a scalar tensor."""
+    w = shared.select(weight)
+    return w.sub_(shared.means(w).index_select(0, shared.cluster)).square_().sum()
+
+
+def segment_mean(tensor: Tensor, dim: int, segments: Tensor) -> Tensor:
+    """ΓW along `dim`: every row replaced by the mean of its cluster."""
+    shared = SharedRows.of(dim, segments, tensor.device)
+    if len(shared.rows) == 0:
+        return tensor.clone()
+    return shared.replace(tensor, shared.means(shared.select(tensor)).index_select(0, shared.cluster))
+
+
+def forecast(
+    learning_rates: Iterable[float],
+    centri_strength: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+) -> list[float]:
+    """The factors a_t by which every deviation V = (I − Γ)W will have shrunk after each step: V_t = a_t V_0 (fact F2).
+
+    b ← μb + (η+ε)a,  a ← a − τ((η+ε)a + μb) with Nesterov or a − τb without; a_0 = 1, b_0 = 0.  Neither the data
+    nor the gradients enter, so the step of the collapse is known before the run.
+    """
+    pull, a, b, factors = weight_decay + centri_strength, 1.0, 0.0, []
+    for rate in learning_rates:
+        b = momentum * b + pull * a
+        a -= rate * (pull * a + momentum * b if nesterov else b)
+        factors.append(a)
+    return factors
+
+
+def stability_limit(momentum: float, nesterov: bool) -> float:
+    """The bound that τ(η+ε) must stay below: 2(1+μ), with Nesterov 2(1+μ)/(1+2μ) (fact F6)."""
+    return 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
+
+
+def strength_to_collapse(
+    learning_rates: Sequence[float],
+    tolerance: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+) -> float | None:
+    """The smallest centripetal strength whose forecast ends at or below `tolerance`; None if no stable one does (F4)."""
+
+    def left(strength: float) -> float:
+        return abs(forecast(learning_rates, strength, weight_decay, momentum, nesterov)[-1])
+
+    fastest = max(learning_rates, default=0.0)
+    if fastest <= 0:
+        return None
+    highest = stability_limit(momentum, nesterov) / fastest - weight_decay
+    low, high = 0.0, highest * 2.0**-30
+    while left(high) > tolerance:  # from below: close to the limit the recurrence rings and is no longer monotonic
+        low, high = high, high * 1.3
+        if high >= highest:
+            return None
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if left(middle) <= tolerance else (middle, high)
+    return high
+
+
+def lengthening(left: float, tolerance: float) -> float:
+    """How many times longer a run must be for the factor `left` at its end to become `tolerance`."""
+    left = abs(left)
+    return math.inf if left >= 1 else 1.0 if left <= tolerance else math.log(tolerance) / math.log(left)

@@ -1,0 +1,134 @@
+"""Clusters: which filters of a channel space become one, as plain {space name: [[slot, ...], ...]}."""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from csgd.errors import InputError
+from csgd.graph import ChannelSpace, Ref
+
+Clusters = Mapping[str, Sequence[Sequence[int]]]
+METHODS = ("kmeans", "even", "imbalanced")
+
+
+def cluster(
+    model: nn.Module, spaces: list[ChannelSpace], widths: Mapping[str, int], method: str = "kmeans", seed: int = 0
+) -> dict[str, list[list[int]]]:
+    """Partitions the slots of each space into `widths[name]` clusters; the first slot of each is the one kept.
+
+    kmeans      k-means on the flattened kernels of the pacesetter (section 3.2)
+    even        contiguous runs of near-equal size
+    imbalanced  one cluster of size − width + 1, the rest singletons
+    """
+    if method not in METHODS:
+        raise InputError(f"clustering.method must be one of {', '.join(METHODS)}, got {method!r}")
+    by_name = {space.name: space for space in spaces}
+    clusters = {}
+    for name, width in widths.items():
+        if name not in by_name:
+            raise InputError(f"widths: there is no channel space '{name}'")
+        space = by_name[name]
+        if not 1 <= width <= space.size:
+            raise InputError(f"widths.{name} must be between 1 and {space.size}, got {width}")
+        if method == "kmeans" and width < space.size:
+            labels = _kmeans(filters(model, space), width, seed, name)
+        elif method == "imbalanced":
+            labels = np.maximum(np.arange(space.size) - (space.size - width), 0)
+        else:
+            labels = np.arange(space.size) * width // space.size
+        members = defaultdict(list)
+        for slot, label in enumerate(labels.tolist()):
+            members[label].append(slot)
+        clusters[name] = sorted(members.values())
+    return clusters
+
+
+def filters(model: nn.Module, space: ChannelSpace) -> Tensor:
+    """The pacesetter's kernels as rows [slots, lanes × k]."""
+    ref = space.producers[0]
+    weight = tensor_of(model, ref).detach()
+    rows = weight.index_select(ref.dim, ref.index.reshape(-1).to(weight.device)).movedim(ref.dim, 0)
+    return rows.reshape(space.size, -1)
+
+
+def _kmeans(rows: Tensor, width: int, seed: int, name: str) -> np.ndarray:
+    from sklearn.cluster import KMeans
+
+    data = rows.float().cpu().numpy()
+    if not np.isfinite(data).all():
+        raise InputError(f"the weights of {name} hold NaN or infinity, they cannot be clustered")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer distinct filters than clusters: mended below
+        fit = KMeans(width, n_init=1, random_state=seed).fit(data)
+    labels = fit.labels_.copy()
+    farthest = np.argsort(-np.linalg.norm(data - fit.cluster_centers_[labels], axis=1), kind="stable").tolist()
+    for empty in sorted(set(range(width)) - set(labels.tolist())):
+        counts = np.bincount(labels, minlength=width)
+        labels[next(slot for slot in farthest if counts[labels[slot]] > 1)] = empty
+    return labels
+
+
+@dataclass(frozen=True)
+class ClusteredTensor:
+    """A parameter or buffer that a clustering touches, its clusters written as segments.
+
+    merged  (dim, segments): rows along `dim` become equal (filters, vectors, statistics)
+    summed  (dim, segments): input slices along `dim` are summed at the cut (consumers)
+    Segments [positions] give the position of the representative of each position's cluster.
+    """
+
+    owners: list[tuple[str, str]]
+    tensor: Tensor
+    merged: tuple[int, Tensor] | None
+    summed: tuple[int, Tensor] | None
+
+
+def clustered_tensors(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> list[ClusteredTensor]:
+    """Every tensor of `model` that `clusters` touches, once, also where several spaces share a dim of it (concat)."""
+    check_clusters(spaces, clusters)
+    refs = defaultdict(list)
+    for space in spaces:
+        for ref in space.refs if space.name in clusters else ():
+            refs[tuple(ref.owners)].append((ref, clusters[space.name]))
+    touched = []
+    for owners, uses in refs.items():
+        tensor = tensor_of(model, uses[0][0])
+        segments: dict[bool, tuple[int, Tensor]] = {}
+        for ref, parts in uses:
+            summed = ref.role == "in"
+            dim, vector = segments.setdefault(summed, (ref.dim, torch.arange(tensor.size(ref.dim))))
+            if dim != ref.dim:
+                raise InputError(f"{'.'.join(owners[0])} is indexed along two dims by channels that become equal")
+            for members in parts:
+                vector[ref.index[list(members)]] = ref.index[members[0]].expand(len(members), -1)
+        touched.append(ClusteredTensor(list(owners), tensor, segments.get(False), segments.get(True)))
+    return touched
+
+
+def check_clusters(spaces: list[ChannelSpace], clusters: Clusters) -> None:
+    """Raises InputError unless every entry is a set of disjoint clusters of a trimmable space's slots.
+
+    Slots that no cluster names stay alone.
+    """
+    by_name = {space.name: space for space in spaces}
+    for name, parts in clusters.items():
+        if name not in by_name:
+            raise InputError(f"clusters: there is no channel space '{name}'")
+        space = by_name[name]
+        slots = [slot for members in parts for slot in members]
+        if not all(members for members in parts):
+            raise InputError(f"clusters.{name} has an empty cluster")
+        if len(set(slots)) < len(slots) or not set(slots) <= set(range(space.size)):
+            raise InputError(f"clusters.{name} must name each slot of 0 … {space.size - 1} at most once")
+        if space.pinned and any(len(members) > 1 for members in parts):
+            raise InputError(f"clusters.{name}: the space is pinned ({', '.join(space.pinned)})")
+
+
+def tensor_of(model: nn.Module, ref: Ref) -> Tensor:
+    path, attribute = ref.owners[0]
+    return getattr(model.get_submodule(path), attribute)

@@ -1,0 +1,123 @@
+"""The book that the rules write into while a network runs: atoms, what ties them, where they are used."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from csgd.graph.labels import UnionFind, along, compact, fold_constant_dims, wide_dims
+
+
+class Ledger:
+    """Atoms of one network and everything the forward passes say about them.
+
+    Two equivalences are kept, the second coarser than the first:
+      * `channel`: atoms that are the same channel (residual sums, gates, batch norm statistics);
+      * `slot`: atoms that must be clustered alike without being the same channel, the *lanes* of a slot
+        (halves of a chunk, groups of a grouped conv, sub-pixels of a pixel shuffle).
+    """
+
+    def __init__(self, model: nn.Module):
+        self.channel, self.slot = UnionFind(), UnionFind()
+        self.tensors: dict[int, Tensor] = {}  # keeps every tensor alive, so that its id stays its own
+        self.owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        for path, module in model.named_modules():
+            for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None:
+                    self.tensors[id(tensor)] = tensor
+                    self.owners[id(tensor)].append((path, attribute))
+        self.uses: dict[tuple[int, int], tuple[Tensor, str]] = {}  # (id of tensor, dim) -> (atoms, role)
+        self.outputs: dict[int, Tensor] = {}  # id of weight -> atoms of the channels it produces
+        self.frozen: dict[int, str] = {}  # id of parameter -> why nothing of it may change shape
+        self.pins: list[tuple[Tensor, str]] = []  # (atoms, why they must stay)
+
+    def owns(self, tensor: Tensor | None) -> bool:
+        return tensor is not None and id(tensor) in self.owners
+
+    # atoms
+
+    def fresh(self, n: int, reason: str | None = None) -> Tensor:
+        """n new atoms, pinned when a reason is given."""
+        atoms = torch.arange(len(self.channel), len(self.channel) + n)
+        self.channel.grow(n)
+        self.slot.grow(n)
+        if reason:
+            self.pin(atoms, reason)
+        return atoms
+
+    def pin(self, labels: Tensor, reason: str) -> None:
+        self.pins.append((compact(labels).reshape(-1).unique(), reason))
+
+    def freeze(self, parameter: Tensor, reason: str) -> None:
+        self.frozen.setdefault(id(parameter), reason)
+
+    def same_channel(self, a: Tensor, b: Tensor) -> None:
+        self.channel.union(a, b)
+        self.slot.union(a, b)
+
+    def clustered_alike(self, atoms: Tensor, dim: int = 0) -> None:
+        """Ties everything that lies along `dim`: lanes of one slot."""
+        self.slot.union(atoms.narrow(dim, 0, 1).expand_as(atoms), atoms)
+
+    # labels of tensors
+
+    def canonical(self, labels: Tensor) -> Tensor:
+        """Labels by representative of their channel, constant dims at stride 0."""
+        return fold_constant_dims(self.channel.find(compact(labels)).expand(labels.shape))
+
+    def labels(self, tensor: Tensor) -> Tensor:
+        """The labels of an activation; a per-channel parameter becomes a follower by being asked for."""
+        if self.owns(tensor):
+            wide = [dim for dim in range(tensor.dim()) if tensor.size(dim) > 1]
+            if len(wide) == 1:  # layer scale, a learned offset, a buffer of means
+                use = self.uses.get((id(tensor), wide[0]))
+                atoms = use[0] if use else self.fresh(tensor.numel())
+                self.record(tensor, wide[0], atoms, "follow")
+                return along(atoms, wide[0], tensor.dim()).expand(tensor.shape)
+            self.freeze(tensor, "parameter used outside conv, linear and norm layers")
+        elif getattr(tensor, "_csgd_labels", (None,))[0] is self:
+            return self.channel.find(compact(tensor._csgd_labels[1])).expand(tensor.shape)
+        atom = self.fresh(1, "meets a constant or an untracked tensor")
+        return atom.view([1] * tensor.dim()).expand(tensor.shape)
+
+    def label(self, tensor: Tensor, labels: Tensor) -> None:
+        if not self.owns(tensor) and tensor.numel() > 1:
+            tensor._csgd_labels = self, self.canonical(labels.expand(tensor.shape))
+
+    def channels(self, labels: Tensor, dim: int) -> Tensor:
+        """One atom per position along `dim`; what differs along other dims is clustered alike."""
+        size = labels.size(dim)
+        lanes = compact(labels).movedim(dim, 0)
+        lanes = lanes.expand(size, *lanes.shape[1:]).reshape(size, -1)
+        if lanes.size(1) > 1:
+            self.clustered_alike(lanes, 1)
+        return lanes[:, 0]
+
+    def record(self, tensor: Tensor | None, dim: int, atoms: Tensor, role: str) -> None:
+        """Notes that `dim` of a parameter or buffer is indexed by `atoms`; a second use ties the two."""
+        if tensor is None:
+            return
+        if not self.owns(tensor):
+            self.pin(atoms, "meets an operand that is not a registered parameter")
+            return
+        earlier, earlier_role = self.uses.setdefault((id(tensor), dim), (atoms, role))
+        self.same_channel(earlier, atoms)
+        if earlier_role != role:
+            self.pin(atoms, "parameter used in two roles")
+
+    def mixed(self, labels: Tensor, dims: set[int]) -> Tensor | None:
+        """Labels (dims kept, compact) after an operation that mixes values along `dims`.
+
+        Along dims without channels nothing happens, across the branches of a stack it acts like a sum;
+        None where it runs over the channels themselves.
+        """
+        labels = compact(self.canonical(labels))
+        for dim in sorted(dims):
+            wide = wide_dims(labels)
+            if dim not in wide:
+                continue
+            if len(wide) == 1:
+                return None
+            self.same_channel(labels.narrow(dim, 0, 1).expand_as(labels), labels)
+            labels = labels.narrow(dim, 0, 1)
+        return labels

@@ -1,0 +1,340 @@
+"""What each torch function does to labels.
+
+Data movement is *executed* on the labels, elementwise functions tie the channels of their operands, conv and
+linear layers make new channels, norms follow.  A function without a rule pins everything that it touches: the
+analysis may lose channels, never correctness.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from csgd.graph.labels import along, compact, wide_dims
+from csgd.graph.ledger import Ledger
+
+# Values leave, or are written into, a tensor behind the tracer's back.
+ESCAPES = {"setitem", "numpy", "tolist", "iter", "array", "dlpack"}
+PROPERTIES = {"T": "t", "mT": "transpose", "data": "detach"}
+
+
+@dataclass
+class Call:
+    """One intercepted function call."""
+
+    name: str
+    func: Callable
+    args: tuple
+    kwargs: dict
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+    @classmethod
+    def of(cls, func: Callable, args: tuple, kwargs: dict, out) -> "Call":
+        name = getattr(func, "__name__", str(func)).strip("_")
+        if name == "get":  # a property of a tensor
+            name = PROPERTIES.get(func.__self__.__name__, "get")
+        inputs, outputs = ([t for t in tree_leaves(value) if isinstance(t, Tensor)] for value in ((args, kwargs), out))
+        return cls(name, func, args, kwargs, inputs, inputs[:1] if name in ESCAPES else outputs)
+
+    def arg(self, position: int, key: str, default=None):
+        return self.kwargs.get(key, self.args[position] if len(self.args) > position else default)
+
+    def on(self, labels: Tensor | list[Tensor]):
+        """The same data movement, executed on labels."""
+        kwargs = {key: value for key, value in self.kwargs.items() if key not in ("input", "self", "tensors")}
+        rest, kwargs = tree_map_only(Tensor, Tensor.cpu, (self.args[1:], kwargs))
+        return self.func(labels, *rest, **kwargs)
+
+
+def apply_rule(ledger: Ledger, func: Callable, args: tuple, kwargs: dict, out) -> None:
+    call = Call.of(func, args, kwargs, out)
+    if call.inputs and call.outputs:
+        RULES.get(call.name, unknown)(ledger, call)
+
+
+def unknown(ledger: Ledger, call: Call, reason: str = "no rule for") -> None:
+    reason = f"{reason} {call.name}" if reason == "no rule for" else f"{call.name}: {reason}"
+    for tensor in call.inputs:
+        if ledger.owns(tensor):
+            ledger.freeze(tensor, reason)
+        elif tensor.numel() > 1:
+            ledger.pin(ledger.labels(tensor), reason)
+    first = call.inputs[0]
+    for out in call.outputs:  # pinned labels pass through where they fit
+        fits = out.shape == first.shape and not ledger.owns(first)
+        atoms = ledger.labels(first) if fits else ledger.fresh(1, reason).view([1] * out.dim())
+        ledger.label(out, atoms)
+
+
+# values
+
+
+def elementwise(ledger: Ledger, call: Call) -> None:
+    """Channels that meet are the same channel; an operand that treats all channels alike ties nothing."""
+    ndim, result, shape = call.outputs[0].dim(), None, None  # shape: of the result, before broadcasting
+    for tensor in call.inputs[:1] if call.name in ("to", "type_as") else call.inputs:
+        if tensor.numel() <= 1:
+            continue
+        labels, size = compact(ledger.labels(tensor)), (1,) * (ndim - tensor.dim()) + tuple(tensor.shape)
+        labels = labels.reshape((1,) * (ndim - labels.dim()) + tuple(labels.shape))
+        if result is None:
+            result, shape = labels, size
+            continue
+        if wide_dims(result) and labels.numel() == 1 and all(size[d] == 1 for d in wide_dims(result)):
+            pass
+        elif wide_dims(labels) and result.numel() == 1 and all(shape[d] == 1 for d in wide_dims(labels)):
+            result = labels
+        else:
+            result, labels = torch.broadcast_tensors(result, labels)
+            ledger.same_channel(result, labels)
+        shape = tuple(max(a, b) for a, b in zip(shape, size, strict=True))
+    if result is not None:
+        ledger.label(call.outputs[0], result)
+
+
+def pool(ledger: Ledger, call: Call) -> None:
+    ndim = call.inputs[0].dim()
+    spatial = int(call.name[-2]) if call.name.endswith("d") else ndim - 2
+    dim = ndim - 1 - spatial
+    atoms = ledger.channels(ledger.labels(call.inputs[0]), dim)
+    for out in call.outputs:
+        ledger.label(out, along(atoms, dim, ndim))
+
+
+def reduce(ledger: Ledger, call: Call) -> None:
+    dims = call.arg(1, "dim")
+    if isinstance(dims, Tensor):  # torch.max(a, b)
+        return elementwise(ledger, call)
+    labels = ledger.labels(call.inputs[0])
+    ndim = labels.dim()
+    if dims is None or isinstance(dims, bool):
+        dims = range(ndim)
+    dims = {dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)} or set(range(ndim))
+    labels = ledger.mixed(labels, dims)
+    if labels is None:
+        return unknown(ledger, call, "runs over the channels")
+    if call.outputs[0].dim() < ndim:
+        labels = labels.reshape([labels.size(dim) for dim in range(ndim) if dim not in dims])
+    for out in call.outputs:
+        ledger.label(out, labels)
+
+
+def normalise(ledger: Ledger, call: Call) -> None:
+    labels, dim = ledger.labels(call.inputs[0]), call.arg(2 if call.name == "normalize" else 1, "dim", 1)
+    labels = ledger.mixed(labels, set(range(labels.dim())) if dim is None else {dim % labels.dim()})
+    if labels is None:
+        return unknown(ledger, call, "runs over the channels")
+    ledger.label(call.outputs[0], labels)
+
+
+# data movement
+
+
+def reshape(ledger: Ledger, call: Call) -> None:
+    labels, out = ledger.canonical(ledger.labels(call.inputs[0])), call.outputs[0]
+    if out.numel() != labels.numel():  # a view as another dtype
+        return unknown(ledger, call)
+    moved = ledger.canonical(labels.reshape(out.shape))
+    if len(wide_dims(moved)) > max(1, len(wide_dims(labels))):
+        ledger.pin(labels, f"{call.name}: splits the channel axis")
+    ledger.label(out, moved)
+
+
+def move(ledger: Ledger, call: Call) -> None:
+    labels, out = ledger.labels(call.inputs[0]), call.outputs[0]
+    if "expand" in call.name:
+        moved = labels.expand(out.shape)
+    elif call.func.__name__ == "__get__":
+        moved = labels.transpose(-1, -2) if labels.dim() > 1 else labels
+    else:
+        moved = call.on(labels)
+    ledger.label(out, moved)
+
+
+def join(ledger: Ledger, call: Call) -> None:
+    ledger.label(call.outputs[0], call.on([ledger.labels(tensor) for tensor in call.inputs]))
+
+
+def pick(ledger: Ledger, call: Call) -> None:
+    """A selection that leaves every channel where it is moves labels; any other one pins."""
+    labels = ledger.canonical(ledger.labels(call.inputs[0]))
+    for out, moved in zip(call.outputs, tree_leaves(call.on(labels)), strict=True):
+        if not torch.equal(compact(ledger.canonical(moved)).reshape(-1), compact(labels).reshape(-1)):
+            ledger.pin(labels, f"{call.name}: picks channels")
+        ledger.label(out, moved)
+
+
+def chunk(ledger: Ledger, call: Call) -> None:
+    """Equal parts of the channels are clustered alike, so that chunk still cuts them in the right places."""
+    labels = ledger.canonical(ledger.labels(call.inputs[0]))
+    parts = call.on(labels)
+    if call.arg(2, "dim", 0) % labels.dim() in wide_dims(labels):
+        if len(wide_dims(labels)) > 1 or len({part.shape for part in parts}) > 1:
+            return pick(ledger, call)
+        for first, second in pairwise(parts):
+            ledger.slot.union(compact(first), compact(second))
+    for out, part in zip(call.outputs, parts, strict=True):
+        ledger.label(out, part)
+
+
+def glu(ledger: Ledger, call: Call) -> None:
+    a, b = ledger.labels(call.inputs[0]).chunk(2, call.arg(1, "dim", -1))
+    ledger.same_channel(compact(a), compact(b))
+    ledger.label(call.outputs[0], a)
+
+
+def pixel_shuffle(ledger: Ledger, call: Call) -> None:
+    # The labels go through as float64, which is exact for the number of atoms that fits in memory.
+    moved = ledger.canonical(call.on(ledger.labels(call.inputs[0]).double()).long())
+    ledger.label(call.outputs[0], ledger.channels(moved, moved.dim() - 3).view(-1, 1, 1))
+
+
+def pixel_unshuffle(ledger: Ledger, call: Call) -> None:
+    ledger.label(call.outputs[0], call.on(ledger.labels(call.inputs[0]).double()).long())
+
+
+def channel_shuffle(ledger: Ledger, call: Call) -> None:
+    atoms = ledger.channels(ledger.labels(call.inputs[0]), 1).view(call.arg(1, "groups"), -1)
+    ledger.clustered_alike(atoms)
+    ledger.label(call.outputs[0], along(atoms.t().reshape(-1), 1, call.inputs[0].dim()))
+
+
+def pad(ledger: Ledger, call: Call) -> None:
+    """Padding with zeros adds channels that must stay (a shortcut that pads its channels)."""
+    labels = compact(ledger.canonical(ledger.labels(call.inputs[0])))
+    pads, mode = call.arg(1, "pad"), call.arg(2, "mode", "constant")
+    for i, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
+        dim = labels.dim() - 1 - i
+        if labels.size(dim) > 1 and (before or after):
+            if mode != "constant" or min(before, after) < 0:
+                return unknown(ledger, call)
+            zero = ledger.fresh(1, "zero-padded channels")
+            ends = [zero.expand(*labels.shape[:dim], n, *labels.shape[dim + 1 :]) for n in (before, after)]
+            labels = torch.cat([ends[0], labels, ends[1]], dim)
+    ledger.label(call.outputs[0], labels)
+
+
+# layers
+
+
+def _produced(ledger: Ledger, weight: Tensor, n: int) -> Tensor:
+    """The atoms of the channels a weight produces: the same ones each time it is called."""
+    if id(weight) not in ledger.outputs:
+        ledger.outputs[id(weight)] = ledger.fresh(n)
+    return ledger.outputs[id(weight)]
+
+
+def conv(ledger: Ledger, call: Call) -> None:
+    """Kernel [out, in / groups, ...], or [in, out / groups, ...] where transposed."""
+    transposed = "transpose" in call.name
+    x, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
+    groups = call.arg(6, "groups", 1)
+    if not ledger.owns(weight):
+        return unknown(ledger, call, "its weight is not a plain parameter")
+    dim = x.dim() - weight.dim() + 1
+    ins, n = ledger.channels(ledger.labels(x), dim), call.outputs[0].size(dim)
+    if groups > 1 and groups == x.size(dim):
+        if n == groups:
+            outs = ins
+        else:  # a multiplier: every input channel has several output channels, its lanes
+            outs = _produced(ledger, weight, n)
+            ledger.slot.union(ins.repeat_interleave(n // groups), outs)
+        ledger.record(weight, 0, ins if transposed else outs, "follow")
+    else:
+        outs = _produced(ledger, weight, n)
+        if groups > 1:  # the groups are lanes
+            ledger.clustered_alike(ins.view(groups, -1))
+            ledger.clustered_alike(outs.view(groups, -1))
+        ledger.record(weight, 0 if transposed else 1, ins if transposed else ins[: len(ins) // groups], "in")
+        ledger.record(weight, 1 if transposed else 0, outs[: n // groups] if transposed else outs, "out")
+    ledger.record(bias, 0, outs, "follow")
+    ledger.label(call.outputs[0], along(outs, dim, x.dim()))
+
+
+def linear(ledger: Ledger, call: Call) -> None:
+    x, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
+    if not ledger.owns(weight):
+        return unknown(ledger, call, "its weight is not a plain parameter")
+    labels = ledger.labels(x)
+    if wide_dims(labels) and labels.dim() - 1 not in wide_dims(labels):
+        ledger.freeze(weight, "linear over an axis that is not the channels'")
+        return ledger.label(call.outputs[0], compact(labels))
+    outs = _produced(ledger, weight, weight.size(0))
+    ledger.record(weight, 1, ledger.channels(labels, labels.dim() - 1), "in")
+    ledger.record(weight, 0, outs, "out")
+    ledger.record(bias, 0, outs, "follow")
+    ledger.label(call.outputs[0], outs)
+
+
+def _follow(ledger: Ledger, call: Call, first: int, keys: tuple[str, ...]) -> None:
+    labels = ledger.labels(call.inputs[0])
+    atoms = ledger.channels(labels, 1)
+    for i, key in enumerate(keys):
+        ledger.record(call.arg(first + i, key), 0, atoms, "follow")
+    ledger.label(call.outputs[0], labels)
+
+
+def batch_norm(ledger: Ledger, call: Call) -> None:
+    _follow(ledger, call, 1, ("running_mean", "running_var", "weight", "bias"))
+
+
+def group_norm(ledger: Ledger, call: Call) -> None:
+    if call.arg(1, "num_groups") != call.inputs[0].size(1):
+        return unknown(ledger, call, "normalises over channels")
+    _follow(ledger, call, 2, ("weight", "bias"))
+
+
+def layer_norm(ledger: Ledger, call: Call) -> None:
+    labels, normalised = ledger.labels(call.inputs[0]), len(call.arg(1, "normalized_shape"))
+    if any(dim >= labels.dim() - normalised for dim in wide_dims(labels)):
+        return unknown(ledger, call, "normalises over channels")
+    for tensor in call.inputs[1:]:
+        ledger.freeze(tensor, "layer_norm over positions")
+    ledger.label(call.outputs[0], labels)
+
+
+def prelu(ledger: Ledger, call: Call) -> None:
+    labels = ledger.labels(call.inputs[0])
+    if call.inputs[1].numel() > 1:
+        ledger.record(call.inputs[1], 0, ledger.channels(labels, 1), "follow")
+    ledger.label(call.outputs[0], labels)
+
+
+RULES: dict[str, Callable[[Ledger, Call], None]] = {
+    name: rule
+    for rule, names in {
+        elementwise: """add sub rsub mul div rdiv truediv true_divide neg pow rpow sqrt rsqrt exp expm1 log log1p abs
+            sign square reciprocal clamp clip clamp_min clamp_max maximum minimum where lerp addcmul addcdiv relu relu6
+            leaky_relu elu selu celu gelu silu mish sigmoid logsigmoid hardsigmoid hardswish hardtanh tanh tanhshrink
+            hardshrink softshrink softplus softsign threshold rrelu erf sin cos dropout dropout1d dropout2d dropout3d
+            alpha_dropout feature_dropout feature_alpha_dropout contiguous clone detach to type_as float double half
+            bfloat16 masked_fill nan_to_num round floor ceil gt lt ge le eq ne iadd radd isub imul rmul itruediv
+            rtruediv ipow""",
+        pool: """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d
+            adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+            adaptive_max_pool3d lp_pool1d lp_pool2d lp_pool3d interpolate upsample""",
+        reduce: "mean sum amax amin std var max min prod logsumexp median",
+        normalise: "softmax log_softmax softmin normalize",
+        reshape: "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as",
+        move: "permute transpose t movedim swapaxes swapdims expand expand_as",
+        join: "cat concat stack",
+        pick: "split tensor_split split_with_sizes narrow select getitem unbind roll flip",
+        chunk: "chunk",
+        glu: "glu",
+        pixel_shuffle: "pixel_shuffle",
+        pixel_unshuffle: "pixel_unshuffle",
+        channel_shuffle: "channel_shuffle",
+        pad: "pad",
+        conv: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
+        linear: "linear",
+        batch_norm: "batch_norm instance_norm",
+        group_norm: "group_norm",
+        layer_norm: "layer_norm",
+        prelu: "prelu",
+    }.items()
+    for name in names.split()
+}

@@ -1,0 +1,148 @@
+"""The cut: removes all but one member of each cluster, and lets the consumers sum what they lose."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from csgd.centripetal import SharedRows, segment_mean, squared_deviation
+from csgd.clusters import Clusters, ClusteredTensor, clustered_tensors
+from csgd.errors import InputError
+from csgd.graph import ChannelSpace
+
+
+@torch.no_grad()
+def merge_equal(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> None:
+    """Replaces the members of each cluster by their mean, W ← ΓW, in every producer and follower, in place.
+
+    What C-SGD reaches by training, done in one stroke: the one-shot baseline, and the way to test `trim`.
+    """
+    _edit(model, spaces, clusters, lambda t: segment_mean(t.tensor, *t.merged) if t.merged else t.tensor)
+
+
+@torch.no_grad()
+def trim(
+    model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters, *, tolerance: float | None = None
+) -> None:
+    """Keeps the first member of each cluster, in place; consumers sum the input slices of the others into its slice.
+
+    Lossless when the members are equal.  Running statistics lag the filters by about 1 / momentum steps, so they are
+    averaged over the cluster (fact F8).  Every tensor that is touched becomes a new one: optimizers, EMA copies and
+    DDP wrappers must be made anew.  With `tolerance`, InputError if a tensor's relative deviation ‖W − ΓW‖ / ‖W‖
+    is above it, before anything is changed.
+    """
+    touched = clustered_tensors(model, spaces, clusters)
+    if tolerance is not None:
+        for t in touched:
+            if isinstance(t.tensor, nn.Parameter) and (left := relative_deviation(t)) > tolerance:
+                raise InputError(
+                    f"{'.'.join(t.owners[0])} has not collapsed: relative deviation {left:.1e} above {tolerance:.1e}"
+                )
+    multipliers = _depthwise_multipliers(model)
+    _edit(model, spaces, clusters, _narrowed)
+    _fit_attributes(model, multipliers)
+
+
+def relative_deviation(t: ClusteredTensor) -> float:
+    """‖W − ΓW‖ / ‖W‖ of one tensor; 0 where nothing of it is clustered."""
+    if t.merged is None:
+        return 0.0
+    shared = SharedRows.of(*t.merged, t.tensor.device)
+    if len(shared.rows) == 0:
+        return 0.0
+    return float((squared_deviation(t.tensor, shared) / t.tensor.square().sum().clamp(min=1e-300)).sqrt())
+
+
+def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """Gives a freshly built wide `model` the widths of a trimmed state_dict, and loads it.
+
+    The shapes in the state_dict are the table of widths: no plan file and no analysis is needed.  InputError if keys
+    are missing, left over, or of another number of dims or wider than the model's.
+    """
+    own = model.state_dict(keep_vars=True)
+    if own.keys() != state_dict.keys():
+        missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+        raise InputError(f"weights of another architecture: missing {missing[:3]}, left over {extra[:3]}")
+    multipliers = _depthwise_multipliers(model)
+    narrowed: dict[int, tuple[Tensor, Tensor]] = {}  # holds the old tensors too, so that their ids stay theirs
+    for key, new in state_dict.items():
+        old = own[key]
+        if old.dim() != new.dim() or any(a < b for a, b in zip(old.shape, new.shape, strict=True)):
+            raise InputError(f"weights of another architecture: {key} is {list(new.shape)}, at most {list(old.shape)} fit")
+        if new.shape != old.shape and id(old) not in narrowed:
+            empty = old.detach().new_empty(new.shape)
+            is_parameter = isinstance(old, nn.Parameter)
+            narrowed[id(old)] = old, nn.Parameter(empty, old.requires_grad) if is_parameter else empty
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for attribute, tensor in store.items():
+                if id(tensor) in narrowed:
+                    store[attribute] = narrowed[id(tensor)][1]
+    _fit_attributes(model, multipliers)
+    model.load_state_dict(state_dict)
+    return model
+
+
+def _narrowed(t: ClusteredTensor) -> Tensor:
+    tensor = t.tensor.detach()
+    if t.merged and not isinstance(t.tensor, nn.Parameter) and tensor.is_floating_point():
+        tensor = segment_mean(tensor, *t.merged)
+    if t.summed:
+        dim, segments = t.summed
+        segments = segments.to(tensor.device)
+        absorbed = (segments != torch.arange(len(segments), device=tensor.device)).nonzero().flatten()
+        tensor = tensor.index_add(dim, segments[absorbed], tensor.index_select(dim, absorbed))
+    for dim, segments in filter(None, (t.merged, t.summed)):
+        kept = (segments == torch.arange(len(segments))).nonzero().flatten()
+        tensor = tensor.index_select(dim, kept.to(tensor.device))
+    return tensor
+
+
+def _edit(
+    model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters, new: Callable[[ClusteredTensor], Tensor]
+) -> None:
+    """Puts new(t) in the place of every touched tensor, in all its owners."""
+    for t in clustered_tensors(model, spaces, clusters):
+        tensor = new(t).detach()
+        if isinstance(t.tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, t.tensor.requires_grad)
+        for path, attribute in t.owners:
+            module = model.get_submodule(path)
+            store = module._parameters if attribute in module._parameters else module._buffers
+            store[attribute] = tensor
+
+
+def _depthwise_multipliers(model: nn.Module) -> dict[nn.Module, int]:
+    """Output channels per input channel of every depthwise conv; read before its shape changes."""
+    return {
+        module: module.out_channels // module.in_channels
+        for module in model.modules()
+        if isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
+    }
+
+
+def _fit_attributes(model: nn.Module, multipliers: dict[nn.Module, int]) -> None:
+    """Makes in_channels, groups, num_features … say what the shapes of the parameters say."""
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
+            if module in multipliers:
+                module.groups = module.in_channels = (
+                    weight.size(0) if module.transposed else weight.size(0) // multipliers[module]
+                )
+                module.out_channels = module.in_channels * multipliers[module]
+            elif module.transposed:
+                module.in_channels, module.out_channels = weight.size(0), weight.size(1) * module.groups
+            else:
+                module.out_channels, module.in_channels = weight.size(0), weight.size(1) * module.groups
+        elif isinstance(module, nn.Linear) and weight is not None:
+            module.out_features, module.in_features = weight.shape
+        elif isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.PReLU):
+            vector = weight if weight is not None else module._buffers.get("running_mean")
+            if vector is None:
+                continue
+            if isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels:
+                module.num_groups = len(vector)
+            for attribute in ("num_features", "num_channels", "num_parameters"):
+                if hasattr(module, attribute):
+                    setattr(module, attribute, len(vector))

@@ -1,0 +1,129 @@
+"""Target widths: how many clusters each channel space gets."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from math import floor
+from numbers import Integral, Real
+from operator import itemgetter
+
+from csgd.errors import InputError
+from csgd.graph import ChannelSpace
+
+
+def target_widths(
+    spaces: list[ChannelSpace],
+    deps: float | Sequence[int] | Mapping[str, float | int],
+    *,
+    min_width: int = 2,
+    round_to: int = 1,
+    keep: Sequence[str] = (),
+) -> dict[str, int]:
+    """Target width {space name: clusters} of every trimmable space.
+
+    deps       a fraction in (0, 1] of every space, rounded down;
+               a list of widths, one per layer (conv or linear that produces a trimmable space, in the order of the
+               forward pass) or one per trimmable space;
+               a mapping from layer-name patterns ('layer1.*.conv1') to a fraction (float) or a width (int), the last
+               match wins and layers that no pattern matches stay whole
+    min_width  no fraction goes below it: a single channel breaks `squeeze()`
+    round_to   fractions are rounded to the nearest multiple of it
+    keep       patterns of layers that stay whole
+
+    Widths count slots: in a grouped conv a slot holds one channel of each group.  InputError on a list of the wrong
+    length, a width that is not in [1, size], layers of one space that disagree, a pattern that matches nothing.
+    """
+    for name, value in (("min_width", min_width), ("round_to", round_to)):
+        if not isinstance(value, Integral) or value < 1:
+            raise InputError(f"deps.{name} must be a whole number of 1 or more, got {value!r}")
+    live = [space for space in spaces if space.trimmable]
+    if not live:
+        why = "; ".join(f"{space.name}: {', '.join(space.pinned)}" for space in spaces[:5])
+        raise InputError(f"nothing in this network can be trimmed ({why or 'it has no conv or linear layer'})")
+
+    def fraction(space: ChannelSpace, value: float) -> int:
+        if not 0 < value <= 1:
+            raise InputError(f"a fraction of deps must be above 0 and at most 1, got {value:g}")
+        width = floor(space.size * value + 1e-9)
+        if round_to > 1 and value < 1:
+            width = max(1, round(width / round_to)) * round_to
+        return min(space.size, max(min_width, width))
+
+    if isinstance(deps, Mapping):
+        widths = _by_pattern(spaces, live, deps, fraction)
+    elif isinstance(deps, Sequence) and not isinstance(deps, str):
+        widths = _by_list(live, deps)
+    elif isinstance(deps, Real) and not isinstance(deps, bool):
+        widths = {space.name: fraction(space, float(deps)) for space in live}
+    else:
+        raise InputError(f"deps must be a fraction, a list of widths or a mapping, got {deps!r}")
+    for pattern in keep:
+        kept = _matching(spaces, pattern, "deps.keep")
+        widths |= {space.name: space.size for space in live if space in kept}
+    return widths
+
+
+def layers(space: ChannelSpace) -> list[str]:
+    """Module paths of the layers that produce the channels of a space, the pacesetter first."""
+    return list(dict.fromkeys(path for ref in space.producers for path, _ in ref.owners[:1]))
+
+
+def _matching(spaces: list[ChannelSpace], pattern: str, key: str) -> list[ChannelSpace]:
+    found = [space for space in spaces if any(fnmatchcase(name, pattern) for name in {space.name, *layers(space)})]
+    if not found:
+        names = ", ".join(name for space in spaces[:4] for name in layers(space)[:1])
+        raise InputError(f"{key}: no layer matches '{pattern}' (layers are named like {names} …)")
+    return found
+
+
+def _width(space: ChannelSpace, value: int, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputError(f"deps: {where} must be a whole number, got {value!r}")
+    if not 1 <= value <= space.size:
+        raise InputError(f"deps: {where} must be between 1 and its {space.size} channels, got {value}")
+    return int(value)
+
+
+def _by_list(live: list[ChannelSpace], deps: Sequence[int]) -> dict[str, int]:
+    producers = sorted(((ref.order, ref.owners[0][0], space) for space in live for ref in space.producers), key=itemgetter(0))
+    if len(deps) == len(live):
+        rows = [(space.name, space) for space in live]
+    elif len(deps) == len(producers):
+        rows = [(layer, space) for _, layer, space in producers]
+    else:
+        either = "" if len(producers) == len(live) else f" (in {len(live)} channel spaces)"
+        raise InputError(f"deps.widths has {len(deps)} entries, the network has {len(producers)} trimmable layers{either}")
+    widths, first = {}, {}
+    for value, (layer, space) in zip(deps, rows, strict=True):
+        width = _width(space, value, f"the width of {layer}")
+        if widths.setdefault(space.name, width) != width:
+            raise InputError(
+                f"deps: {first[space.name]} and {layer} share one channel space and must have one width, "
+                f"got {widths[space.name]} and {width}"
+            )
+        first.setdefault(space.name, layer)
+    return widths
+
+
+def _by_pattern(spaces, live, deps: Mapping, fraction) -> dict[str, int]:
+    wanted: dict[str, dict[str, int]] = {space.name: {} for space in live}  # space -> layer -> width
+    for pattern, value in deps.items():
+        matched = _matching(spaces, pattern, "deps.layers")
+        if not any(space.trimmable for space in matched):
+            space = matched[0]
+            raise InputError(f"deps.layers: '{pattern}' cannot be trimmed ({space.name}: {', '.join(space.pinned)})")
+        for space in matched:
+            if not space.trimmable:
+                continue
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            if not whole and not isinstance(value, Real):
+                raise InputError(f"deps.layers.{pattern} must be a fraction or a width, got {value!r}")
+            width = _width(space, value, f"'{pattern}'") if whole else fraction(space, float(value))
+            names = [name for name in layers(space) if fnmatchcase(name, pattern)] or layers(space)
+            wanted[space.name] |= dict.fromkeys(names, width)
+    widths = {}
+    for space in live:
+        if len(set(wanted[space.name].values())) > 1:
+            pairs = ", ".join(f"{layer}: {width}" for layer, width in wanted[space.name].items())
+            raise InputError(f"deps.layers: layers that share one channel space must have one width, got {pairs}")
+        widths[space.name] = next(iter(wanted[space.name].values()), space.size)
+    return widths
