@@ -1,7 +1,5 @@
 """CSGD: stochastic gradient descent that pulls the filters of a cluster together."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
@@ -106,6 +104,20 @@ class CSGD(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = buffer
         return loss
 
+    def clustered_groups(self) -> list[dict]:
+        """The groups that hold rows which become equal."""
+        return [group for group in self.param_groups if any(shared for _, shared in self._clustered(group))]
+
+    @torch.no_grad()
+    def relative_deviation(self) -> float:
+        """‖W − ΓW‖ / ‖W‖ over the clustered tensors of a group, the largest of any group."""
+        ratios = [
+            self.deviation(group)
+            / sum(p.square().sum() for p, shared in self._clustered(group) if shared).clamp(min=1e-30)
+            for group in self.clustered_groups()
+        ]
+        return float(torch.stack(ratios).max().sqrt()) if ratios else 0.0
+
     @torch.no_grad()
     def deviation(self, group: dict | None = None) -> Tensor:
         """Σ‖W − ΓW‖² over the clustered tensors (of one group), a scalar tensor that stays on the device."""
@@ -175,8 +187,3 @@ def check_stability(
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def clustered_parameters(optimizer: CSGD) -> Sequence[Tensor]:
-    """The parameters that have rows to become equal."""
-    return [p for group in optimizer.param_groups for p, shared in optimizer._clustered(group) if shared is not None]

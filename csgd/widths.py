@@ -17,6 +17,7 @@ def target_widths(
     min_width: int = 2,
     round_to: int = 1,
     keep: Sequence[str] = (),
+    rest: float = 1.0,
 ) -> dict[str, int]:
     """Target width {space name: clusters} of every trimmable space.
 
@@ -24,7 +25,7 @@ def target_widths(
                a list of widths, one per layer (conv or linear that produces a trimmable space, in the order of the
                forward pass) or one per trimmable space;
                a mapping from layer-name patterns ('layer1.*.conv1') to a fraction (float) or a width (int), the last
-               match wins and layers that no pattern matches stay whole
+               match wins, and spaces that no pattern matches get the fraction `rest`
     min_width  no fraction goes below it: a single channel breaks `squeeze()`
     round_to   fractions are rounded to the nearest multiple of it
     keep       patterns of layers that stay whole
@@ -49,7 +50,7 @@ def target_widths(
         return min(space.size, max(min_width, width))
 
     if isinstance(deps, Mapping):
-        widths = _by_pattern(spaces, live, deps, fraction)
+        widths = _by_pattern(spaces, live, deps, rest, fraction)
     elif isinstance(deps, Sequence) and not isinstance(deps, str):
         widths = _by_list(live, deps)
     elif isinstance(deps, Real) and not isinstance(deps, bool):
@@ -104,7 +105,7 @@ def _by_list(live: list[ChannelSpace], deps: Sequence[int]) -> dict[str, int]:
     return widths
 
 
-def _by_pattern(spaces, live, deps: Mapping, fraction) -> dict[str, int]:
+def _by_pattern(spaces, live, deps: Mapping, rest: float, fraction) -> dict[str, int]:
     wanted: dict[str, dict[str, int]] = {space.name: {} for space in live}  # space -> layer -> width
     for pattern, value in deps.items():
         matched = _matching(spaces, pattern, "deps.layers")
@@ -125,5 +126,5 @@ def _by_pattern(spaces, live, deps: Mapping, fraction) -> dict[str, int]:
         if len(set(wanted[space.name].values())) > 1:
             pairs = ", ".join(f"{layer}: {width}" for layer, width in wanted[space.name].items())
             raise InputError(f"deps.layers: layers that share one channel space must have one width, got {pairs}")
-        widths[space.name] = next(iter(wanted[space.name].values()), space.size)
+        widths[space.name] = next(iter(wanted[space.name].values()), fraction(space, rest))
     return widths

@@ -1,0 +1,161 @@
+"""Types and ranges of our own keys.  Imports nothing heavy: `--help` and `--cfg job` answer without torch.
+
+Hydra checks the types while it composes; the ranges are checked when the composed configuration is turned into these
+objects, before anything else happens.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import II, MISSING
+
+
+class ConfigError(ValueError):
+    """A value that is not allowed: one line that names the key and what is."""
+
+
+def _require(holds: bool, key: str, allowed: str, value: Any) -> None:
+    if not holds:
+        raise ConfigError(f"{key} must be {allowed}, got {value!r}")
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _not_negative(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+@dataclass
+class Base:
+    weights: str | None = None  # a file, or the name of weights that torchvision publishes
+    cache: str = MISSING
+
+
+@dataclass
+class Phase:
+    """Length and learning rate of one training: the base network's, or C-SGD's."""
+
+    epochs: int = MISSING
+    lr: float = MISSING
+    warmup_epochs: float = 0.0
+    decay: str = "cosine"
+    milestones: list[float] = field(default_factory=list)
+    gamma: float = 0.1
+    max_steps: int | None = None  # per epoch; null: all batches
+
+    def check(self, key: str) -> None:
+        _require(self.epochs >= 1, f"{key}.epochs", "1 or more", self.epochs)
+        _require(_positive(self.lr), f"{key}.lr", "above 0", self.lr)
+        _require(0 <= self.warmup_epochs <= self.epochs, f"{key}.warmup_epochs", "within the epochs", self.warmup_epochs)
+        _require(self.decay in ("cosine", "step", "constant"), f"{key}.decay", "cosine, step or constant", self.decay)
+        _require(0 < self.gamma <= 1, f"{key}.gamma", "above 0 and at most 1", self.gamma)
+        _require(self.max_steps is None or self.max_steps >= 1, f"{key}.max_steps", "1 or more, or null", self.max_steps)
+
+
+@dataclass
+class Schedule:
+    batch_size: int = MISSING
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = MISSING
+    weight_decay_vectors: float = 0.0
+    bias_lr_factor: float = 1.0
+    centri_strength: float = MISSING
+    vector_ratio: float = MISSING
+    base: Phase = MISSING
+    csgd: Phase = MISSING
+
+    def __post_init__(self):
+        _require(self.batch_size >= 2, "schedule.batch_size", "2 or more", self.batch_size)
+        _require(0 <= self.momentum < 1, "schedule.momentum", "at least 0 and below 1", self.momentum)
+        _require(self.momentum > 0 or not self.nesterov, "schedule.nesterov", "false without momentum", self.nesterov)
+        for key in ("weight_decay", "weight_decay_vectors"):
+            _require(_not_negative(getattr(self, key)), f"schedule.{key}", "0 or more", getattr(self, key))
+        _require(_positive(self.bias_lr_factor), "schedule.bias_lr_factor", "above 0", self.bias_lr_factor)
+        self.base.check("schedule.base")
+        self.csgd.check("schedule.csgd")
+
+
+@dataclass
+class Deps:
+    """Target widths: `widths` if given, else `layers` with `fraction` for the rest, else `fraction` of every layer."""
+
+    fraction: float = MISSING
+    widths: list[int] | None = None
+    layers: dict[str, Any] | None = None
+    min_width: int = 2
+    round_to: int = 1
+    keep: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        _require(0 < self.fraction <= 1, "deps.fraction", "above 0 and at most 1", self.fraction)
+        _require(self.min_width >= 1, "deps.min_width", "1 or more", self.min_width)
+        _require(self.round_to >= 1, "deps.round_to", "1 or more", self.round_to)
+
+
+@dataclass
+class Clustering:
+    method: str = MISSING
+
+    def __post_init__(self):
+        allowed = ("kmeans", "even", "imbalanced")
+        _require(self.method in allowed, "clustering.method", "kmeans, even or imbalanced", self.method)
+
+
+@dataclass
+class Tolerance:
+    deviation: float = MISSING  # of ‖W − ΓW‖ / ‖W‖: at most this, and the filters have collapsed
+    logits: float = MISSING  # of the largest logit change / the largest logit: at most this, and the cut is lossless
+
+    def __post_init__(self):
+        for key in ("deviation", "logits"):
+            _require(_positive(getattr(self, key)), f"tolerance.{key}", "above 0", getattr(self, key))
+
+
+@dataclass
+class Wandb:
+    mode: str = MISSING
+    project: str = "csgd"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        _require(self.mode in ("online", "offline", "disabled"), "wandb.mode", "online, offline or disabled", self.mode)
+
+
+@dataclass
+class Config:
+    model: dict[str, Any] = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=dict)
+    deps: Deps = MISSING
+    clustering: Clustering = MISSING
+    schedule: Schedule = MISSING
+    wandb: Wandb = MISSING
+    base: Base = MISSING
+    tolerance: Tolerance = MISSING
+    centri_strength: float = II("schedule.centri_strength")
+    vector_ratio: float = II("schedule.vector_ratio")
+    seed: int = MISSING
+    device: str = MISSING
+    threads: int | None = None
+    progress: bool = True
+
+    def __post_init__(self):
+        _require(_not_negative(self.centri_strength), "centri_strength", "0 or more", self.centri_strength)
+        _require(_not_negative(self.vector_ratio), "vector_ratio", "0 or more", self.vector_ratio)
+        _require(0 <= self.seed < 2**31, "seed", "between 0 and 2147483647", self.seed)
+        _require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
+        _require(self.threads is None or self.threads >= 1, "threads", "1 or more, or null", self.threads)
+        for group in ("model", "dataset"):
+            target = getattr(self, group).get("_target_")
+            _require(isinstance(target, str) and "." in target, f"{group}._target_", "a dotted path to a callable", target)
+
+
+def register() -> None:
+    """Makes the schema known to Hydra under the name that `config.yaml` lists first in its defaults."""
+    ConfigStore.instance().store(name="schema", node=Config)

@@ -1,0 +1,69 @@
+"""Files: checkpoints of a run, weights of a network, the pruned network.  Nothing is written in place."""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from csgd.errors import InputError
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Writes `state` under `path` in one stroke; the checkpoint that was there stays as *.previous."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".writing")
+    torch.save(dict(state), scratch)
+    if path.exists():
+        os.replace(path, path.with_suffix(path.suffix + ".previous"))
+    os.replace(scratch, path)
+
+
+def save_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
+    """A state_dict as safetensors; tied weights are written under each of their names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".writing")
+    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}, scratch)
+    os.replace(scratch, path)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """A state_dict from a .safetensors or a torch file, bare or under the key 'state_dict'.
+
+    InputError if the file is not there, truncated, or a pickle of anything but tensors.
+    """
+    if not path.is_file():
+        raise InputError(f"base.weights '{path}' is not a file")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"base.weights '{path}' is a pickle of more than tensors and is not loaded; save the state_dict alone"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"base.weights '{path}' is damaged or of an unknown format: {first}") from None
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"base.weights '{path}' does not hold a state_dict")
+    wrapped = "module."  # what DataParallel puts before every name
+    if state and all(key.startswith(wrapped) for key in state):
+        state = {key.removeprefix(wrapped): value for key, value in state.items()}
+    return dict(state)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".writing")
+    scratch.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(scratch, path)

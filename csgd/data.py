@@ -1,0 +1,251 @@
+"""Data: batches of (images, labels) as pure functions of (seed, epoch), so that a run can be repeated from any epoch.
+
+Small datasets live on the device as tensors and are augmented there, batch by batch; image folders come through
+workers.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from csgd.errors import InputError
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset with its split.
+
+    train_batches(epoch)  shuffled and augmented, the order and the augmentation fixed by (seed, epoch)
+    test_batches()        the whole test set, in order
+    example               [2, 3, h, w] images to trace a network with
+    """
+
+    train_batches: Callable[[int], Batches]
+    test_batches: Callable[[], Batches]
+    example: Tensor
+    num_classes: int
+    steps_per_epoch: int
+    train_size: int
+    test_size: int
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random shifts by up to `shift` pixels (zeros come in), and a horizontal flip for half of the images."""
+
+    shift: int = 0
+    flip: bool = False
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """images [n, c, h, w] → the same shape."""
+        n, _, height, width = images.shape
+        device = images.device
+        if self.shift:
+            offsets = torch.randint(0, 2 * self.shift + 1, (2, n), generator=generator).to(device)
+            padded = F.pad(images, [self.shift] * 4)
+            rows = offsets[0][:, None] + torch.arange(height, device=device)
+            columns = offsets[1][:, None] + torch.arange(width, device=device)
+            which = torch.arange(n, device=device)[:, None, None]
+            images = padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        if self.flip:
+            flipped = (torch.rand(n, generator=generator) < 0.5).to(device)
+            images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+        return images
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+
+def _in_memory(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    num_classes: int,
+    batch_size: int,
+    augmentation: Augmentation,
+    seed: int,
+    device: torch.device,
+) -> Data:
+    """Normalised float images [n, 3, h, w] and labels [n], kept on the device."""
+    images, labels = (t.to(device) for t in train)
+    test_images, test_labels = (t.to(device) for t in test)
+    if device.type == "cpu":  # the layout in which convs run fastest on a CPU
+        images, test_images = (t.contiguous(memory_format=torch.channels_last) for t in (images, test_images))
+
+    def train_batches(epoch: int) -> Batches:
+        generator = _generator(seed, epoch)
+        for rows in torch.randperm(len(images), generator=generator).split(batch_size):
+            rows = rows.to(device)
+            yield augmentation(images[rows], generator), labels[rows]
+
+    def test_batches() -> Batches:
+        yield from zip(test_images.split(256), test_labels.split(256), strict=True)
+
+    steps = -(-len(images) // batch_size)
+    return Data(
+        train_batches, test_batches, images[:2].clone(), num_classes, steps, len(images), len(test_images)
+    )
+
+
+def digits(*, image_size: int, batch_size: int, shift: int, seed: int, device: torch.device) -> Data:
+    """scikit-learn's 1,797 real handwritten digits (8×8), up-sampled; one fifth, stratified, is the test set.
+
+    The split is the same for every seed.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
+    images = F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False)
+    labels = torch.from_numpy(bunch.target).long()
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=bunch.target, random_state=0)
+    mean, std = images[train].mean(), images[train].std()
+    images = ((images - mean) / std).expand(-1, 3, -1, -1)
+    return _in_memory(
+        (images[train], labels[train]),
+        (images[test], labels[test]),
+        num_classes=10,
+        batch_size=batch_size,
+        augmentation=Augmentation(shift=shift),
+        seed=seed,
+        device=device,
+    )
+
+
+def synthetic(
+    *, num_classes: int, image_size: int, train_size: int, test_size: int, batch_size: int, seed: int, device: torch.device
+) -> Data:
+    """Smooth random patterns, one per class, under as much noise: for timing and for tests, the same for every seed."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(num_classes, 3, 4, 4, generator=generator)
+    patterns = F.interpolate(coarse, size=(image_size, image_size), mode="bilinear", align_corners=False)
+
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        labels = torch.arange(n) % num_classes
+        return patterns[labels] + torch.randn(n, 3, image_size, image_size, generator=generator), labels
+
+    return _in_memory(
+        draw(train_size),
+        draw(test_size),
+        num_classes=num_classes,
+        batch_size=batch_size,
+        augmentation=Augmentation(),
+        seed=seed,
+        device=device,
+    )
+
+
+CIFAR_STATISTICS = {  # per-channel mean and standard deviation of the training images
+    10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+def cifar(*, classes: int, root: str, download: bool, batch_size: int, seed: int, device: torch.device) -> Data:
+    """CIFAR-10 or CIFAR-100 through torchvision; shifts by up to 4 pixels and flips, as in the paper."""
+    from torchvision import datasets
+
+    dataset = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[classes]
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in CIFAR_STATISTICS[classes])
+
+    def split(train: bool) -> tuple[Tensor, Tensor]:
+        try:
+            part = dataset(root, train=train, download=download)
+        except (RuntimeError, OSError) as error:
+            advice = "could not be downloaded" if download else "is not there; dataset.download=true fetches it"
+            raise InputError(f"dataset.root: CIFAR-{classes} in '{root}' {advice} ({error})") from None
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).float() / 255
+        return (images - mean) / std, torch.tensor(part.targets)
+
+    return _in_memory(
+        split(True),
+        split(False),
+        num_classes=classes,
+        batch_size=batch_size,
+        augmentation=Augmentation(shift=4, flip=True),
+        seed=seed,
+        device=device,
+    )
+
+
+def image_folder(
+    *,
+    root: str,
+    image_size: int,
+    batch_size: int,
+    workers: int,
+    test_fraction: float,
+    seed: int,
+    device: torch.device,
+) -> Data:
+    """Images in one folder per class, below root/train and root/val, or below root alone with a seeded split.
+
+    Random resized crops and flips; for the test a resize to 8/7 of the size and a centre crop.
+    """
+    from torchvision import datasets
+    from torchvision.transforms import v2
+
+    if not Path(root).is_dir():
+        raise InputError(f"dataset.root '{root}' is not a folder")
+    finish = [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ]
+    augmented = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *finish])
+    centred = v2.Compose([v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size), *finish])
+
+    def folder(path: Path, transform) -> datasets.ImageFolder:
+        try:
+            return datasets.ImageFolder(str(path), transform)
+        except (FileNotFoundError, OSError) as error:
+            raise InputError(f"dataset.root: no folders of images in '{path}' ({error})") from None
+
+    root_path = Path(root)
+    if (root_path / "train").is_dir() and (root_path / "val").is_dir():
+        train, test = folder(root_path / "train", augmented), folder(root_path / "val", centred)
+        if train.classes != test.classes:
+            raise InputError(f"dataset.root: '{root}/train' and '{root}/val' do not hold the same classes")
+        classes = train.classes
+    else:
+        whole = folder(root_path, augmented)
+        classes = whole.classes
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)).tolist()
+        held_out = max(1, round(len(order) * test_fraction))
+        train, test = Subset(whole, order[held_out:]), Subset(folder(root_path, centred), order[:held_out])
+    if len(train) < 2:
+        raise InputError(f"dataset.root: '{root}' holds {len(train)} training images, 2 are the least")
+    generator = torch.Generator()
+    loading = dict(batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda")
+    # Workers are made anew each epoch: persistent ones would go on with the random state of the last epoch.
+    train_loader = DataLoader(train, shuffle=True, generator=generator, worker_init_fn=_one_thread, **loading)
+    test_loader = DataLoader(test, **loading)
+
+    def train_batches(epoch: int) -> Batches:
+        # The generator draws the order and the seeds of the workers; without workers transforms use torch's own.
+        generator.manual_seed(seed * 1_000_003 + epoch)
+        if workers == 0:
+            torch.manual_seed(seed * 1_000_003 + epoch)
+        for images, labels in train_loader:
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def test_batches() -> Batches:
+        for images, labels in test_loader:
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    example = torch.stack([test[i % len(test)][0] for i in range(2)]).to(device)
+    return Data(train_batches, test_batches, example, len(classes), len(train_loader), len(train), len(test))
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,56 @@
+"""Residual networks (He et al., 2016): the CIFAR shape with projection shortcuts, and ResNet-50."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class CifarResNet(nn.Module):
+    """Three stages of `blocks` blocks at 16, 32 and 64 channels: 6 · blocks + 2 layers."""
+
+    def __init__(self, blocks: int, num_classes: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        widths = (16, 16, 32, 64)
+        for stage in (1, 2, 3):
+            first = BasicBlock(widths[stage - 1], widths[stage], 1 if stage == 1 else 2)
+            rest = [BasicBlock(widths[stage], widths[stage], 1) for _ in range(blocks - 1)]
+            self.add_module(f"layer{stage}", nn.Sequential(first, *rest))
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def resnet20(num_classes: int) -> CifarResNet:
+    return CifarResNet(3, num_classes)
+
+
+def resnet56(num_classes: int) -> CifarResNet:
+    return CifarResNet(9, num_classes)
+
+
+def resnet50(num_classes: int) -> nn.Module:
+    return models.resnet50(num_classes=num_classes)

@@ -1,0 +1,71 @@
+"""Where numbers go: a line of JSON per epoch, and a W&B run beside it."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Writes metrics.jsonl, and the same rows to W&B.  A W&B that fails is reported once and left alone.
+
+    A context manager: the W&B run is finished when it closes, also by an error, so that the next job of a sweep
+    starts its own.
+    """
+
+    def __init__(self, output_dir: Path, *, mode: str, config: Mapping[str, Any], settings: Mapping[str, Any]):
+        self._file = (output_dir / "metrics.jsonl").open("a", buffering=1)
+        self._run = None
+        if mode != "disabled":
+            self._attempt(lambda: self._start(output_dir, mode, config, settings))
+
+    def _start(self, output_dir: Path, mode: str, config, settings) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            dir=output_dir,
+            mode=mode,
+            config=dict(config),
+            settings=wandb.Settings(silent=True, console="off"),
+            **settings,
+        )
+        self._run.define_metric("epoch")
+        self._run.define_metric("*", step_metric="epoch")
+
+    def _attempt(self, action) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever W&B raises, training goes on
+            log.warning("W&B is left alone from here on: %s", error)
+            self._run = None
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        if self._run:
+            self._attempt(lambda: self._run.log(dict(row)))
+
+    def summarise(self, values: Mapping[str, Any]) -> None:
+        if self._run:
+            self._attempt(lambda: self._run.summary.update(dict(values)))
+
+    def log_image(self, name: str, path: Path) -> None:
+        if self._run:
+            import wandb
+
+            self._attempt(lambda: self._run.log({name: wandb.Image(str(path))}))
+
+    @property
+    def offline_dir(self) -> Path | None:
+        """The folder of the offline run, for `wandb sync`."""
+        return Path(self._run.dir).parent if self._run and self._run.offline else None
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._file.close()
+        if self._run:
+            self._attempt(lambda: self._run.finish(exit_code=1 if kind else 0))

@@ -1,0 +1,124 @@
+"""The training loop: the same one for the base network (SGD) and for C-SGD."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from csgd.data import Data
+from csgd.errors import InputError
+from csgd.optim import CSGD, set_lr
+
+CHECK_EVERY = 16  # steps between two looks at the losses; a look waits for the device
+AUXILIARY_WEIGHT = 0.3  # of the loss of an auxiliary head (Szegedy et al., 2015)
+
+
+class DivergedError(InputError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch of training measured."""
+
+    epoch: int
+    step: int
+    loss: float
+    train_accuracy: float
+    lr: float
+    seconds: float
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Data,
+    *,
+    epochs: int,
+    max_steps: int | None,
+    lr_at: Callable[[int], float],
+    seed: int,
+    label: str,
+    progress: bool = True,
+) -> Iterator[Epoch]:
+    """Trains epoch by epoch and yields after each, so that the caller tests, logs and saves.
+
+    `lr_at` is a function of the step, `max_steps` caps an epoch.  The random state of each epoch is fixed by
+    (seed, epoch).  DivergedError names the step at which the loss stopped being a number; the weights are then lost.
+    """
+    steps_per_epoch = min(data.steps_per_epoch, max_steps or data.steps_per_epoch)
+    for epoch in range(epochs):
+        started = time.perf_counter()
+        torch.manual_seed(seed * 1_000_003 + epoch)
+        model.train()
+        first = step = epoch * steps_per_epoch
+        losses, correct, seen = [], 0, 0
+        batches = islice(data.train_batches(epoch), steps_per_epoch)
+        bar = tqdm(
+            batches, f"{label} {epoch + 1}/{epochs}", steps_per_epoch, leave=False, disable=None if progress else True
+        )
+        for step, (images, labels) in enumerate(bar, first):
+            outputs = model(images)
+            loss = criterion(outputs, labels)
+            loss.backward()
+            lr = lr_at(step)
+            set_lr(optimizer, lr)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            losses.append(loss.detach())
+            correct += (logits_of(outputs).detach().argmax(1) == labels).sum()
+            seen += len(labels)
+            if (step - first) % CHECK_EVERY == 0 or step - first == steps_per_epoch - 1:
+                _check_losses(losses, first)
+                shown = {"loss": f"{losses[-1]:.3f}", "accuracy": f"{correct / seen:.3f}", "lr": f"{lr:.1e}"}
+                if isinstance(optimizer, CSGD) and not bar.disable:
+                    shown["deviation"] = f"{optimizer.deviation():.1e}"
+                bar.set_postfix(shown)
+        yield Epoch(
+            epoch + 1,
+            step + 1,
+            torch.stack(losses).mean().item(),
+            float(correct / seen),
+            lr,
+            time.perf_counter() - started,
+        )
+
+
+def criterion(outputs, labels: Tensor) -> Tensor:
+    """Cross entropy; auxiliary heads (GoogLeNet, Inception) count with a weight of 0.3."""
+    if isinstance(outputs, Tensor):
+        return F.cross_entropy(outputs, labels)
+    main, *auxiliary = [logits for logits in outputs if logits is not None]
+    return F.cross_entropy(main, labels) + AUXILIARY_WEIGHT * sum(F.cross_entropy(a, labels) for a in auxiliary)
+
+
+def logits_of(outputs) -> Tensor:
+    """The main head of a network's outputs, [n, classes]."""
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
+    """Logits [n, classes] of the test set in eval mode, and its labels [n], on the CPU."""
+    model.eval()
+    pairs = [(logits_of(model(images)).float().cpu(), labels.cpu()) for images, labels in data.test_batches()]
+    logits, labels = zip(*pairs, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The fraction of `labels` [n] that the largest of `logits` [n, classes] hits."""
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
+def _check_losses(losses: list[Tensor], first: int) -> None:
+    finite = torch.stack(losses[-CHECK_EVERY:]).isfinite()
+    if not finite.all():
+        step = first + max(0, len(losses) - CHECK_EVERY) + int(finite.long().argmin())
+        raise DivergedError(f"the loss at step {step} is not a number: a lower learning rate is needed")
