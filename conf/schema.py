@@ -50,10 +50,14 @@ class Phase:
     def check(self, key: str) -> None:
         _require(self.epochs >= 1, f"{key}.epochs", "1 or more", self.epochs)
         _require(_positive(self.lr), f"{key}.lr", "above 0", self.lr)
-        _require(0 <= self.warmup_epochs <= self.epochs, f"{key}.warmup_epochs", "within the epochs", self.warmup_epochs)
+        _require(
+            0 <= self.warmup_epochs <= self.epochs, f"{key}.warmup_epochs", "within the epochs", self.warmup_epochs
+        )
         _require(self.decay in ("cosine", "step", "constant"), f"{key}.decay", "cosine, step or constant", self.decay)
         _require(0 < self.gamma <= 1, f"{key}.gamma", "above 0 and at most 1", self.gamma)
-        _require(self.max_steps is None or self.max_steps >= 1, f"{key}.max_steps", "1 or more, or null", self.max_steps)
+        _require(
+            self.max_steps is None or self.max_steps >= 1, f"{key}.max_steps", "1 or more, or null", self.max_steps
+        )
 
 
 @dataclass
@@ -153,7 +157,9 @@ class Config:
         _require(self.threads is None or self.threads >= 1, "threads", "1 or more, or null", self.threads)
         for group in ("model", "dataset"):
             target = getattr(self, group).get("_target_")
-            _require(isinstance(target, str) and "." in target, f"{group}._target_", "a dotted path to a callable", target)
+            _require(
+                isinstance(target, str) and "." in target, f"{group}._target_", "a dotted path to a callable", target
+            )
 
 
 def register() -> None:

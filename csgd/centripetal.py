@@ -135,7 +135,7 @@ def strength_to_collapse(
     momentum: float = 0.9,
     nesterov: bool = True,
 ) -> float | None:
-    """The smallest centripetal strength whose forecast ends at or below `tolerance`; None if no stable one does (F4)."""
+    """The smallest centripetal strength whose forecast ends at or below `tolerance` (F4); None if no stable one does."""
 
     def left(strength: float) -> float:
         return abs(forecast(learning_rates, strength, weight_decay, momentum, nesterov)[-1])

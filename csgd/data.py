@@ -91,9 +91,7 @@ def _in_memory(
         yield from zip(test_images.split(256), test_labels.split(256), strict=True)
 
     steps = -(-len(images) // batch_size)
-    return Data(
-        train_batches, test_batches, images[:2].clone(), num_classes, steps, len(images), len(test_images)
-    )
+    return Data(train_batches, test_batches, images[:2].clone(), num_classes, steps, len(images), len(test_images))
 
 
 def digits(*, image_size: int, batch_size: int, shift: int, seed: int, device: torch.device) -> Data:
@@ -123,7 +121,14 @@ def digits(*, image_size: int, batch_size: int, shift: int, seed: int, device: t
 
 
 def synthetic(
-    *, num_classes: int, image_size: int, train_size: int, test_size: int, batch_size: int, seed: int, device: torch.device
+    *,
+    num_classes: int,
+    image_size: int,
+    train_size: int,
+    test_size: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
 ) -> Data:
     """Smooth random patterns, one per class, under as much noise: for timing and for tests, the same for every seed."""
     generator = torch.Generator().manual_seed(0)

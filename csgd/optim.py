@@ -96,8 +96,7 @@ class CSGD(torch.optim.Optimizer):
                 lr=group["lr"] * group["lr_factor"],
                 dampening=0.0,
                 nesterov=group["nesterov"],
-                maximize=False,
-                fused=True,
+                maximize=False,  # fused=True rounds by position on the CPU: equal rows would drift apart (fact F10)
             )
             if group["momentum"]:
                 for p, buffer in zip(params, buffers, strict=True):
@@ -171,9 +170,7 @@ def param_groups(
     return [group for group in groups.values() if group["params"]]
 
 
-def check_stability(
-    lr: float, centri_strength: float, weight_decay: float, momentum: float, nesterov: bool
-) -> None:
+def check_stability(lr: float, centri_strength: float, weight_decay: float, momentum: float, nesterov: bool) -> None:
     """Raises InputError if a deviation would grow: τ(η+ε) beyond the stability limit (fact F6)."""
     limit = stability_limit(momentum, nesterov)
     if lr * (weight_decay + centri_strength) >= limit:

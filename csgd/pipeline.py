@@ -152,12 +152,16 @@ def _load_base(cfg: Any, model: nn.Module) -> bool:
         model.load_state_dict(state)
         return True
     head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not published or not all(any(key.startswith(f"{layer.split('.')[0]}.") for layer in head) for key in other + odd):
+    if not published or not all(
+        any(key.startswith(f"{layer.split('.')[0]}.") for layer in head) for key in other + odd
+    ):
         key = (other + odd)[0]
         raise InputError(f"base.weights '{weights}' are of another architecture than the model: '{key}' does not fit")
     fitting = {key: value for key, value in state.items() if key in own and key not in other}
     model.load_state_dict(fitting, strict=False)
-    log.info("base network: the head of %s does not fit %d classes and is trained anew", weights, own[other[-1]].size(0))
+    log.info(
+        "base network: the head of %s does not fit %d classes and is trained anew", weights, own[other[-1]].size(0)
+    )
     return False
 
 
@@ -200,8 +204,8 @@ def _tell_plan(ahead: Plan) -> None:
     log.info("%s", ahead.describe())
     if not ahead.collapses:
         log.warning(
-            "the filters will not collapse: %.1e of their deviation is left at the end, the cut needs %.0e and will not "
-            "be lossless; %s would do",
+            "the filters will not collapse: %.1e of their deviation is left at the end, the cut needs %.0e and will "
+            "not be lossless; %s would do",
             ahead.left,
             ahead.tolerance,
             ahead.advice,
@@ -251,7 +255,9 @@ def _report(summary: dict[str, Any], foreseen, tracker: Tracker, output_dir: Pat
         log.warning("NOT LOSSLESS: %s; the cut cost %.4f of accuracy", why, lost)
     log.info("files: %s", output_dir)
     if tracker.offline_dir:
-        log.info("W&B, offline: look with `wandb beta leet %s`, upload with `wandb sync %s`", *[tracker.offline_dir] * 2)
+        log.info(
+            "W&B, offline: look with `wandb beta leet %s`, upload with `wandb sync %s`", *[tracker.offline_dir] * 2
+        )
 
 
 def _layer_rows(output_dir: Path, widths: dict[str, int]) -> list[tuple[str, int, int]]:
@@ -306,7 +312,9 @@ def _log_epoch(phase: str, epoch: Epoch, test_accuracy: float, tracker: Tracker,
         "seconds": epoch.seconds,
     }
     tracker.log({"phase": phase, "step": epoch.step} | {f"{phase}/{k}": v for k, v in values.items()} | row)
-    deviations = "".join(f", deviation of {k.split('/')[1]} {v:.1e}" for k, v in row.items() if k.startswith("deviation/"))
+    deviations = "".join(
+        f", deviation of {k.split('/')[1]} {v:.1e}" for k, v in row.items() if k.startswith("deviation/")
+    )
     log.info(
         "%s epoch %d: loss %.4f, test accuracy %.4f, lr %.2g%s, %.1f s",
         phase,
@@ -326,7 +334,9 @@ def _base_key(cfg: Any, model: nn.Module) -> str:
     import csgd.train
 
     sources = [csgd.data, csgd.schedule, csgd.train, type(model)]
-    schedule = {k: v for k, v in asdict(cfg.schedule).items() if k in ("batch_size", "momentum", "nesterov", "weight_decay")}
+    schedule = {
+        k: v for k, v in asdict(cfg.schedule).items() if k in ("batch_size", "momentum", "nesterov", "weight_decay")
+    }
     weights = cfg.base.weights
     parts = [cfg.model, cfg.dataset, schedule, asdict(cfg.schedule.base), cfg.seed, weights, _versions()["torch"]]
     parts += [str(next(model.parameters()).device.type), *map(inspect.getsource, sources)]

@@ -41,9 +41,7 @@ def plan(optimizer: CSGD, learning_rates: Sequence[float], tolerance: float) -> 
     strengths = [group["centri_strength"] for group in optimizer.clustered_groups()]
     for group in optimizer.clustered_groups():
         rates = [rate * group["lr_factor"] for rate in learning_rates]
-        inertia = dict(
-            weight_decay=group["weight_decay"], momentum=group["momentum"], nesterov=group["nesterov"]
-        )
+        inertia = dict(weight_decay=group["weight_decay"], momentum=group["momentum"], nesterov=group["nesterov"])
         check_stability(max(rates), group["centri_strength"], **inertia)
         factors[group["name"]] = forecast(rates, group["centri_strength"], **inertia)
         ratio = group["centri_strength"] / max(strengths) if max(strengths) else 1.0

@@ -30,7 +30,11 @@ def verdict_table(summary: dict) -> str:
         ("test accuracy, base network", f"{base['accuracy']:.4f}", ""),
         ("test accuracy, before the cut", f"{verdict['accuracy_before_trim']:.4f}", "trained by C-SGD, still wide"),
         ("test accuracy, after the cut", f"{verdict['accuracy_after_trim']:.4f}", "no fine-tuning"),
-        ("largest logit change", f"{verdict['max_logit_change']:.1e}", f"relative {verdict['relative_logit_change']:.1e}"),
+        (
+            "largest logit change",
+            f"{verdict['max_logit_change']:.1e}",
+            f"relative {verdict['relative_logit_change']:.1e}",
+        ),
         ("deviation", f"{verdict['deviation']:.1e}", f"relative {verdict['relative_deviation']:.1e}"),
         ("multiply-accumulates", f"{cost['macs_after']:,}", f"{cut('macs')} than {cost['macs_before']:,}"),
         ("parameters", f"{cost['params_after']:,}", f"{cut('params')} than {cost['params_before']:,}"),
@@ -65,7 +69,9 @@ def draw_curves(output_dir: Path, forecast: dict[str, list[tuple[int, float]]]) 
         right.plot(*zip(*measured, strict=True), "o", color=color, label=f"{group}, measured")
     right.set(xlabel="C-SGD step", ylabel="‖W − ΓW‖²", title="Deviation", yscale="log")
     if forecast:
-        lowest = min((row[f"deviation/{g}"] for row in rows for g in forecast if row.get(f"deviation/{g}")), default=1e-12)
+        lowest = min(
+            (row[f"deviation/{g}"] for row in rows for g in forecast if row.get(f"deviation/{g}")), default=1e-12
+        )
         right.set_ylim(bottom=lowest / 10)
         right.legend(frameon=False)
     for axes in (left, right):

@@ -11,7 +11,7 @@ from csgd.graph import ChannelSpace, trace_spaces
 from csgd.graph.tracer import tensors_in
 from csgd.trim import merge_equal, trim
 
-TOLERANCE = 1e-8  # relative change of a float64 output above which a cut is not exact
+TOLERANCE = {True: 1e-8, False: 1e-3}  # relative change of an output above which a cut is not exact; True: in float64
 
 
 def find_spaces(model: nn.Module, example, trial: bool = True) -> list[ChannelSpace]:
@@ -58,18 +58,28 @@ def pin_failures(model: nn.Module, spaces: list[ChannelSpace], example) -> list[
 
 
 class Trial:
-    """A float64 copy of a network with random weights, on which cuts can be tried."""
+    """A float64 copy of a network with random weights, on which cuts can be tried.
+
+    A network that cannot run in float64 is tried in the dtype that it has, and judged less sharply.
+    """
 
     def __init__(self, model: nn.Module, example, seed: int = 0):
+        self.seed = seed
         args = example if isinstance(example, tuple) else (example,)
-        self.args = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-        self.model = copy.deepcopy(model).double()
-        for module in self.model.modules():
+        try:
+            wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+            self._prepare(copy.deepcopy(model).double(), wide, torch.float64)
+        except (RuntimeError, TypeError):
+            self._prepare(copy.deepcopy(model), args, torch.get_default_dtype())
+
+    def _prepare(self, model: nn.Module, args: tuple, dtype: torch.dtype) -> None:
+        self.model, self.args, self.dtype = model, args, dtype
+        self.tolerance = TOLERANCE[dtype == torch.float64]
+        for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
-        randomise(self.model, seed)
-        self.seed = seed
-        first, second = self.outputs(self.model, True, seed=1), self.outputs(self.model, True, seed=2)
+        randomise(model, self.seed)
+        first, second = self.outputs(model, True, seed=1), self.outputs(model, True, seed=2)
         deterministic = relative_difference(first, second) == 0.0  # not so with stochastic depth and the like
         self.modes = (False, True) if deterministic else (False,)
 
@@ -77,9 +87,14 @@ class Trial:
     def outputs(self, model: nn.Module, training: bool, seed: int = 0) -> list[Tensor]:
         """Outputs of a forward pass that leaves the running statistics as they are."""
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        with torch.random.fork_rng(sorted({t.device.index for t in tensors_in(self.args) if t.is_cuda})):
-            torch.manual_seed(seed)
-            out = list(tensors_in(model.train(training)(*self.args)))
+        default = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(self.dtype)  # constants that `forward` makes are to fit
+            with torch.random.fork_rng(sorted({t.device.index for t in tensors_in(self.args) if t.is_cuda})):
+                torch.manual_seed(seed)
+                out = list(tensors_in(model.train(training)(*self.args)))
+        finally:
+            torch.set_default_dtype(default)
         for buffer, saved in buffers:
             buffer.copy_(saved)
         return out
@@ -111,7 +126,7 @@ class Trial:
             change = self.compare(model, before)
         except Exception as error:  # whatever the model raises when its sizes no longer fit
             return f"its trial trim raises {type(error).__name__}"
-        return None if change <= TOLERANCE else "its trial trim changes the output"
+        return None if change <= self.tolerance else "its trial trim changes the output"
 
 
 def random_clusters(spaces: list[ChannelSpace], seed: int = 0, ratio: float = 0.5) -> dict[str, list[list[int]]]:

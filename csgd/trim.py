@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from csgd.centripetal import SharedRows, segment_mean, squared_deviation
-from csgd.clusters import Clusters, ClusteredTensor, clustered_tensors
+from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 
@@ -21,9 +21,7 @@ def merge_equal(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters
 
 
 @torch.no_grad()
-def trim(
-    model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters, *, tolerance: float | None = None
-) -> None:
+def trim(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters, *, tolerance: float | None = None) -> None:
     """Keeps the first member of each cluster, in place; consumers sum the input slices of the others into its slice.
 
     Lossless when the members are equal.  Running statistics lag the filters by about 1 / momentum steps, so they are
@@ -68,7 +66,9 @@ def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Modul
     for key, new in state_dict.items():
         old = own[key]
         if old.dim() != new.dim() or any(a < b for a, b in zip(old.shape, new.shape, strict=True)):
-            raise InputError(f"weights of another architecture: {key} is {list(new.shape)}, at most {list(old.shape)} fit")
+            raise InputError(
+                f"weights of another architecture: {key} is {list(new.shape)}, at most {list(old.shape)} fit"
+            )
         if new.shape != old.shape and id(old) not in narrowed:
             empty = old.detach().new_empty(new.shape)
             is_parameter = isinstance(old, nn.Parameter)

@@ -85,14 +85,18 @@ def _width(space: ChannelSpace, value: int, where: str) -> int:
 
 
 def _by_list(live: list[ChannelSpace], deps: Sequence[int]) -> dict[str, int]:
-    producers = sorted(((ref.order, ref.owners[0][0], space) for space in live for ref in space.producers), key=itemgetter(0))
+    producers = sorted(
+        ((ref.order, ref.owners[0][0], space) for space in live for ref in space.producers), key=itemgetter(0)
+    )
     if len(deps) == len(live):
         rows = [(space.name, space) for space in live]
     elif len(deps) == len(producers):
         rows = [(layer, space) for _, layer, space in producers]
     else:
         either = "" if len(producers) == len(live) else f" (in {len(live)} channel spaces)"
-        raise InputError(f"deps.widths has {len(deps)} entries, the network has {len(producers)} trimmable layers{either}")
+        raise InputError(
+            f"deps.widths has {len(deps)} entries, the network has {len(producers)} trimmable layers{either}"
+        )
     widths, first = {}, {}
     for value, (layer, space) in zip(deps, rows, strict=True):
         width = _width(space, value, f"the width of {layer}")

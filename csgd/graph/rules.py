@@ -17,7 +17,7 @@ from csgd.graph.labels import along, compact, wide_dims
 from csgd.graph.ledger import Ledger
 
 # Values leave, or are written into, a tensor behind the tracer's back.
-ESCAPES = {"setitem", "numpy", "tolist", "iter", "array", "dlpack"}
+ESCAPES = {"setitem", "numpy", "tolist", "array", "dlpack"}
 PROPERTIES = {"T": "t", "mT": "transpose", "data": "detach"}
 
 

@@ -8,7 +8,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from csgd.graph.labels import along
 from csgd.graph.ledger import Ledger
 from csgd.graph.rules import Call, apply_rule, unknown
 from csgd.graph.spaces import ChannelSpace, spaces_of
@@ -77,9 +76,7 @@ def trace_spaces(model: nn.Module, example) -> list[ChannelSpace]:
             model.train(training)
             inputs = [a.clone() if isinstance(a, Tensor) else a for a in args]
             for tensor in tensors_in(inputs):
-                dim = min(1, tensor.dim() - 1)
-                if dim >= 0:
-                    ledger.label(tensor, along(ledger.fresh(tensor.size(dim), "network input"), dim, tensor.dim()))
+                ledger.label(tensor, ledger.fresh(1, "network input"))
             functions = _Functions(ledger)
             with torch.no_grad(), torch.random.fork_rng(_cuda_devices(model)), _Escapes(functions), functions:
                 out = model(*inputs)

@@ -31,7 +31,9 @@ def published_weights(architecture: str, weights: str) -> dict[str, Tensor]:
         raise InputError(f"base.weights: torchvision publishes no weights for the model '{architecture}'") from None
     if weights not in known.__members__:
         names = ", ".join(known.__members__)
-        raise InputError(f"base.weights '{weights}' is neither a file nor weights of {architecture} (published: {names})")
+        raise InputError(
+            f"base.weights '{weights}' is neither a file nor weights of {architecture} (published: {names})"
+        )
     try:
         return known[weights].get_state_dict(progress=False, check_hash=True)
     except OSError as error:

@@ -1,0 +1,11 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    """Every test starts from the same random state, in float32, on two threads."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_default_dtype() is torch.float32

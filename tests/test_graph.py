@@ -1,0 +1,271 @@
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import csgd
+from csgd.trial import Trial, random_clusters
+from tests import nets
+
+
+def spaces_of(net, shape=nets.IMAGES, trial=True):
+    return {space.name: space for space in csgd.find_spaces(net, torch.randn(shape), trial)}
+
+
+def tensors(space, role):
+    return {f"{path}.{attribute}" for ref in space.refs if ref.role == role for path, attribute in ref.owners}
+
+
+@pytest.mark.parametrize("net", nets.EXAMPLES)
+def test_every_space_of_every_kind_of_network_is_cut_exactly(net):
+    torch.manual_seed(1)
+    model, example = net(), nets.example_of(net)
+    spaces = csgd.find_spaces(model, example)
+    free = {space.name for space in spaces if space.trimmable}
+    assert free == {space.name for space in csgd.find_spaces(model, example, trial=False) if space.trimmable}
+    assert free
+    trial = Trial(model, example)
+    assert trial.modes == (False, True)
+    for seed in range(3):
+        clusters = random_clusters(spaces, seed)
+        assert trial.change(spaces, clusters) <= 1e-12
+        assert trial.change(spaces, clusters, equal=False) > 1e-3, "the control: unequal members must show"
+
+
+@pytest.mark.parametrize(
+    "net, free, whole",
+    [
+        (nets.Plain, {"conv1", "conv2", "fc1"}, {"fc2"}),
+        (nets.Residual, {"stem", "inner", "squeeze"}, {"fc"}),
+        (nets.Depthwise, {"expand", "project"}, {"fc"}),
+        (nets.Dense, {"conv1", "conv2", "conv3"}, {"fc"}),
+        (nets.Grouped, {"conv1", "grouped", "conv3"}, {"fc"}),
+        (nets.Transposed, {"down", "up", "up2", "shuffle"}, {"conv"}),
+        (nets.Mlp, {"layers.1", "layers.4"}, {"layers.6"}),
+        (nets.Transformer, {"up"}, {"embed", "attention.out_proj", "head"}),
+        (nets.Tied, {"stem", "left"}, {"fc"}),
+        (nets.Auxiliary, {"conv1", "conv2"}, {"fc", "aux"}),
+    ],
+)
+def test_names_and_trimmable_layers(net, free, whole):
+    spaces = csgd.find_spaces(net(), nets.example_of(net))
+    assert {space.name for space in spaces if space.trimmable} == free
+    assert {space.name for space in spaces if space.pinned} == whole
+
+
+def test_pacesetter_followers_and_consumers():
+    spaces = spaces_of(nets.Residual())
+    stem = spaces["stem"]
+    assert tensors(stem, "out") == {"stem.weight", "outer.weight", "excite.weight"}
+    assert tensors(stem, "follow") == {"stem.bias", "outer.bias", "excite.bias", ".gamma"}
+    assert tensors(stem, "in") == {"inner.weight", "squeeze.weight", "fc.weight"}
+    assert stem.producers[0].owners == [("stem", "weight")]
+    plain = spaces_of(nets.Plain())
+    assert tensors(plain["conv1"], "follow") == {
+        "conv1.bias", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var", "act.weight",
+    }  # fmt: skip
+    assert tensors(spaces_of(nets.Depthwise())["expand"], "follow") >= {"depthwise.weight", "widen.weight"}
+
+
+def test_slots_and_lanes():
+    plain = spaces_of(nets.Plain())
+    into_fc = next(ref for ref in plain["conv2"].refs if ref.owners == [("fc1", "weight")])
+    assert into_fc.dim == 1
+    assert into_fc.index.tolist() == [list(range(16 * c, 16 * c + 16)) for c in range(6)]
+    grouped = spaces_of(nets.Grouped())
+    assert grouped["conv1"].size == 6, "two groups of six: a slot holds a channel of each"
+    assert grouped["conv1"].producers[0].index.tolist() == [[c, c + 6] for c in range(6)]
+    dense = spaces_of(nets.Dense())
+    offset = next(ref for ref in dense["conv2"].refs if ref.owners == [("bn4", "weight")])
+    assert offset.index.flatten().tolist() == [6, 7, 8, 9]
+
+
+def test_a_tied_weight_is_one_tensor_with_two_owners():
+    left = spaces_of(nets.Tied())["left"]
+    assert left.producers[0].owners == [("left", "weight"), ("right", "weight")]
+
+
+class Net(nn.Module):
+    """conv → body → linear; the body is what a test is about."""
+
+    def __init__(self, body, channels=8, out=8):
+        super().__init__()
+        self.conv, self.body, self.last = nn.Conv2d(3, channels, 3, padding=1), body, nn.Conv2d(out, 5, 1)
+
+    def forward(self, x):
+        return self.last(self.body(self.conv(x))).mean((2, 3))
+
+
+class Apply(nn.Module):
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.function(x, self)
+
+
+def scripted(x, _):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and in the wild
+        return torch.jit.script(_channel_sum)(x)
+
+
+def _channel_sum(x: torch.Tensor) -> torch.Tensor:
+    return x * x.sum(1, keepdim=True)
+
+
+def write_in_place(x, _):
+    x = x.clone()
+    x[:, 0] = 1.0
+    return x
+
+
+@pytest.mark.parametrize(
+    "function, reason",
+    [
+        (lambda x, _: F.softmax(x, 1), "softmax: runs over the channels"),
+        (lambda x, _: F.normalize(x), "normalize: runs over the channels"),
+        (lambda x, _: x - x.mean(1, keepdim=True), "mean: runs over the channels"),
+        (lambda x, _: x / x.abs().sum(1, keepdim=True), "sum: runs over the channels"),
+        (lambda x, _: F.local_response_norm(x, 3), "no rule for local_response_norm"),
+        (lambda x, _: F.group_norm(x, 2), "group_norm: normalises over channels"),
+        (lambda x, _: F.layer_norm(x, x.shape[1:]), "layer_norm: normalises over channels"),
+        (lambda x, _: x.cumsum(1), "no rule for cumsum"),
+        (lambda x, _: torch.einsum("bchw,cd->bdhw", x, torch.eye(8)), "no rule for einsum"),
+        (lambda x, _: x[:, [1, 0, 2, 3, 4, 5, 6, 7]], "getitem: picks channels"),
+        (lambda x, _: x.flip(1), "flip: picks channels"),
+        (lambda x, _: x.roll(1, 1), "roll: picks channels"),
+        (lambda x, _: x * torch.arange(8.0).view(1, 8, 1, 1), "meets a constant or an untracked tensor"),
+        (write_in_place, "no rule for setitem"),
+        (lambda x, _: x + torch.from_numpy(x.numpy() * 0), "no rule for numpy"),
+        (lambda x, _: torch.tensor(x.tolist()), "no rule for tolist"),
+        (scripted, "runs in compiled code"),
+        (lambda x, _: x / x.shape[1], "its trial trim changes the output"),
+        (lambda x, _: x.view(-1, 8, 8, 8), "its trial trim raises RuntimeError"),
+        (lambda x, _: x.sort(1).values, "no rule for sort"),
+        (lambda x, _: x.view(2, 2, 4, 8, 8).mean(1).repeat(1, 2, 1, 1), "splits the channel axis"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_merged_exactly_is_pinned_with_its_reason(function, reason):
+    space = spaces_of(Net(Apply(function)))["conv"]
+    assert not space.trimmable
+    assert reason in "; ".join(space.pinned)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, _: x.relu_().mul_(2.0).add_(1.0),
+        lambda x, _: F.group_norm(x, x.size(1)),
+        lambda x, _: torch.stack(list(x)),
+        lambda x, _: x * torch.ones(8, 8),
+        lambda x, _: x * x.mean((2, 3), keepdim=True).sigmoid(),
+        lambda x, _: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+        lambda x, _: x.transpose(1, 3).transpose(1, 3),
+        lambda x, _: x * torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=x.dtype),
+        lambda x, _: F.interpolate(x, scale_factor=2.0),
+        lambda x, _: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+        lambda x, _: torch.where(x > 0, x, 0.1 * x),
+        lambda x, _: torch.stack([x, x.tanh()], 1).softmax(1).sum(1) * torch.stack([x, x + 1.0], 1).mean(1),
+        lambda x, _: F.layer_norm(x, x.shape[3:]),
+        lambda x, _: x[:, :, ::2, ::2],
+        lambda x, _: torch.cat([x, x.tanh()], 2),
+        lambda x, _: F.max_pool2d(x, 2, return_indices=True)[0],
+        lambda x, _: x.flatten(2).softmax(2).unflatten(2, (8, 8)),
+    ],
+)
+def test_what_treats_every_channel_alike_leaves_them_free(function):
+    net = Net(Apply(function))
+    spaces = csgd.find_spaces(net, torch.randn(nets.IMAGES))
+    assert spaces[0].trimmable, spaces[0].pinned
+    assert Trial(net, torch.randn(nets.IMAGES)).change(spaces, random_clusters(spaces)) <= 1e-12
+
+
+def test_zero_padded_shortcuts_pin_only_what_they_touch():
+    def body(x, m):
+        return F.pad(x, (0, 0, 0, 0, 0, 4)) + m.wide(x)
+
+    net = Net(Apply(body, wide=nn.Conv2d(8, 12, 1)), out=12)
+    spaces = spaces_of(net)
+    assert spaces["conv"].trimmable
+    assert {f"{p}" for ref in spaces["conv"].producers for p, _ in ref.owners} == {"conv", "body.wide"}
+    pinned = next(space for name, space in spaces.items() if name.startswith("body.wide"))
+    assert "zero-padded channels" in pinned.pinned
+
+
+def test_one_module_in_several_spaces_gets_numbered_names():
+    def body(x, m):
+        return torch.cat([m.a(x), m.b(x)], 1) + m.both(x)
+
+    net = Net(Apply(body, a=nn.Conv2d(8, 5, 1), b=nn.Conv2d(8, 7, 1), both=nn.Conv2d(8, 12, 1)), out=12)
+    spaces = spaces_of(net)
+    assert {"body.a", "body.b"} <= spaces.keys()
+    split = Net(Apply(lambda x, m: m.both(x) + torch.cat([x[:, :0], x, F.relu(m.b(x))], 1),
+                      both=nn.Conv2d(8, 12, 1), b=nn.Conv2d(8, 4, 1)), out=12)  # fmt: skip
+    first = Apply(lambda x, m: torch.cat(m.both(x).split([4, 8], 1), 1), both=nn.Conv2d(8, 12, 1))
+    assert not spaces_of(Net(first, out=12))["body.both"].trimmable
+    assert all(space.size for space in spaces_of(split).values())
+
+
+def test_computed_weights_and_uncalled_layers_are_listed():
+    net = Net(Apply(lambda x, m: m.normed(x), normed=weight_norm(nn.Conv2d(8, 8, 1)), unused=nn.Conv2d(8, 8, 1)))
+    spaces = spaces_of(net)
+    assert spaces["body.normed"].pinned == ["its weight is computed, not a plain parameter"]
+    assert spaces["body.unused"].pinned == ["not called as a layer in the forward pass"]
+    assert "its weight is not a plain parameter" in "; ".join(spaces["conv"].pinned)
+
+
+def test_a_weight_used_as_a_value_freezes_it():
+    def body(x, m):
+        return F.conv2d(x, m.inner.weight * 2.0)
+
+    spaces = spaces_of(Net(Apply(body, inner=nn.Conv2d(8, 8, 1, bias=False))))
+    assert not spaces["conv"].trimmable
+    assert spaces["body.inner"].pinned == ["parameter used outside conv, linear and norm layers"]
+
+
+def test_the_model_is_left_as_it_was_found():
+    model = nets.Plain()
+    model.bn1.eval()
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    example = torch.randn(nets.IMAGES, generator=torch.Generator().manual_seed(0))
+    csgd.find_spaces(model, example)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert modes == [module.training for module in model.modules()]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_several_inputs_and_structured_outputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Linear(4, 8), nn.Linear(6, 8), nn.Linear(8, 5)
+
+        def forward(self, x, y):
+            hidden = F.relu(self.a(x) + self.b(y))
+            return {"logits": self.fc(hidden), "hidden": [hidden.tanh()]}
+
+    example = (torch.randn(2, 4), torch.randn(2, 6))
+    spaces = csgd.find_spaces(Two(), example)
+    assert spaces[0].pinned == ["network output"], "hidden is returned, so it must stay"
+
+
+def test_pin_failures_finds_the_one_space_that_fails():
+    def body(x, m):
+        x = F.relu(m.first(x))
+        return m.third(F.relu(m.second(x)) / x.shape[1])
+
+    net = Net(Apply(body, first=nn.Conv2d(8, 8, 1), second=nn.Conv2d(8, 8, 1), third=nn.Conv2d(8, 8, 1)))
+    example = torch.randn(nets.IMAGES)
+    spaces = csgd.find_spaces(net, example, trial=False)
+    assert all(space.trimmable for space in spaces[:-1])
+    csgd.pin_failures(net, spaces, example)
+    assert [space.name for space in spaces if not space.trimmable] == ["body.first", "last"]

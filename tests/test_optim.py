@@ -1,0 +1,273 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import csgd
+from csgd import CSGD, InputError, decay_matrix, forecast, merge_matrix
+from tests.reference import ReferenceCSGD, random_partition, segments_of
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.up = nn.ConvTranspose2d(12, 10, 2, stride=2)
+        self.fc = nn.Linear(10, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.fc(F.relu(self.up(x)).mean((2, 3)))
+
+
+def clustered_net(dtype=torch.float64, fraction=0.5, **options):
+    torch.manual_seed(0)
+    net = Net().to(dtype)
+    with torch.no_grad():
+        net.bn1.weight.uniform_(0.5, 1.5)
+        net.bn1.bias.normal_()
+    spaces = csgd.find_spaces(net, torch.randn(2, 3, 8, 8, dtype=dtype))
+    clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, fraction))
+    options = dict(centri_strength=0.3, vector_ratio=0.5, weight_decay=1e-2, weight_decay_vectors=3e-3) | options
+    return net, spaces, clusters, csgd.param_groups(net, spaces, clusters, **options)
+
+
+def backward(net, step):
+    generator = torch.Generator().manual_seed(step)
+    dtype = next(net.parameters()).dtype
+    images = torch.randn(8, 3, 8, 8, generator=generator, dtype=dtype)
+    labels = torch.randint(5, (8,), generator=generator)
+    net.zero_grad()
+    loss = F.cross_entropy(net(images), labels)
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("shape, dim", [((14, 3, 3, 3), 0), ((6, 14, 2, 2), 1), ((14,), 0)])
+def test_fast_path_is_the_dense_formula_and_the_reference_over_50_steps(shape, dim, nesterov):
+    generator = torch.Generator().manual_seed(2)
+    clusters = random_partition(14, 8, generator)
+    start = torch.randn(shape, generator=generator, dtype=torch.float64)
+    eta, eps, lr, momentum = 0.01, 0.4, 0.05, 0.9
+    p = nn.Parameter(start.clone())
+    group = {"params": [p], "segments": [(dim, segments_of(clusters))], "centri_strength": eps, "weight_decay": eta}
+    optimizer = CSGD([group], lr, momentum, nesterov)
+    reference = ReferenceCSGD(start, dim, clusters, eta, eps, lr, momentum, nesterov)
+    merge, decay = merge_matrix(clusters), decay_matrix(clusters, eta, eps)
+    dense, buffer = start.movedim(dim, 0).reshape(14, -1).clone(), 0.0
+    for _ in range(50):
+        gradient = torch.randn(shape, generator=generator, dtype=torch.float64)
+        p.grad = gradient.clone()
+        optimizer.step()
+        reference.step(gradient)
+        direction = merge @ gradient.movedim(dim, 0).reshape(14, -1) + decay @ dense
+        buffer = momentum * buffer + direction
+        dense = dense - lr * (direction + momentum * buffer if nesterov else buffer)
+        torch.testing.assert_close(p.detach(), reference.weight, rtol=0, atol=1e-12)
+        torch.testing.assert_close(p.detach().movedim(dim, 0).reshape(14, -1), dense, rtol=0, atol=1e-12)
+        torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], reference.buffer, rtol=0, atol=1e-12)
+
+
+def test_without_clusters_it_is_torch_sgd_bit_by_bit():
+    nets = [Net(), Net()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    ours = CSGD(nets[0].parameters(), lr=0.1, weight_decay=1e-3)
+    theirs = torch.optim.SGD(nets[1].parameters(), 0.1, 0.9, nesterov=True, weight_decay=1e-3)
+    for step in range(10):
+        for net, optimizer in zip(nets, (ours, theirs), strict=True):
+            backward(net, step)
+            optimizer.step()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_are_not_written_to():
+    net, *_, groups = clustered_net()
+    optimizer = CSGD(groups, 0.05)
+    backward(net, 0)
+    before = [p.grad.clone() for p in net.parameters()]
+    versions = [p.grad._version for p in net.parameters()]
+    optimizer.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), before, strict=True))
+    assert versions == [p.grad._version for p in net.parameters()]
+
+
+def test_every_parameter_is_in_one_group_and_vectors_have_their_own_constants():
+    net, _, _, groups = clustered_net(bias_lr_factor=2.0)
+    assert sorted(map(id, net.parameters())) == sorted(id(p) for group in groups for p in group["params"])
+    by_name = {group["name"]: group for group in groups}
+    assert {id(p) for p in by_name["kernels"]["params"]} == {id(net.conv1.weight), id(net.up.weight), id(net.fc.weight)}
+    assert {id(p) for p in by_name["vectors"]["params"]} == {id(net.bn1.weight)}
+    assert {id(p) for p in by_name["biases"]["params"]} == {id(m.bias) for m in (net.conv1, net.bn1, net.up, net.fc)}
+    assert by_name["kernels"]["centri_strength"] == 0.3
+    assert by_name["biases"]["centri_strength"] == 0.15
+    assert by_name["biases"]["lr_factor"] == 2.0
+    assert by_name["vectors"]["weight_decay"] == 3e-3
+    merged = {id(p): s for g in groups for p, s in zip(g["params"], g["segments"], strict=True) if s}
+    assert merged.keys() == {id(p) for m in (net.conv1, net.bn1, net.up) for p in m.parameters()}, (
+        "the vectors of a channel move with it"
+    )
+    assert merged[id(net.up.weight)][0] == 1, "a transposed conv has its filters along dim 1"
+
+
+def test_f2_the_deviation_never_sees_the_data():
+    runs = []
+    for data_seed in (0, 1000):
+        net, *_, groups = clustered_net()
+        optimizer = CSGD(groups, 0.05)
+        trace = []
+        for step in range(30):
+            backward(net, data_seed + step)
+            optimizer.step()
+            trace.append([float(optimizer.deviation(group)) for group in optimizer.clustered_groups()])
+        runs.append(torch.tensor(trace, dtype=torch.float64))
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_f2_forecast_and_measured_deviation_agree(nesterov):
+    net, *_, groups = clustered_net(bias_lr_factor=2.0)
+    optimizer = CSGD(groups, 0.05, nesterov=nesterov)
+    start = {group["name"]: float(optimizer.deviation(group)) for group in optimizer.param_groups}
+    rates = [0.002 * (step + 1) if step < 20 else 0.04 * 0.97**step for step in range(120)]
+    expected = {
+        g["name"]: forecast([r * g["lr_factor"] for r in rates], g["centri_strength"], g["weight_decay"], 0.9, nesterov)
+        for g in optimizer.param_groups
+    }
+    for step, rate in enumerate(rates):
+        csgd.optim.set_lr(optimizer, rate)
+        backward(net, step)
+        optimizer.step()
+        for group in optimizer.param_groups:
+            foreseen = start[group["name"]] * expected[group["name"]][step] ** 2
+            assert float(optimizer.deviation(group)) == pytest.approx(foreseen, rel=1e-8)
+
+
+def test_f3_the_mean_never_sees_the_strength():
+    means = []
+    for strength in (0.0, 0.3):
+        generator = torch.Generator().manual_seed(0)
+        clusters = random_partition(10, 4, generator)
+        p = nn.Parameter(torch.randn(10, 7, generator=generator, dtype=torch.float64))
+        group = {"params": [p], "segments": [(0, segments_of(clusters))], "centri_strength": strength}
+        optimizer = CSGD([group], 0.1, weight_decay=0.01)
+        for _ in range(40):
+            p.grad = torch.randn(10, 7, generator=generator, dtype=torch.float64)
+            optimizer.step()
+        means.append(merge_matrix(clusters) @ p.detach())
+    torch.testing.assert_close(means[0], means[1], rtol=0, atol=1e-12)
+
+
+def test_f10_rows_of_a_cluster_are_bit_identical_once_equal_and_stay_so():
+    net, spaces, clusters, _ = clustered_net(torch.float32)
+    csgd.merge_equal(net, spaces, clusters)
+    optimizer = CSGD(csgd.param_groups(net, spaces, clusters, centri_strength=0.3), 0.05)
+    for step in range(5):
+        backward(net, step)
+        optimizer.step()
+    checked = 0
+    for group in optimizer.param_groups:
+        for p, segments in zip(group["params"], group["segments"], strict=True):
+            if segments:
+                for t in (p, optimizer.state[p]["momentum_buffer"]):
+                    assert torch.equal(t, t.index_select(segments[0], segments[1]))
+                    checked += 1
+    assert checked == 2 * 6
+
+
+def test_f10_a_step_is_repeatable_whatever_the_threads():
+    ends = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        generator = torch.Generator().manual_seed(0)
+        clusters = random_partition(256, 100, generator)
+        p = nn.Parameter(torch.randn(256, 900, generator=generator))
+        optimizer = CSGD([{"params": [p], "segments": [(0, segments_of(clusters))], "centri_strength": 0.3}], 0.1)
+        for _ in range(3):
+            p.grad = torch.randn(256, 900, generator=generator)
+            optimizer.step()
+        ends.append(p.detach().clone())
+    assert torch.equal(*ends)
+
+
+def test_f9_clipping_by_global_norm_only_rescales():
+    net, *_, groups = clustered_net()
+    optimizer = CSGD(groups, 0.05)
+    start = float(optimizer.deviation(optimizer.param_groups[0]))
+    for step in range(10):
+        backward(net, step)
+        nn.utils.clip_grad_norm_(net.parameters(), 0.01)
+        optimizer.step()
+    group = optimizer.param_groups[0]
+    expected = start * forecast([0.05] * 10, 0.3, 1e-2)[-1] ** 2
+    assert float(optimizer.deviation(group)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_state_dict_round_trip_through_a_file_continues_bit_by_bit(tmp_path):
+    net, spaces, clusters, groups = clustered_net(torch.float32)
+    optimizer = CSGD(groups, 0.05)
+    for step in range(3):
+        backward(net, step)
+        optimizer.step()
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = Net()
+    other.load_state_dict(saved["net"])
+    singles = {name: [[slot] for part in parts for slot in part] for name, parts in clusters.items()}
+    resumed = CSGD(csgd.param_groups(other, spaces, singles, centri_strength=0.0), 0.9)
+    resumed.load_state_dict(saved["optimizer"])
+    for step in range(3, 6):
+        for one, its in ((net, optimizer), (other, resumed)):
+            backward(one, step)
+            its.step()
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_schedulers_and_closures():
+    net, *_, groups = clustered_net(bias_lr_factor=2.0)
+    optimizer = CSGD(groups, 0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    before = net.conv1.weight.detach().clone()
+    loss = optimizer.step(lambda: backward(net, 0))
+    scheduler.step()
+    assert loss.item() > 0
+    assert not torch.equal(before, net.conv1.weight)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05] * 3
+
+
+def test_frozen_parameters_and_missing_gradients_are_left_out():
+    net, spaces, clusters, _ = clustered_net()
+    net.fc.requires_grad_(False)
+    groups = csgd.param_groups(net, spaces, clusters, centri_strength=0.1)
+    assert not {id(p) for p in net.fc.parameters()} & {id(p) for group in groups for p in group["params"]}
+    optimizer = CSGD(groups, 0.1)
+    before = net.up.weight.detach().clone()
+    backward(net, 0)
+    net.up.weight.grad = None
+    optimizer.step()
+    assert torch.equal(before, net.up.weight)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(lr=-1.0), "lr must be 0 or more"),
+        (dict(lr=0.1, momentum=1.0), "momentum must be at least 0 and below 1"),
+        (dict(lr=0.1, momentum=0.0), "nesterov needs a momentum"),
+        (dict(lr=10.0), "centri_strength 0.3 diverges at learning rate 10: .* centri_strength below 0.1257"),
+    ],
+)
+def test_bad_constants_are_refused(options, message):
+    *_, groups = clustered_net()
+    with pytest.raises(InputError, match=message):
+        CSGD(groups, **options)
+
+
+def test_negative_strengths_are_refused():
+    net, spaces, clusters, _ = clustered_net()
+    with pytest.raises(InputError, match="centri_strength must be 0 or more, got -1"):
+        csgd.param_groups(net, spaces, clusters, centri_strength=-1)
+    with pytest.raises(InputError, match="vector_ratio"):
+        csgd.param_groups(net, spaces, clusters, centri_strength=1, vector_ratio=float("nan"))
