@@ -90,7 +90,7 @@ class Deps:
 
     fraction: float = MISSING
     widths: list[int] | None = None
-    layers: dict[str, Any] | None = None
+    layers: dict[str, Any] = field(default_factory=dict)
     min_width: int = 2
     round_to: int = 1
     keep: list[str] = field(default_factory=list)

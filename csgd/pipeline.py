@@ -92,7 +92,7 @@ def _widths(cfg: Any, spaces: list[ChannelSpace]) -> dict[str, int]:
     options = dict(min_width=cfg.deps.min_width, round_to=cfg.deps.round_to, keep=cfg.deps.keep)
     if cfg.deps.widths is not None:
         return target_widths(spaces, cfg.deps.widths, **options)
-    if cfg.deps.layers is not None:
+    if cfg.deps.layers:
         return target_widths(spaces, cfg.deps.layers, rest=cfg.deps.fraction, **options)
     return target_widths(spaces, cfg.deps.fraction, **options)
 

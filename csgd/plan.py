@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from csgd.centripetal import forecast, lengthening, strength_to_collapse
+from csgd.centripetal import forecast, lengthening, stability_limit, strength_to_collapse
 from csgd.optim import CSGD, check_stability
 
 
@@ -19,7 +19,7 @@ class Plan:
 
     factors: dict[str, list[float]]
     tolerance: float
-    advice: str | None
+    advice: str | None = None
 
     @property
     def left(self) -> float:
@@ -35,21 +35,61 @@ class Plan:
         return f"forecast: the deviation will have shrunk at the end ({parts} of its start)"
 
 
+@dataclass(frozen=True)
+class _Recurrence:
+    """What fact F2 needs to know of one parameter group: its strength and its constants."""
+
+    name: str
+    strength: float
+    rates: list[float]
+    constants: dict[str, float]
+
+    @classmethod
+    def of(cls, group: dict, learning_rates: Sequence[float]) -> "_Recurrence":
+        constants = {key: group[key] for key in ("weight_decay", "momentum", "nesterov")}
+        rates = [rate * group["lr_factor"] for rate in learning_rates]
+        return cls(group["name"], group["centri_strength"], rates, constants)
+
+    def factors(self) -> list[float]:
+        return forecast(self.rates, self.strength, **self.constants)
+
+    def collapses(self, tolerance: float) -> bool:
+        limit = stability_limit(self.constants["momentum"], self.constants["nesterov"])
+        stable = max(self.rates) * (self.constants["weight_decay"] + self.strength) < limit
+        return stable and abs(self.factors()[-1]) <= tolerance
+
+
 def plan(optimizer: CSGD, learning_rates: Sequence[float], tolerance: float) -> Plan:
     """Forecasts a run of `optimizer` under a schedule of learning rates; InputError where it diverges (F6)."""
-    factors, needed, longer = {}, [], 1.0
-    strengths = [group["centri_strength"] for group in optimizer.clustered_groups()]
-    for group in optimizer.clustered_groups():
-        rates = [rate * group["lr_factor"] for rate in learning_rates]
-        inertia = dict(weight_decay=group["weight_decay"], momentum=group["momentum"], nesterov=group["nesterov"])
-        check_stability(max(rates), group["centri_strength"], **inertia)
-        factors[group["name"]] = forecast(rates, group["centri_strength"], **inertia)
-        ratio = group["centri_strength"] / max(strengths) if max(strengths) else 1.0
-        wanted = strength_to_collapse(rates, tolerance, **inertia) if ratio else None
-        needed.append(math.inf if wanted is None else wanted / ratio)
-        longer = max(longer, lengthening(factors[group["name"]][-1], tolerance))
-    strength = max(needed, default=0.0)
-    ways = [f"a centri_strength of {strength:.3g}"] if math.isfinite(strength) else []
-    ways += [f"{longer:.1f} times as many epochs"] if math.isfinite(longer) else []
-    result = Plan(factors, tolerance, None)
-    return result if result.collapses else Plan(factors, tolerance, " or ".join(ways) or "a centri_strength above 0")
+    recurrences = [_Recurrence.of(group, learning_rates) for group in optimizer.clustered_groups()]
+    for r in recurrences:
+        check_stability(max(r.rates), r.strength, **r.constants)
+    ahead = Plan({r.name: r.factors() for r in recurrences}, tolerance)
+    return ahead if ahead.collapses else replace(ahead, advice=_advice(ahead, recurrences))
+
+
+def _advice(ahead: Plan, recurrences: list[_Recurrence]) -> str:
+    """A strength that does for kernels and vectors alike, with vector_ratio as it is or else 1; or more epochs."""
+    strongest, ways = max(r.strength for r in recurrences), []
+    for ratios, also in (
+        ([r.strength / strongest if strongest else 0.0 for r in recurrences], ""),
+        ([1.0] * len(recurrences), " with a vector_ratio of 1"),
+    ):
+        needed = [strength_to_collapse(r.rates, ahead.tolerance, **r.constants) for r in recurrences]
+        if None in needed or not all(ratios):
+            continue
+        strength = max(n / ratio for n, ratio in zip(needed, ratios, strict=True))
+        stronger = [replace(r, strength=strength * ratio) for r, ratio in zip(recurrences, ratios, strict=True)]
+        if all(r.collapses(ahead.tolerance) for r in stronger):
+            ways.append(f"a centri_strength of {_round_up(strength)}{also}")
+            break
+    longer = max(lengthening(factors[-1], ahead.tolerance) for factors in ahead.factors.values())
+    if math.isfinite(longer):
+        ways.append(f"{math.ceil(longer * 10) / 10:.1f} times as many epochs")
+    return " or ".join(ways) or "a lower learning rate and many more epochs"
+
+
+def _round_up(value: float) -> str:
+    """Three digits, never less than the value: what is advised has to do."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / unit) * unit:.3g}"

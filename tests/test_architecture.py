@@ -1,0 +1,93 @@
+"""Imports go down the floors of the house, never up; heavy things are imported where they are used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "csgd.errors": 0,
+    "csgd.centripetal": 0,
+    "csgd.graph": 0,
+    "csgd.clusters": 0,
+    "csgd.widths": 0,
+    "csgd.schedule": 0,
+    "csgd.data": 0,
+    "csgd.models": 0,
+    "csgd.optim": 1,
+    "csgd.trim": 1,
+    "csgd.trial": 1,
+    "csgd.plan": 1,
+    "csgd.train": 1,
+    "csgd.checkpoint": 1,
+    "csgd.verify": 2,
+    "csgd.report": 2,
+    "csgd.tracking": 2,
+    "csgd.pipeline": 3,
+    "run": 4,
+}
+ONLY_IN = {
+    "wandb": {"csgd.tracking"},
+    "matplotlib": {"csgd.report"},
+    "hydra": {"csgd.pipeline", "run"},
+    "omegaconf": {"csgd.pipeline", "run"},
+    "sklearn": {"csgd.clusters", "csgd.data"},
+}
+
+
+def modules():
+    for path in [*(ROOT / "csgd").rglob("*.py"), ROOT / "run.py"]:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        yield name, path
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(name):
+    return next((known for known in FLOORS if name == known or name.startswith(known + ".")), None)
+
+
+def test_every_module_has_a_floor():
+    assert [name for name, _ in modules() if room(name) is None and name != "csgd"] == []
+    assert set(FLOORS) == {room(name) for name, _ in modules() if name != "csgd"}
+
+
+def test_no_stair_goes_up():
+    up = [
+        f"{name} imports {target}"
+        for name, path in modules()
+        if name != "csgd"
+        for target in imports(path)
+        if room(target) and FLOORS[room(target)] > FLOORS[room(name)]
+    ]
+    assert up == []
+
+
+def test_libraries_stay_in_their_rooms():
+    strays = [
+        f"{name} imports {target}"
+        for name, path in modules()
+        for target in imports(path)
+        if target.split(".")[0] in ONLY_IN and name not in ONLY_IN[target.split(".")[0]]
+    ]
+    assert strays == []
+
+
+def test_the_package_imports_without_hydra_or_wandb():
+    code = "import sys, csgd; print(sorted({'hydra', 'omegaconf', 'wandb', 'matplotlib', 'sklearn'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_configuration_is_read_without_torch():
+    code = "import sys, run; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,62 @@
+import pickle
+
+import pytest
+import torch
+
+from csgd import InputError
+from csgd.checkpoint import load_weights, save_checkpoint, save_weights
+from tests import nets
+
+
+def test_weights_come_back_bit_by_bit_tied_ones_too(tmp_path):
+    model = nets.Tied()
+    save_weights(tmp_path / "net.safetensors", model.state_dict())
+    loaded = load_weights(tmp_path / "net.safetensors")
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
+
+
+def test_torch_files_bare_nested_and_wrapped(tmp_path):
+    state = nets.Plain().state_dict()
+    for saved in (state, {"state_dict": state, "epoch": 3}, {f"module.{k}": v for k, v in state.items()}):
+        torch.save(saved, tmp_path / "net.pt")
+        assert load_weights(tmp_path / "net.pt").keys() == state.keys()
+
+
+def test_a_checkpoint_replaces_the_last_one_and_keeps_it(tmp_path):
+    path = tmp_path / "checkpoints" / "last.pt"
+    for epoch in (1, 2):
+        save_checkpoint(path, {"epoch": epoch})
+    assert torch.load(path)["epoch"] == 2
+    assert torch.load(path.with_suffix(".pt.previous"))["epoch"] == 1
+    assert sorted(p.name for p in path.parent.iterdir()) == ["last.pt", "last.pt.previous"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.safetensors", b"\x10\0\0\0\0\0\0\0{}", "is damaged or of an unknown format"),
+        ("a.pt", b"PK\x03\x04 cut short", "is damaged or of an unknown format"),
+        ("a.pt", b"", "is damaged or of an unknown format"),
+        ("a.pt", pickle.dumps(object(), protocol=2), "is a pickle of more than tensors"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_weights(tmp_path / name)
+
+
+def test_a_whole_module_and_a_truncated_file_are_refused(tmp_path):
+    torch.save(nets.Plain(), tmp_path / "module.pt")
+    with pytest.raises(InputError, match="is a pickle of more than tensors"):
+        load_weights(tmp_path / "module.pt")
+    torch.save(nets.Plain().state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:2000])
+    with pytest.raises(InputError, match="is damaged or of an unknown format"):
+        load_weights(tmp_path / "cut.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(InputError, match="does not hold a state_dict"):
+        load_weights(tmp_path / "list.pt")
+    with pytest.raises(InputError, match="is not a file"):
+        load_weights(tmp_path / "missing.pt")

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch import nn
+
+import csgd
+from csgd import InputError, cluster, find_spaces, target_widths
+from csgd.models import resnet20
+from tests import nets
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    model = resnet20(10)
+    spaces = find_spaces(model, torch.randn(2, 3, 32, 32), trial=False)
+    return model, spaces, target_widths(spaces, 5 / 8)
+
+
+@pytest.mark.parametrize("method", csgd.clusters.METHODS)
+def test_every_method_partitions_every_space_into_its_width(resnet, method):
+    model, spaces, widths = resnet
+    clusters = cluster(model, spaces, widths, method)
+    for space in spaces:
+        if space.trimmable:
+            parts = clusters[space.name]
+            assert len(parts) == widths[space.name]
+            assert sorted(slot for part in parts for slot in part) == list(range(space.size))
+            assert all(part == sorted(part) for part in parts)
+
+
+def test_even_and_imbalanced_as_the_paper_defines_them():
+    model = nets.Plain()
+    spaces = find_spaces(model, nets.example_of(nets.Plain))
+    even = cluster(model, spaces, {"conv1": 3}, "even")["conv1"]
+    assert even == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert cluster(model, spaces, {"conv1": 3}, "imbalanced")["conv1"] == [[0, 1, 2, 3, 4, 5], [6], [7]]
+
+
+def test_kmeans_finds_planted_clusters_also_in_a_transposed_conv():
+    model = nn.Sequential(nn.ConvTranspose2d(3, 6, 2), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    spaces = find_spaces(model, torch.randn(nets.IMAGES))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(3, 2, 2, 2)[:, [0, 0, 1, 1, 0, 1]] + 1e-3 * torch.randn(3, 6, 2, 2))
+    assert cluster(model, spaces, {"0": 2})["0"] == [[0, 1, 4], [2, 3, 5]]
+
+
+def test_kmeans_is_seeded(resnet):
+    model, spaces, widths = resnet
+    assert cluster(model, spaces, widths, seed=3) == cluster(model, spaces, widths, seed=3)
+    assert cluster(model, spaces, widths, seed=3) != cluster(model, spaces, widths, seed=4)
+
+
+def test_target_width_is_reached_even_among_equal_filters():
+    model = nets.Plain()
+    spaces = find_spaces(model, nets.example_of(nets.Plain))
+    with torch.no_grad():
+        model.conv1.weight.zero_()
+        model.conv1.weight[7] = 1.0
+    clusters = cluster(model, spaces, {"conv1": 5})["conv1"]
+    assert len(clusters) == 5
+    assert [7] in clusters
+
+
+def test_width_equal_to_the_size_leaves_singletons(resnet):
+    model, spaces, _ = resnet
+    assert cluster(model, spaces, {"conv1": 16})["conv1"] == [[slot] for slot in range(16)]
+
+
+@pytest.mark.parametrize(
+    "widths, method, message",
+    [
+        ({"conv1": 17}, "kmeans", "widths.conv1 must be between 1 and 16, got 17"),
+        ({"conv1": 0}, "kmeans", "widths.conv1 must be between 1 and 16, got 0"),
+        ({"other": 3}, "kmeans", "there is no channel space 'other'"),
+        ({"conv1": 3}, "random", "must be one of kmeans, even, imbalanced, got 'random'"),
+    ],
+)
+def test_bad_input(resnet, widths, method, message):
+    with pytest.raises(InputError, match=message):
+        cluster(resnet[0], resnet[1], widths, method)
+
+
+def test_nan_weights_cannot_be_clustered():
+    model = nets.Plain()
+    spaces = find_spaces(model, nets.example_of(nets.Plain))
+    with torch.no_grad():
+        model.conv1.weight[0] = float("nan")
+    with pytest.raises(InputError, match="the weights of conv1 hold NaN"):
+        cluster(model, spaces, {"conv1": 4})

@@ -1,0 +1,146 @@
+"""The configuration as code: every option of every group composes, resolves and is checked."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.schema import Config, ConfigError, register
+from run import quote_fractions
+
+CONF = Path(__file__).parents[1] / "conf"
+OPTIONS = sorted(
+    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "__pycache__"
+)
+
+
+def composed(*overrides) -> Config:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", quote_fractions(list(overrides)))
+    OmegaConf.resolve(cfg)
+    return OmegaConf.to_object(cfg)
+
+
+@pytest.mark.parametrize("group, option", OPTIONS)
+def test_every_option_composes_and_passes_its_checks(group, option):
+    extra = ["dataset.root=somewhere"] if option == "imagefolder" else []
+    assert isinstance(composed(f"{group}={option}", *extra), Config)
+
+
+def test_the_groups_are_the_documented_ones():
+    assert {group for group, _ in OPTIONS} == {
+        "model", "dataset", "deps", "clustering", "schedule", "wandb", "experiment",
+    }  # fmt: skip
+    assert [option for group, option in OPTIONS if group == "deps"] == [
+        "11_16", "13_16", "1_2", "1_4", "3_4", "3_8", "5_8",
+    ]  # fmt: skip
+
+
+def test_the_fractions_are_what_their_names_say():
+    for group, option in OPTIONS:
+        if group == "deps":
+            above, below = map(int, option.split("_"))
+            assert composed(f"deps={option}").deps.fraction == above / below
+
+
+def test_the_main_configuration_fits_a_screen():
+    assert len((CONF / "config.yaml").read_text().splitlines()) <= 48
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("deps=5_8", "deps='5_8'"),
+        ("deps=5_8,13_16", "deps='5_8','13_16'"),
+        ("deps.fraction=0.6", "deps.fraction=0.6"),
+        ("model=vgg16", "model=vgg16"),
+        ("hydra.run.dir=out/5_8", "hydra.run.dir=out/5_8"),
+        ("deps='5_8'", "deps='5_8'"),
+    ],
+)
+def test_fractions_are_quoted_for_hydras_grammar(argument, expected):
+    assert quote_fractions([argument]) == [expected]
+
+
+def test_centri_strength_is_a_top_level_number_that_the_schedule_sets():
+    assert composed("schedule=paper_cifar").centri_strength == 3e-3
+    assert composed("schedule=paper_cifar", "centri_strength=1e-2").centri_strength == 1e-2
+
+
+def test_the_papers_recipes():
+    cifar = composed("experiment=cifar10_resnet56")
+    assert (cifar.model["_target_"], cifar.deps.fraction) == ("csgd.models.resnet56", 0.625)
+    assert (cifar.schedule.csgd.epochs, cifar.schedule.csgd.lr, cifar.schedule.batch_size) == (600, 3e-2, 64)
+    assert (cifar.centri_strength, cifar.vector_ratio, cifar.schedule.weight_decay) == (3e-3, 0.1, 1e-4)
+    imagenet = composed("experiment=imagenet_resnet50")
+    assert (imagenet.schedule.csgd.epochs, imagenet.schedule.csgd.lr, imagenet.schedule.batch_size) == (70, 3e-3, 256)
+    assert (imagenet.centri_strength, imagenet.vector_ratio, imagenet.base.weights) == (5e-2, 0.1, "IMAGENET1K_V1")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("centri_strength=-1", "centri_strength must be 0 or more, got -1.0"),
+        ("centri_strength=nan", "centri_strength must be 0 or more, got nan"),
+        ("centri_strength=strong", "could not be converted to Float"),
+        ("vector_ratio=-0.1", "vector_ratio must be 0 or more, got -0.1"),
+        ("deps=9_8", "Could not find 'deps/9_8'"),
+        ("deps.fraction=1.2", "deps.fraction must be above 0 and at most 1, got 1.2"),
+        ("deps.fraction=0", "deps.fraction must be above 0 and at most 1, got 0.0"),
+        ("deps.min_width=0", "deps.min_width must be 1 or more, got 0"),
+        ("deps.round_to=0", "deps.round_to must be 1 or more, got 0"),
+        ("deps.widths=[a]", "could not be converted to Integer"),
+        ("model=alexnot", "Could not find 'model/alexnot'"),
+        ("dataset=mnust", "Could not find 'dataset/mnust'"),
+        ("dataset=imagefolder", "Missing mandatory value"),
+        ("model._target_=net", "model._target_ must be a dotted path to a callable, got 'net'"),
+        ("clustering.method=random", "clustering.method must be kmeans, even or imbalanced, got 'random'"),
+        ("seed=-1", "seed must be between 0 and 2147483647, got -1"),
+        ("seed=one", "could not be converted to Integer"),
+        ("device=tpu", "device must be auto, cpu or cuda, got 'tpu'"),
+        ("threads=0", "threads must be 1 or more, or null, got 0"),
+        ("wandb.mode=loud", "wandb.mode must be online, offline or disabled, got 'loud'"),
+        ("tolerance.logits=0", "tolerance.logits must be above 0, got 0.0"),
+        ("schedule.batch_size=1", "schedule.batch_size must be 2 or more, got 1"),
+        ("schedule.momentum=1.0", "schedule.momentum must be at least 0 and below 1, got 1.0"),
+        ("schedule.momentum=0", "schedule.nesterov must be false without momentum, got True"),
+        ("schedule.weight_decay=-1", "schedule.weight_decay must be 0 or more, got -1.0"),
+        ("schedule.bias_lr_factor=0", "schedule.bias_lr_factor must be above 0, got 0.0"),
+        ("schedule.csgd.epochs=0", "schedule.csgd.epochs must be 1 or more, got 0"),
+        ("schedule.base.lr=0", "schedule.base.lr must be above 0, got 0.0"),
+        ("schedule.base.decay=linear", "schedule.base.decay must be cosine, step or constant, got 'linear'"),
+        ("schedule.csgd.warmup_epochs=99", "schedule.csgd.warmup_epochs must be within the epochs, got 99.0"),
+        ("schedule.csgd.gamma=0", "schedule.csgd.gamma must be above 0 and at most 1, got 0.0"),
+        ("schedule.csgd.max_steps=0", "schedule.csgd.max_steps must be 1 or more, or null, got 0"),
+        ("no_such_key=1", "Could not override 'no_such_key'"),
+        ("schedule.no_such_key=1", "Could not override 'schedule.no_such_key'"),
+        ("dataset.no_such_key=1", "Could not override 'dataset.no_such_key'"),
+    ],
+)
+def test_bad_values_are_refused_with_their_key(override, message):
+    with pytest.raises((ConfigError, HydraException, OmegaConfBaseException)) as caught:
+        composed(override)
+    assert message in f"{caught.value} {caught.value.__cause__}"
+
+
+def test_the_documented_overrides_of_config_yaml_work():
+    for overrides in (
+        ["model=torchvision", "model.name=resnet18"],
+        ["deps.fraction=0.6"],
+        ["deps.widths=[40,40]"],
+        ["deps.layers={features.0: 0.5, features.*: 0.25}"],
+        ["model._target_=mynet.Net"],
+        ["base.weights=IMAGENET1K_V1"],
+    ):
+        composed(*overrides)
+
+
+def test_sweeps_over_strengths_and_widths_compose():
+    for strength, fraction in itertools.product(("1e-3", "3e-3", "1e-2"), ("13_16", "11_16", "5_8")):
+        cfg = composed(f"centri_strength={strength}", f"deps={fraction}")
+        assert cfg.centri_strength == float(strength)

@@ -1,0 +1,71 @@
+"""Every classifier family of torchvision: cut at random in all spaces, float64, eval and train mode, and reloaded."""
+
+import pytest
+import torch
+from torch import nn
+
+import csgd
+from csgd.models import torchvision
+from csgd.trial import Trial, random_clusters, relative_difference, tensors_in
+
+FAMILIES = {  # name: image size; the first few run in CI, all of them with -m 'slow or not slow'
+    "resnet18": 32,
+    "mobilenet_v2": 32,
+    "squeezenet1_1": 64,
+    "shufflenet_v2_x0_5": 32,
+    "mnasnet0_5": 32,
+    "regnet_y_400mf": 32,
+    "mobilenet_v3_small": 32,
+    "alexnet": 64,
+    "densenet121": 32,
+    "efficientnet_b0": 32,
+    "resnext50_32x4d": 32,
+    "resnet50": 64,
+    "wide_resnet50_2": 32,
+    "googlenet": 64,
+    "inception_v3": 299,
+    "vgg16_bn": 32,
+    "convnext_tiny": 64,
+    "efficientnet_v2_s": 64,
+    "swin_t": 64,
+    "vit_b_16": 224,
+    "maxvit_t": 224,
+}
+FAST = 11
+
+
+def without_randomness(model: nn.Module) -> nn.Module:
+    """Dropout and stochastic depth off, so that train mode can be compared."""
+    for module in model.modules():
+        if hasattr(module, "p") and isinstance(module.p, float):
+            module.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if i < FAST else [pytest.mark.slow]) for i, n in enumerate(FAMILIES)]
+)
+def test_family_is_cut_exactly_and_reloads(name):
+    size = FAMILIES[name]
+    model, example = without_randomness(torchvision(name, 10)), torch.randn(2, 3, size, size)
+    spaces = csgd.find_spaces(model, example, trial=False)
+    trial = Trial(model, example)
+    assert trial.modes == (False, True)
+    clusters = random_clusters(spaces)
+    trimmed, before = trial.cut(spaces, clusters, equal=True)
+    assert trial.compare(trimmed, before) <= 1e-12
+    assert trial.change(spaces, clusters, equal=False) > 0.05, "the control: unequal members must show"
+
+    fresh = csgd.load_trimmed(without_randomness(torchvision(name, 10)).double(), trimmed.state_dict()).eval()
+    outputs = [list(tensors_in(net.eval()(*trial.args))) for net in (trimmed, fresh)]
+    assert relative_difference(*outputs) == 0.0
+    attributes = [[(m.extra_repr(), type(m)) for m in net.modules()] for net in (trimmed, fresh)]
+    assert attributes[0] == attributes[1]
+
+
+def test_coverage_of_residual_and_concat_networks():
+    """Every conv of these networks but for the output layer can be trimmed."""
+    for name, free in (("resnet50", 37), ("densenet121", 120), ("mobilenet_v2", 25)):
+        spaces = csgd.find_spaces(torchvision(name, 10), torch.randn(2, 3, 32, 32), trial=False)
+        assert sum(space.trimmable for space in spaces) == free
+        assert [space.pinned for space in spaces if space.pinned] == [["network output"]]

@@ -1,0 +1,116 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import csgd
+from csgd import CSGD, data
+from csgd.plan import plan
+from csgd.train import DivergedError, accuracy, criterion, logits_of, predict, train
+
+
+def small_data(seed=0):
+    return data.synthetic(
+        num_classes=3, image_size=8, train_size=96, test_size=30, batch_size=16, seed=seed, device=torch.device("cpu")
+    )
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1),
+        nn.Linear(96, 3),
+    )  # fmt: skip
+
+
+def options(**changes):
+    return dict(epochs=3, max_steps=None, lr_at=lambda step: 0.05, seed=0, label="test", progress=False) | changes
+
+
+def test_training_learns_and_can_be_repeated_bit_by_bit():
+    ends = []
+    for _ in range(2):
+        net, d = small_net(), small_data()
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        epochs = list(train(net, optimizer, d, **options()))
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.equal(*ends)
+    assert epochs[-1].loss < epochs[0].loss
+    assert [epoch.step for epoch in epochs] == [6, 12, 18]
+    assert accuracy(*predict(net, d)) > 0.5
+
+
+def test_max_steps_and_the_schedule():
+    net, seen = small_net(), []
+
+    def lr_at(step):
+        seen.append(step)
+        return 0.01
+
+    optimizer = torch.optim.SGD(net.parameters(), 1.0)
+    list(train(net, optimizer, small_data(), **options(max_steps=4, lr_at=lr_at)))
+    assert seen == list(range(12))
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_csgd_in_the_same_loop_follows_its_plan_to_the_collapse():
+    net, d = small_net(), small_data()
+    spaces = csgd.find_spaces(net, d.example)
+    clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
+    optimizer = CSGD(csgd.param_groups(net, spaces, clusters, centri_strength=8.0, vector_ratio=1.0), 0.05)
+    ahead = plan(optimizer, [0.05] * 60, 1e-5)
+    assert ahead.collapses
+    assert ahead.advice is None
+    start = {group["name"]: float(optimizer.deviation(group)) for group in optimizer.clustered_groups()}
+    for epoch in train(net, optimizer, d, **options(epochs=10)):
+        for group in optimizer.clustered_groups():
+            foreseen = start[group["name"]] * ahead.factors[group["name"]][epoch.step - 1] ** 2
+            if foreseen > 1e-8 * start[group["name"]]:  # above the float32 floor
+                assert float(optimizer.deviation(group)) == pytest.approx(foreseen, rel=0.01)
+    assert optimizer.relative_deviation() < 1e-5
+    before, labels = predict(net, d)
+    csgd.trim(net, spaces, clusters, tolerance=1e-5)
+    after, _ = predict(net, d)
+    assert (before - after).abs().max() / before.abs().max() < 1e-4
+    assert accuracy(before, labels) == accuracy(after, labels)
+
+
+def test_a_plan_that_does_not_collapse_says_what_would():
+    net, d = small_net(), small_data()
+    spaces = csgd.find_spaces(net, d.example)
+    clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
+
+    def ahead(strength, steps=400, ratio=0.1):
+        groups = csgd.param_groups(net, spaces, clusters, centri_strength=strength, vector_ratio=ratio)
+        return plan(CSGD(groups, 0.05), [0.05] * steps, 1e-5)
+
+    weak = ahead(0.1)
+    assert not weak.collapses
+    assert weak.left == pytest.approx(abs(weak.factors["vectors"][-1]))
+    strength, longer = (float(part.split()[i]) for part, i in zip(weak.advice.split(" or "), (-1, 0), strict=True))
+    assert ahead(strength).collapses
+    assert not ahead(0.97 * strength).collapses
+    assert ahead(0.1, round(400 * longer * 1.05)).collapses
+
+    short = ahead(2.0, steps=60)  # the strength that vectors need at a tenth would make the kernels diverge
+    assert "with a vector_ratio of 1" in short.advice
+    assert ahead(float(short.advice.split("centri_strength of ")[1].split()[0]), 60, 1.0).collapses
+    assert ahead(0.0).advice.startswith("a centri_strength of")
+
+
+def test_nan_stops_and_names_the_step():
+    net, d = small_net(), small_data()
+
+    def lr_at(step):
+        return 1e30 if step >= 7 else 0.01
+
+    with pytest.raises(DivergedError, match="the loss at step (8|9|10) is not a number"):
+        list(train(net, torch.optim.SGD(net.parameters(), 0.1), d, **options(lr_at=lr_at)))
+
+
+def test_auxiliary_heads_count_by_their_weight():
+    main, aux, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    expected = F.cross_entropy(main, labels) + 0.3 * F.cross_entropy(aux, labels)
+    torch.testing.assert_close(criterion((main, aux), labels), expected)
+    torch.testing.assert_close(criterion((main, None), labels), F.cross_entropy(main, labels))
+    assert logits_of((main, aux)) is main
