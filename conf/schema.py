@@ -45,6 +45,7 @@ class Phase:
     decay: str = "cosine"
     milestones: list[float] = field(default_factory=list)
     gamma: float = 0.1
+    clip_norm: float | None = None  # of the gradient of all parameters
     max_steps: int | None = None  # per epoch; null: all batches
 
     def check(self, key: str) -> None:
@@ -90,13 +91,14 @@ class Deps:
 
     fraction: float = MISSING
     widths: list[int] | None = None
-    layers: dict[str, Any] = field(default_factory=dict)
+    layers: Any = None  # {pattern: fraction or width}
     min_width: int = 2
     round_to: int = 1
     keep: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         _require(0 < self.fraction <= 1, "deps.fraction", "above 0 and at most 1", self.fraction)
+        _require(self.layers is None or isinstance(self.layers, dict), "deps.layers", "a mapping", self.layers)
         _require(self.min_width >= 1, "deps.min_width", "1 or more", self.min_width)
         _require(self.round_to >= 1, "deps.round_to", "1 or more", self.round_to)
 

@@ -31,7 +31,7 @@ from csgd.optim import CSGD, check_stability, param_groups
 from csgd.plan import Plan, plan
 from csgd.schedule import learning_rate
 from csgd.tracking import Tracker
-from csgd.train import Epoch, accuracy, predict, train
+from csgd.train import Epoch, accuracy, logits_of, predict, train
 from csgd.trial import find_spaces
 from csgd.trim import trim
 from csgd.verify import Verdict, count_macs, count_params, statistics_spread, verdict
@@ -49,6 +49,7 @@ def run(cfg: Any, output_dir: Path) -> Verdict:
     torch.manual_seed(cfg.seed)
     model = _build("model", cfg.model, num_classes=data.num_classes, image_size=data.example.size(-1))
     model = _placed(model, device)
+    _check_fit(model, data)
     name = f"{_label(cfg.model)}-{_label(cfg.dataset)}-{cfg.deps.fraction:g}-s{cfg.seed}"
     settings = dict(project=cfg.wandb.project, entity=cfg.wandb.entity, group=cfg.wandb.group, tags=cfg.wandb.tags)
     with Tracker(output_dir, mode=cfg.wandb.mode, config=asdict(cfg), settings=settings | {"name": name}) as tracker:
@@ -89,12 +90,16 @@ def run(cfg: Any, output_dir: Path) -> Verdict:
 
 
 def _widths(cfg: Any, spaces: list[ChannelSpace]) -> dict[str, int]:
-    options = dict(min_width=cfg.deps.min_width, round_to=cfg.deps.round_to, keep=cfg.deps.keep)
+    deps, options = cfg.deps.fraction, {}
     if cfg.deps.widths is not None:
-        return target_widths(spaces, cfg.deps.widths, **options)
-    if cfg.deps.layers:
-        return target_widths(spaces, cfg.deps.layers, rest=cfg.deps.fraction, **options)
-    return target_widths(spaces, cfg.deps.fraction, **options)
+        deps = cfg.deps.widths
+    elif cfg.deps.layers:
+        deps, options = cfg.deps.layers, {"rest": cfg.deps.fraction}
+    options |= dict(min_width=cfg.deps.min_width, round_to=cfg.deps.round_to, keep=cfg.deps.keep)
+    widths = target_widths(spaces, deps, **options)
+    if all(widths.get(space.name, space.size) == space.size for space in spaces):
+        raise InputError("deps: nothing is left to trim, every layer keeps its width")
+    return widths
 
 
 def _tell_spaces(spaces: list[ChannelSpace], widths: dict[str, int]) -> None:
@@ -275,6 +280,7 @@ def _phase(cfg: Any, data: Data, name: str) -> dict[str, Any]:
     return dict(
         epochs=phase.epochs,
         max_steps=phase.max_steps,
+        clip_norm=phase.clip_norm,
         lr_at=partial(_lr_at(phase), steps_per_epoch=steps_per_epoch),
         seed=cfg.seed,
         label={"base": "base", "csgd": "C-SGD"}[name],
@@ -358,6 +364,19 @@ def _build(group: str, settings: dict[str, Any], **offered: Any) -> Any:
     except TypeError as error:
         raise InputError(f"{group}: '{target}' does not fit its settings: {error}") from None
     return made(**arguments)
+
+
+def _check_fit(model: nn.Module, data: Data) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model._target_ must make a torch.nn.Module, got {type(model).__name__}")
+    try:
+        with torch.no_grad():
+            outputs = logits_of(model.eval()(data.example))
+        shape = list(outputs.shape)
+    except Exception as error:  # whatever a network raises on images that it cannot take
+        raise InputError(f"the model cannot take images of {list(data.example.shape[1:])}: {error}") from None
+    if len(shape) != 2 or shape[1] < data.num_classes:
+        raise InputError(f"the model must return logits [n, {data.num_classes}], got {shape}")
 
 
 def _label(settings: dict[str, Any]) -> str:

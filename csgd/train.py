@@ -40,7 +40,8 @@ def train(
     data: Data,
     *,
     epochs: int,
-    max_steps: int | None,
+    max_steps: int | None = None,
+    clip_norm: float | None = None,
     lr_at: Callable[[int], float],
     seed: int,
     label: str,
@@ -48,7 +49,8 @@ def train(
 ) -> Iterator[Epoch]:
     """Trains epoch by epoch and yields after each, so that the caller tests, logs and saves.
 
-    `lr_at` is a function of the step, `max_steps` caps an epoch.  The random state of each epoch is fixed by
+    `lr_at` is a function of the step, `max_steps` caps an epoch, `clip_norm` the gradient (fact F9: the forecast holds
+    all the same).  The random state of each epoch is fixed by
     (seed, epoch).  DivergedError names the step at which the loss stopped being a number; the weights are then lost.
     """
     steps_per_epoch = min(data.steps_per_epoch, max_steps or data.steps_per_epoch)
@@ -66,6 +68,8 @@ def train(
             outputs = model(images)
             loss = criterion(outputs, labels)
             loss.backward()
+            if clip_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
             lr = lr_at(step)
             set_lr(optimizer, lr)
             optimizer.step()

@@ -1,0 +1,257 @@
+"""The command line itself, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from csgd import load_trimmed
+from csgd.checkpoint import load_weights, save_weights
+from csgd.models import resnet20, vgg16
+
+ROOT = Path(__file__).parents[1]
+SHORT = [  # the main job's own path, on fewer steps
+    "schedule.batch_size=8",
+    "schedule.base={epochs: 1, lr: 0.01, warmup_epochs: 0, max_steps: 3}",
+    "schedule.csgd={epochs: 2, lr: 0.01, warmup_epochs: 0, max_steps: 12, decay: constant}",
+    "centri_strength=60",
+]
+
+
+def run(tmp_path, *arguments, status=0, threads=1, **environment):
+    """Runs `python run.py …` in `tmp_path`; the completed process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "WANDB_SILENT": "true", **environment}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def only(paths):
+    (path,) = paths
+    return path
+
+
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("main")
+    done = run(tmp_path, "model=vgg16", "deps=5_8", *SHORT, "hydra.run.dir=out", threads=2)
+    return tmp_path / "out", done
+
+
+def test_the_main_job_proves_its_cut(main_job):
+    out, done = main_job
+    summary = json.loads((out / "summary.json").read_text())
+    verdict, cost = summary["verdict"], summary["cost"]
+    assert verdict["lossless"] is True
+    assert verdict["relative_logit_change"] <= 1e-4
+    assert verdict["relative_deviation"] <= 1e-5
+    assert 0 < verdict["deviation"] < 1e-4
+    assert verdict["accuracy_before_trim"] == verdict["accuracy_after_trim"] == verdict["accuracy"]
+    assert 1 - cost["macs_after"] / cost["macs_before"] >= 0.60
+    assert cost["params_after"] < cost["params_before"]
+    assert list(summary["widths"].values()) == [40, 40, 80, 80, 160, 160, 160] + [320] * 6
+    assert {"base", "cluster", "csgd", "trim", "total"} <= summary["seconds"].keys()
+    assert summary["seed"] == 0
+    assert summary["config"]["deps"]["fraction"] == 0.625
+    assert {"device", "versions", "commit"} <= summary.keys()
+    assert 0 <= summary["base"]["accuracy"] <= 1
+    assert "LOSSLESS" in done.stdout
+    assert "features.28" in done.stdout
+    assert str(out) in done.stdout
+
+
+def test_the_main_job_leaves_its_files(main_job):
+    out, _ = main_job
+    for name in ("metrics.jsonl", "clusters.json", "pruned.json", "run.log", "checkpoints/last.pt", "report/curves.png"):
+        assert (out / name).stat().st_size > 0, name
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["phase"] for row in rows] == ["base", "csgd", "csgd"]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    for row in rows[1:]:
+        assert row["deviation/kernels"] == pytest.approx(row["forecast/kernels"], rel=0.02, abs=1e-9)
+        assert row["deviation/vectors"] == pytest.approx(row["forecast/vectors"], rel=0.02, abs=1e-11)
+    clusters = json.loads((out / "clusters.json").read_text())
+    assert sorted(slot for part in clusters["features.0"] for slot in part) == list(range(64))
+    checkpoint = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
+    assert checkpoint["step"] == 24
+    assert checkpoint["clusters"] == clusters
+    run_file = only(out.glob("wandb/offline-run-*/run-*.wandb"))
+    content = run_file.read_bytes()
+    for key in (b"deviation/kernels", b"forecast/vectors", b"csgd/test_accuracy", b"verdict/lossless"):
+        assert key in content, key
+
+
+def test_the_pruned_file_is_the_small_network(main_job):
+    out, _ = main_job
+    state = load_weights(out / "pruned.safetensors")
+    assert state["features.0.weight"].shape == (40, 3, 3, 3)
+    assert state["classifier.0.weight"].shape == (10, 320)
+    model = load_trimmed(vgg16(10, 32), state)
+    assert sum(p.numel() for p in model.parameters()) == json.loads((out / "summary.json").read_text())["cost"]["params_after"]
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_a_sweep_trains_its_base_once_and_gives_each_job_its_own_run(tmp_path):
+    sweep = ["-m", "model=resnet20", "schedule=smoke", "dataset.image_size=16", "centri_strength=0.1,12", "deps=5_8,1_2"]
+    done = run(tmp_path, *sweep, "hydra.sweep.dir=sweep")
+    summaries = [json.loads((tmp_path / "sweep" / str(i) / "summary.json").read_text()) for i in range(4)]
+    pairs = [(s["config"]["centri_strength"], s["config"]["deps"]["fraction"], s["verdict"]["lossless"]) for s in summaries]
+    assert pairs == [(0.1, 0.625, False), (0.1, 0.5, False), (12.0, 0.625, True), (12.0, 0.5, True)]
+    assert len({s["base"]["accuracy"] for s in summaries}) == 1
+    assert done.stdout.count("base network: from the cache") == 3
+    assert "the filters will not collapse" in done.stdout
+    assert len(list((tmp_path / "sweep").glob("*/wandb/offline-run-*"))) == 4
+    for i in range(4):
+        phases = [json.loads(line)["phase"] for line in (tmp_path / "sweep" / str(i) / "metrics.jsonl").open()]
+        assert phases.count("csgd") == 2
+
+
+def test_a_cut_that_is_not_lossless_is_made_measured_and_fails(tmp_path):
+    done = run(tmp_path, "experiment=smoke", "dataset.image_size=16", "centri_strength=0.5", "hydra.run.dir=out", status=1)
+    verdict = json.loads((tmp_path / "out" / "summary.json").read_text())["verdict"]
+    assert not verdict["lossless"]
+    assert not verdict["collapsed"]
+    assert verdict["relative_logit_change"] > 1e-4
+    assert "NOT LOSSLESS: the filters have not collapsed" in done.stdout
+    assert "would do" in done.stdout
+
+
+def test_the_same_seed_gives_the_same_network(tmp_path):
+    for name in ("one", "two"):
+        run(tmp_path, "experiment=smoke", "dataset.image_size=16", "wandb=disabled", f"base.cache={name}",
+            f"hydra.run.dir=out/{name}")  # fmt: skip
+    states = [load_weights(tmp_path / "out" / name / "pruned.safetensors") for name in ("one", "two")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_other_models_and_a_network_of_ones_own(tmp_path):
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__(nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU(),\n"
+        "            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))\n"
+    )
+    short = ["schedule=smoke", "dataset.image_size=16", "wandb=disabled"]
+    run(tmp_path, "model._target_=mynet.Net", *short, "hydra.run.dir=own", PYTHONPATH=str(tmp_path))
+    run(tmp_path, "model=torchvision", "model.name=mobilenet_v3_small", "deps=3_4", *short, "hydra.run.dir=mobilenet")
+    for name in ("own", "mobilenet"):
+        assert json.loads((tmp_path / name / "summary.json").read_text())["verdict"]["lossless"]
+
+
+def test_base_weights_from_a_file(tmp_path):
+    torch.manual_seed(7)
+    model = resnet20(10)
+    save_weights(tmp_path / "base.safetensors", model.state_dict())
+    run(tmp_path, "experiment=smoke", "dataset.image_size=16", "wandb=disabled", "base.weights=base.safetensors",
+        "hydra.run.dir=out")  # fmt: skip
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["base"]["source"] == "base.safetensors"
+    assert not (tmp_path / "outputs").exists(), "nothing was trained for the cache"
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """A folder with weights that are wrong in different ways, and empty data."""
+    path = tmp_path_factory.mktemp("faulty")
+    save_weights(path / "vgg.safetensors", vgg16(10, 32).state_dict())
+    (path / "cut.safetensors").write_bytes((path / "vgg.safetensors").read_bytes()[:5000])
+    torch.save(resnet20(10), path / "module.pt")
+    (path / "file").write_text("in the way")
+    return path
+
+
+SMOKE = ["model=resnet20", "schedule=smoke", "wandb=disabled"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["deps=9_8"], "Could not find 'deps/9_8' Available options in 'deps': 11_16 13_16 1_2 1_4 3_4 3_8 5_8"),
+        (["centri_strength=-1"], "centri_strength must be 0 or more, got -1.0"),
+        (["centri_strength=much"], "Value 'much' of type 'str' could not be converted to Float"),
+        (["centri_strength=1e5"], "centri_strength 100000 diverges at learning rate"),
+        (["schedule.csgd.lr=100"], "diverges at learning rate 100"),
+        (["dataset=imagefolder", "dataset.root=nowhere"], "dataset.root 'nowhere' is not a folder"),
+        (["dataset=cifar10"], "CIFAR-10 in 'data' is not there; dataset.download=true fetches it"),
+        ([*SMOKE, "base.weights=vgg.safetensors"], "base.weights 'vgg.safetensors' are of another architecture"),
+        ([*SMOKE, "base.weights=cut.safetensors"], "base.weights 'cut.safetensors' is damaged"),
+        ([*SMOKE, "base.weights=module.pt"], "is a pickle of more than tensors and is not loaded"),
+        ([*SMOKE, "base.weights=gone.pt"], "base.weights 'gone.pt' is not a file"),
+        ([*SMOKE, "hydra.run.dir=file/out"], "'file/out"),
+        ([*SMOKE, "deps.widths=[10,10]"], "deps.widths has 2 entries, the network has 21 trimmable layers"),
+        ([*SMOKE, "deps.layers={nothing: 0.5}"], "deps.layers: no layer matches 'nothing'"),
+        ([*SMOKE, "deps.keep=['*']"], "nothing is left to trim"),
+        ([*SMOKE, "model._target_=torch.nn.Flatten"], "nothing in this network can be trimmed"),
+        (["model=vgg16", "dataset.image_size=16"], "the model cannot take images of [3, 16, 16]"),
+        ([*SMOKE, "model._target_=torch.nn.ReLU"], "the model must return logits [n, 10], got [2, 3, 32, 32]"),
+        ([*SMOKE, "model._target_=pathlib.Path"], "model._target_ must make a torch.nn.Module"),
+        ([*SMOKE, "model._target_=nowhere.Net"], "model._target_ 'nowhere.Net' cannot be imported"),
+        ([*SMOKE, "+model.depth=3"], "model: 'csgd.models.resnet20' does not fit its settings"),
+        ([*SMOKE, "device=cuda"], "device=cuda: torch sees no CUDA device here"),
+        ([*SMOKE, "schedule.base.lr=1e30"], "the loss at step"),
+    ],
+)
+def test_bad_input_is_one_clear_line(faulty, arguments, message):
+    if "device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    done = run(faulty, *arguments, status=2)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_full_trace_on_request(faulty):
+    environment = {**os.environ, "HYDRA_FULL_ERROR": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "centri_strength=-1"],
+        cwd=faulty, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    """A dataset of the user's own whose second epoch is damaged."""
+    (tmp_path / "mydata.py").write_text(
+        "from dataclasses import replace\n"
+        "import csgd.data\n"
+        "def damaged(batch_size, seed, device):\n"
+        "    data = csgd.data.digits(image_size=16, shift=0, batch_size=batch_size, seed=seed, device=device)\n"
+        "    def batches(epoch):\n"
+        "        for images, labels in data.train_batches(epoch):\n"
+        "            yield images / (0.0 if epoch == 1 else 1.0), labels\n"
+        "    return replace(data, train_batches=batches)\n"
+    )
+    mine = ["~dataset.image_size", "~dataset.shift", "dataset._target_=mydata.damaged"]
+    done = run(tmp_path, *SMOKE, *mine, "hydra.run.dir=out", status=2, PYTHONPATH=str(tmp_path))
+    first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert first["phase"] == "csgd"
+    assert f"the loss at step {first['step']} is not a number" in done.stderr
+    checkpoint = torch.load(tmp_path / "out" / "checkpoints" / "last.pt", weights_only=True)
+    assert checkpoint["step"] == first["step"]
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_help_and_cfg_answer_without_torch(tmp_path):
+    for arguments in (["--help"], ["--cfg", "job"]):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", str(ROOT / "run.py"), *arguments],
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert "torch" not in {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+        assert "centri_strength" in done.stdout
