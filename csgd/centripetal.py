@@ -103,6 +103,13 @@ def segment_mean(tensor: Tensor, dim: int, segments: Tensor) -> Tensor:
     return shared.replace(tensor, shared.means(shared.select(tensor)).index_select(0, shared.cluster))
 
 
+def scale_along(tensor: Tensor, factors: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """A copy of `tensor` multiplied by a vector along each of some dims: Π_d factors_d[i_d] · t[i_1, i_2, …] (F7)."""
+    for dim, vector in factors:
+        tensor = tensor * vector.view([-1 if d == dim else 1 for d in range(tensor.dim())])
+    return tensor
+
+
 def forecast(
     learning_rates: Iterable[float],
     centri_strength: float,

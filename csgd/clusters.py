@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from csgd.centripetal import segment_mean
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Ref
 
@@ -86,6 +87,39 @@ class ClusteredTensor:
     tensor: Tensor
     merged: tuple[int, Tensor] | None
     summed: tuple[int, Tensor] | None
+
+    @property
+    def is_statistic(self) -> bool:
+        """Running statistics of batch norm: buffers, which no optimizer pulls together."""
+        return not isinstance(self.tensor, nn.Parameter) and self.tensor.is_floating_point()
+
+    def narrowed(self, tensor: Tensor, *, mean: bool) -> Tensor:
+        """`tensor`, of the same shape as this one, after the cut: of each cluster the representative's row, or the
+        mean of its rows, and the sum of its input slices."""
+        if self.merged and mean:
+            tensor = segment_mean(tensor, *self.merged)
+        if self.summed:
+            dim, segments = self.summed
+            absorbed = (segments != torch.arange(len(segments))).nonzero().flatten()
+            into, slices = segments[absorbed].to(tensor.device), absorbed.to(tensor.device)
+            tensor = tensor.index_add(dim, into, tensor.index_select(dim, slices))
+        for dim, segments in filter(None, (self.merged, self.summed)):
+            tensor = tensor.index_select(dim, _representatives(segments).to(tensor.device))
+        return tensor
+
+    def gradient_scales(self, device, dtype) -> list[tuple[int, Tensor]]:
+        """(dim, factors) along the dims of the narrowed tensor: 1/|H| on rows, |H| on input slices (fact F7)."""
+        scales = []
+        for clustered, power in ((self.merged, -1), (self.summed, 1)):
+            if clustered:
+                dim, segments = clustered
+                sizes = torch.bincount(segments, minlength=len(segments))[_representatives(segments)]
+                scales.append((dim, sizes.to(device, dtype) ** power))
+        return scales
+
+
+def _representatives(segments: Tensor) -> Tensor:
+    return (segments == torch.arange(len(segments))).nonzero().flatten()
 
 
 def clustered_tensors(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> list[ClusteredTensor]:

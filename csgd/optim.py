@@ -1,11 +1,13 @@
 """CSGD: stochastic gradient descent that pulls the filters of a cluster together."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from csgd.centripetal import SharedRows, centripetal_direction, squared_deviation, stability_limit
-from csgd.clusters import Clusters, clustered_tensors
+from csgd.centripetal import SharedRows, centripetal_direction, scale_along, squared_deviation, stability_limit
+from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 
@@ -21,6 +23,7 @@ class CSGD(torch.optim.Optimizer):
 
         segments         one (dim, segments) or None per parameter: which of its rows become equal
         centri_strength  ε
+        gradient_scales  one list of (dim, factors) or None per parameter: its gradient is scaled along those dims
         lr_factor        the group's learning rate is lr × lr_factor, so that schedulers see one lr
 
     InputError where τ(η+ε) is beyond the stability limit (fact F6).
@@ -41,6 +44,7 @@ class CSGD(torch.optim.Optimizer):
             weight_decay=weight_decay,
             centri_strength=0.0,
             segments=None,
+            gradient_scales=None,
             lr_factor=1.0,
         )
         self._shared: dict[Tensor, SharedRows | None] = {}
@@ -77,13 +81,17 @@ class CSGD(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params, directions, buffers = [], [], []
-            for p, shared in self._clustered(group):
+            scales = group["gradient_scales"] or [None] * len(group["params"])
+            for (p, shared), factors in zip(self._clustered(group), scales, strict=True):
                 if p.grad is None:
                     continue
+                direction = p.grad
+                if factors is not None:
+                    direction = scale_along(direction, factors)
+                if shared is not None:
+                    direction = centripetal_direction(direction, p, shared, group["centri_strength"])
                 params.append(p)
-                directions.append(
-                    p.grad if shared is None else centripetal_direction(p.grad, p, shared, group["centri_strength"])
-                )
+                directions.append(direction)
                 buffers.append(self.state[p].get("momentum_buffer"))
             if not params:
                 continue
@@ -102,6 +110,30 @@ class CSGD(torch.optim.Optimizer):
                 for p, buffer in zip(params, buffers, strict=True):
                     self.state[p]["momentum_buffer"] = buffer
         return loss
+
+    @torch.no_grad()
+    def carry_over(self, replaced: Mapping[Tensor, tuple[Tensor, ClusteredTensor]]) -> None:
+        """Goes on with the parameters of a trimmed network: {old: (new, what was clustered of it)} (fact F7).
+
+        Momentum is averaged over the rows that became one and summed over the input slices that did.  From here on the
+        gradient of a row counts 1/|H_out| and that of an input slice |H_in|: with the members of every cluster equal,
+        the steps are those of C-SGD on the wide network.  InputError at a second cut, which needs a new optimizer.
+        """
+        if any(group["gradient_scales"] for group in self.param_groups):
+            raise InputError("this optimizer has gone through a cut already; the next one needs a new CSGD")
+        for group in self.param_groups:
+            count = len(group["params"])
+            segments, scales = group["segments"] or [None] * count, [None] * count
+            for i, old in enumerate(group["params"]):
+                if old not in replaced:
+                    continue
+                new, touched = replaced[old]
+                if "momentum_buffer" in (state := self.state.pop(old, {})):
+                    self.state[new] = {"momentum_buffer": touched.narrowed(state["momentum_buffer"], mean=True)}
+                group["params"][i], segments[i] = new, None
+                scales[i] = touched.gradient_scales(new.device, new.dtype)
+                self._shared.pop(old, None)
+            group["segments"], group["gradient_scales"] = segments, scales
 
     def clustered_groups(self) -> list[dict]:
         """The groups that hold rows which become equal."""

@@ -9,6 +9,7 @@ from csgd.centripetal import SharedRows, segment_mean, squared_deviation
 from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
+from csgd.optim import CSGD
 
 
 @torch.no_grad()
@@ -17,17 +18,27 @@ def merge_equal(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters
 
     What C-SGD reaches by training, done in one stroke: the one-shot baseline, and the way to test `trim`.
     """
-    _edit(model, spaces, clusters, lambda t: segment_mean(t.tensor, *t.merged) if t.merged else t.tensor)
+    touched = [t for t in clustered_tensors(model, spaces, clusters) if t.merged]
+    _replace(model, touched, lambda t: segment_mean(t.tensor.detach(), *t.merged))
 
 
 @torch.no_grad()
-def trim(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters, *, tolerance: float | None = None) -> None:
+def trim(
+    model: nn.Module,
+    spaces: list[ChannelSpace],
+    clusters: Clusters,
+    optimizer: CSGD | None = None,
+    *,
+    tolerance: float | None = None,
+) -> None:
     """Keeps the first member of each cluster, in place; consumers sum the input slices of the others into its slice.
 
     Lossless when the members are equal.  Running statistics lag the filters by about 1 / momentum steps, so they are
-    averaged over the cluster (fact F8).  Every tensor that is touched becomes a new one: optimizers, EMA copies and
-    DDP wrappers must be made anew.  With `tolerance`, InputError if a tensor's relative deviation ‖W − ΓW‖ / ‖W‖
-    is above it, before anything is changed.
+    averaged over the cluster (fact F8).  Every tensor that is touched becomes a new one: EMA copies and DDP wrappers
+    must be made anew, and so must optimizers, but for an `optimizer` that is given: it goes on with the narrow
+    network where it was with the wide one (`CSGD.carry_over`, fact F7).
+
+    With `tolerance`, InputError if a tensor's relative deviation ‖W − ΓW‖ / ‖W‖ is above it, before anything changes.
     """
     touched = clustered_tensors(model, spaces, clusters)
     if tolerance is not None:
@@ -37,8 +48,10 @@ def trim(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters, *, to
                     f"{'.'.join(t.owners[0])} has not collapsed: relative deviation {left:.1e} above {tolerance:.1e}"
                 )
     multipliers = _depthwise_multipliers(model)
-    _edit(model, spaces, clusters, _narrowed)
+    replaced = _replace(model, touched, lambda t: t.narrowed(t.tensor.detach(), mean=t.is_statistic))
     _fit_attributes(model, multipliers)
+    if optimizer is not None:
+        optimizer.carry_over(replaced)
 
 
 def relative_deviation(t: ClusteredTensor) -> float:
@@ -83,26 +96,12 @@ def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Modul
     return model
 
 
-def _narrowed(t: ClusteredTensor) -> Tensor:
-    tensor = t.tensor.detach()
-    if t.merged and not isinstance(t.tensor, nn.Parameter) and tensor.is_floating_point():
-        tensor = segment_mean(tensor, *t.merged)
-    if t.summed:
-        dim, segments = t.summed
-        segments = segments.to(tensor.device)
-        absorbed = (segments != torch.arange(len(segments), device=tensor.device)).nonzero().flatten()
-        tensor = tensor.index_add(dim, segments[absorbed], tensor.index_select(dim, absorbed))
-    for dim, segments in filter(None, (t.merged, t.summed)):
-        kept = (segments == torch.arange(len(segments))).nonzero().flatten()
-        tensor = tensor.index_select(dim, kept.to(tensor.device))
-    return tensor
-
-
-def _edit(
-    model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters, new: Callable[[ClusteredTensor], Tensor]
-) -> None:
-    """Puts new(t) in the place of every touched tensor, in all its owners."""
-    for t in clustered_tensors(model, spaces, clusters):
+def _replace(
+    model: nn.Module, touched: list[ClusteredTensor], new: Callable[[ClusteredTensor], Tensor]
+) -> dict[Tensor, tuple[Tensor, ClusteredTensor]]:
+    """Puts new(t) in the place of every touched tensor, in all its owners; {old: (new, t)}."""
+    replaced = {}
+    for t in touched:
         tensor = new(t).detach()
         if isinstance(t.tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, t.tensor.requires_grad)
@@ -110,6 +109,8 @@ def _edit(
             module = model.get_submodule(path)
             store = module._parameters if attribute in module._parameters else module._buffers
             store[attribute] = tensor
+        replaced[t.tensor] = tensor, t
+    return replaced
 
 
 def _depthwise_multipliers(model: nn.Module) -> dict[nn.Module, int]:

@@ -126,7 +126,13 @@ class Mlp(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(48, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 12), nn.GELU(), nn.Linear(12, 5)
+            nn.Flatten(),
+            nn.Linear(48, 20),
+            nn.BatchNorm1d(20),
+            nn.ReLU(),
+            nn.Linear(20, 12),
+            nn.GELU(),
+            nn.Linear(12, 5),
         )
 
     def forward(self, x):

@@ -82,7 +82,9 @@ def test_libraries_stay_in_their_rooms():
 
 
 def test_the_package_imports_without_hydra_or_wandb():
-    code = "import sys, csgd; print(sorted({'hydra', 'omegaconf', 'wandb', 'matplotlib', 'sklearn'} & sys.modules.keys()))"
+    code = (
+        "import sys, csgd; print(sorted({'hydra', 'omegaconf', 'wandb', 'matplotlib', 'sklearn'} & sys.modules.keys()))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

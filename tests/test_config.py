@@ -13,9 +13,7 @@ from conf.schema import Config, ConfigError, register
 from run import quote_fractions
 
 CONF = Path(__file__).parents[1] / "conf"
-OPTIONS = sorted(
-    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "__pycache__"
-)
+OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "__pycache__")
 
 
 def composed(*overrides) -> Config:

@@ -14,7 +14,7 @@ def digits(seed=0, shift=2, batch_size=64):
 
 def test_digits_are_split_once_and_stratified():
     one, other = digits(seed=0), digits(seed=1)
-    (images, labels), = [tuple(map(torch.cat, zip(*one.test_batches(), strict=True)))]
+    ((images, labels),) = [tuple(map(torch.cat, zip(*one.test_batches(), strict=True)))]
     assert images.shape == (360, 3, 32, 32)
     assert one.train_size + one.test_size == 1797
     assert labels.bincount().min() >= 34
@@ -40,7 +40,9 @@ def test_shifts_move_images_by_whole_pixels_and_bring_in_zeros():
     images = torch.arange(1.0, 26.0).view(1, 1, 5, 5).repeat(64, 1, 1, 1)
     moved = data.Augmentation(shift=1)(images, torch.Generator().manual_seed(0))
     expected = [
-        torch.nn.functional.pad(images[:1], [1] * 4)[:, :, dy : dy + 5, dx : dx + 5] for dy in range(3) for dx in range(3)
+        torch.nn.functional.pad(images[:1], [1] * 4)[:, :, dy : dy + 5, dx : dx + 5]
+        for dy in range(3)
+        for dx in range(3)
     ]
     seen = {next(i for i, e in enumerate(expected) if torch.equal(m[None], e)) for m in moved}
     assert seen == set(range(9))
@@ -55,9 +57,7 @@ def test_flips_mirror_about_half_of_the_images():
 
 
 def test_synthetic():
-    made = data.synthetic(
-        num_classes=4, image_size=16, train_size=64, test_size=32, batch_size=16, seed=0, device=CPU
-    )
+    made = data.synthetic(num_classes=4, image_size=16, train_size=64, test_size=32, batch_size=16, seed=0, device=CPU)
     images, labels = next(made.train_batches(0))
     assert images.shape == (16, 3, 16, 16)
     assert set(labels.tolist()) <= set(range(4))

@@ -85,7 +85,9 @@ class RandomNet(nn.Module):
 
     def gate(self, c):
         a, b = self.add(nn.Conv2d(c, 4, 1), nn.Conv2d(4, c, 1))
-        self.plan.append(lambda x, layers: x * torch.sigmoid(layers[b](F.relu(layers[a](x.mean((2, 3), keepdim=True))))))
+        self.plan.append(
+            lambda x, layers: x * torch.sigmoid(layers[b](F.relu(layers[a](x.mean((2, 3), keepdim=True)))))
+        )
         return c
 
     def chunk(self, c):

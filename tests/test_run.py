@@ -73,7 +73,14 @@ def test_the_main_job_proves_its_cut(main_job):
 
 def test_the_main_job_leaves_its_files(main_job):
     out, _ = main_job
-    for name in ("metrics.jsonl", "clusters.json", "pruned.json", "run.log", "checkpoints/last.pt", "report/curves.png"):
+    for name in (
+        "metrics.jsonl",
+        "clusters.json",
+        "pruned.json",
+        "run.log",
+        "checkpoints/last.pt",
+        "report/curves.png",
+    ):
         assert (out / name).stat().st_size > 0, name
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["phase"] for row in rows] == ["base", "csgd", "csgd"]
@@ -98,15 +105,27 @@ def test_the_pruned_file_is_the_small_network(main_job):
     assert state["features.0.weight"].shape == (40, 3, 3, 3)
     assert state["classifier.0.weight"].shape == (10, 320)
     model = load_trimmed(vgg16(10, 32), state)
-    assert sum(p.numel() for p in model.parameters()) == json.loads((out / "summary.json").read_text())["cost"]["params_after"]
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == json.loads((out / "summary.json").read_text())["cost"]["params_after"]
+    )
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_a_sweep_trains_its_base_once_and_gives_each_job_its_own_run(tmp_path):
-    sweep = ["-m", "model=resnet20", "schedule=smoke", "dataset.image_size=16", "centri_strength=0.1,12", "deps=5_8,1_2"]
+    sweep = [
+        "-m",
+        "model=resnet20",
+        "schedule=smoke",
+        "dataset.image_size=16",
+        "centri_strength=0.1,12",
+        "deps=5_8,1_2",
+    ]
     done = run(tmp_path, *sweep, "hydra.sweep.dir=sweep")
     summaries = [json.loads((tmp_path / "sweep" / str(i) / "summary.json").read_text()) for i in range(4)]
-    pairs = [(s["config"]["centri_strength"], s["config"]["deps"]["fraction"], s["verdict"]["lossless"]) for s in summaries]
+    pairs = [
+        (s["config"]["centri_strength"], s["config"]["deps"]["fraction"], s["verdict"]["lossless"]) for s in summaries
+    ]
     assert pairs == [(0.1, 0.625, False), (0.1, 0.5, False), (12.0, 0.625, True), (12.0, 0.5, True)]
     assert len({s["base"]["accuracy"] for s in summaries}) == 1
     assert done.stdout.count("base network: from the cache") == 3
@@ -118,7 +137,9 @@ def test_a_sweep_trains_its_base_once_and_gives_each_job_its_own_run(tmp_path):
 
 
 def test_a_cut_that_is_not_lossless_is_made_measured_and_fails(tmp_path):
-    done = run(tmp_path, "experiment=smoke", "dataset.image_size=16", "centri_strength=0.5", "hydra.run.dir=out", status=1)
+    done = run(
+        tmp_path, "experiment=smoke", "dataset.image_size=16", "centri_strength=0.5", "hydra.run.dir=out", status=1
+    )
     verdict = json.loads((tmp_path / "out" / "summary.json").read_text())["verdict"]
     assert not verdict["lossless"]
     assert not verdict["collapsed"]

@@ -36,7 +36,9 @@ def test_the_first_slot_is_kept_and_consumers_sum():
     assert torch.equal(model.conv2.weight[:, 0], conv2[:, 3] + conv2[:, 0])
     torch.testing.assert_close(model.conv2.weight[:, 2], conv2[:, [5, 1, 2]].sum(1))
     assert torch.equal(model.conv2.weight[:, 1], conv2[:, 4])
-    assert model.conv1.out_channels == model.bn1.num_features == model.act.num_parameters == model.conv2.in_channels == 5
+    assert (
+        model.conv1.out_channels == model.bn1.num_features == model.act.num_parameters == model.conv2.in_channels == 5
+    )
 
 
 def test_f8_running_statistics_are_averaged_over_the_cluster():

@@ -1,0 +1,115 @@
+"""Fact F7: after the collapse, C-SGD on the wide network is SGD on the trimmed one with rescaled gradients."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import csgd
+from csgd import CSGD, InputError
+from csgd.train import criterion
+from csgd.trial import random_clusters, randomise
+from tests import nets
+
+CONSTANTS = dict(centri_strength=0.3, vector_ratio=0.5, weight_decay=1e-3, weight_decay_vectors=1e-4, bias_lr_factor=2.0)
+
+
+def collapsed(net, momentum=0.9, nesterov=True):
+    """A network with equal members and an optimizer with momentum, in float64."""
+    torch.manual_seed(0)
+    model, example = net().double(), nets.example_of(net, torch.float64)
+    randomise(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    spaces = csgd.find_spaces(model, example)
+    clusters = random_clusters(spaces)
+    csgd.merge_equal(model, spaces, clusters)
+    optimizer = CSGD(csgd.param_groups(model, spaces, clusters, **CONSTANTS), 0.01, momentum, nesterov)
+    for step in range(5):
+        take_step(model, optimizer, net, step)
+    return model, spaces, clusters, optimizer
+
+
+def take_step(model, optimizer, net, step):
+    """One step on random data; the outputs before it."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(6, *nets.EXAMPLES[net][1:], generator=generator, dtype=torch.float64)
+    model.train()
+    outputs = model(images)
+    logits = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+    if logits.dim() > 2:
+        loss = logits.square().mean()
+    else:
+        loss = criterion(outputs, torch.randint(5, (6,), generator=generator))
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return logits.detach()
+
+
+@pytest.mark.parametrize("momentum, nesterov", [(0.9, True), (0.9, False), (0.0, False)])
+@pytest.mark.parametrize("net", nets.EXAMPLES)
+def test_f7_the_trimmed_run_is_the_wide_run(net, momentum, nesterov):
+    wide, spaces, clusters, optimizer = collapsed(net, momentum, nesterov)
+    slim = copy.deepcopy(wide)
+    twin = CSGD(csgd.param_groups(slim, spaces, clusters, **CONSTANTS), 0.01, momentum, nesterov)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    csgd.trim(slim, spaces, clusters, twin)
+    assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in wide.parameters())
+    steps = 200 if nesterov else 50
+    for step in range(5, 5 + steps):
+        a, b = take_step(wide, optimizer, net, step), take_step(slim, twin, net, step)
+        assert (a - b).abs().max() <= 1e-10 * a.abs().max().clamp(min=1), f"step {step}"
+    moved = take_step(slim, twin, net, 0) - take_step(collapsed(net, momentum, nesterov)[0], optimizer, net, 0)
+    assert moved.abs().max() > 1e-6, "the weights did move"
+
+
+def test_f7_without_the_scales_the_runs_part():
+    wide, spaces, clusters, optimizer = collapsed(nets.Residual)
+    slim = copy.deepcopy(wide)
+    csgd.trim(slim, spaces, clusters)
+    plain = CSGD([{"params": list(slim.parameters())}], 0.01)
+    parted = [take_step(wide, optimizer, nets.Residual, s) - take_step(slim, plain, nets.Residual, s) for s in range(5, 25)]
+    assert parted[0].abs().max() < 1e-12
+    assert parted[-1].abs().max() > 1e-3
+
+
+def test_the_optimizer_goes_on_with_the_new_parameters_and_comes_back_from_a_file(tmp_path):
+    model, spaces, clusters, optimizer = collapsed(nets.Plain)
+    csgd.trim(model, spaces, clusters, optimizer)
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    assert {id(p) for p in optimizer.state} == {id(p) for p in model.parameters()}
+    assert all(optimizer.state[p]["momentum_buffer"].shape == p.shape for p in model.parameters())
+    assert float(optimizer.deviation()) == 0.0
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = csgd.load_trimmed(nets.Plain().double(), saved["model"])
+    fresh = CSGD(csgd.param_groups(other, [], {}, **CONSTANTS), 0.5)
+    fresh.load_state_dict(saved["optimizer"])
+    for step in range(3):
+        a, b = take_step(model, optimizer, nets.Plain, step), take_step(other, fresh, nets.Plain, step)
+        assert torch.equal(a, b)
+
+
+def test_a_second_cut_needs_a_new_optimizer():
+    model, spaces, clusters, optimizer = collapsed(nets.Plain)
+    csgd.trim(model, spaces, clusters, optimizer)
+    again = csgd.find_spaces(model, nets.example_of(nets.Plain, torch.float64))
+    with pytest.raises(InputError, match="the next one needs a new CSGD"):
+        csgd.trim(model, again, random_clusters(again, ratio=0.7), optimizer)
+
+
+def test_f7_in_float32_stays_close():
+    model, spaces, clusters, _ = collapsed(nets.Residual)
+    wide, slim = model.float(), copy.deepcopy(model).float()
+    optimizers = [CSGD(csgd.param_groups(m, spaces, clusters, **CONSTANTS), 0.01) for m in (wide, slim)]
+    csgd.trim(slim, spaces, clusters, optimizers[1])
+    images = torch.randn(6, 3, 8, 8)
+    for _ in range(50):
+        for m, optimizer in zip((wide, slim), optimizers, strict=True):
+            F.cross_entropy(m(images), torch.arange(6) % 5).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (wide(images) - slim(images)).abs().max() < 1e-4
