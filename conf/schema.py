@@ -41,6 +41,7 @@ class Phase:
 
     epochs: int = MISSING
     lr: float = MISSING
+    optimizer: str = "sgd"
     warmup_epochs: float = 0.0
     decay: str = "cosine"
     milestones: list[float] = field(default_factory=list)
@@ -55,6 +56,8 @@ class Phase:
             0 <= self.warmup_epochs <= self.epochs, f"{key}.warmup_epochs", "within the epochs", self.warmup_epochs
         )
         _require(self.decay in ("cosine", "step", "constant"), f"{key}.decay", "cosine, step or constant", self.decay)
+        allowed = ("sgd", "adamw") if key == "schedule.base" else ("sgd",)  # fact F9: the pull needs a linear optimizer
+        _require(self.optimizer in allowed, f"{key}.optimizer", " or ".join(allowed), self.optimizer)
         _require(0 < self.gamma <= 1, f"{key}.gamma", "above 0 and at most 1", self.gamma)
         _require(
             self.max_steps is None or self.max_steps >= 1, f"{key}.max_steps", "1 or more, or null", self.max_steps

@@ -142,7 +142,7 @@ def strength_to_collapse(
     momentum: float = 0.9,
     nesterov: bool = True,
 ) -> float | None:
-    """The smallest centripetal strength whose forecast ends at or below `tolerance` (F4); None if no stable one does."""
+    """The smallest strength ε whose forecast ends at or below `tolerance`, None if no stable one does (fact F4)."""
 
     def left(strength: float) -> float:
         return abs(forecast(learning_rates, strength, weight_decay, momentum, nesterov)[-1])

@@ -133,14 +133,12 @@ def _base(cfg: Any, model: nn.Module, data: Data, tracker: Tracker) -> dict[str,
 
 def _train_base(cfg: Any, model: nn.Module, data: Data, tracker: Tracker) -> None:
     schedule = cfg.schedule
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=schedule.base.lr,
-        momentum=schedule.momentum,
-        nesterov=schedule.nesterov,
-        weight_decay=schedule.weight_decay,
-        fused=True,
-    )
+    constants = dict(lr=schedule.base.lr, weight_decay=schedule.weight_decay, fused=True)
+    if schedule.base.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), **constants)
+    else:
+        inertia = dict(momentum=schedule.momentum, nesterov=schedule.nesterov)
+        optimizer = torch.optim.SGD(model.parameters(), **constants, **inertia)
     for epoch in train(model, optimizer, data, **_phase(cfg, data, "base")):
         _log_epoch("base", epoch, accuracy(*predict(model, data)), tracker, {"epoch": epoch.epoch})
 

@@ -12,7 +12,9 @@ from csgd.train import criterion
 from csgd.trial import random_clusters, randomise
 from tests import nets
 
-CONSTANTS = dict(centri_strength=0.3, vector_ratio=0.5, weight_decay=1e-3, weight_decay_vectors=1e-4, bias_lr_factor=2.0)
+CONSTANTS = dict(
+    centri_strength=0.3, vector_ratio=0.5, weight_decay=1e-3, weight_decay_vectors=1e-4, bias_lr_factor=2.0
+)
 
 
 def collapsed(net, momentum=0.9, nesterov=True):
@@ -71,7 +73,9 @@ def test_f7_without_the_scales_the_runs_part():
     slim = copy.deepcopy(wide)
     csgd.trim(slim, spaces, clusters)
     plain = CSGD([{"params": list(slim.parameters())}], 0.01)
-    parted = [take_step(wide, optimizer, nets.Residual, s) - take_step(slim, plain, nets.Residual, s) for s in range(5, 25)]
+    parted = [
+        take_step(wide, optimizer, nets.Residual, s) - take_step(slim, plain, nets.Residual, s) for s in range(5, 25)
+    ]
     assert parted[0].abs().max() < 1e-12
     assert parted[-1].abs().max() > 1e-3
 

@@ -114,6 +114,8 @@ def test_the_papers_recipes():
         ("schedule.base.decay=linear", "schedule.base.decay must be cosine, step or constant, got 'linear'"),
         ("schedule.csgd.warmup_epochs=99", "schedule.csgd.warmup_epochs must be within the epochs, got 99.0"),
         ("schedule.csgd.gamma=0", "schedule.csgd.gamma must be above 0 and at most 1, got 0.0"),
+        ("schedule.base.optimizer=lion", "schedule.base.optimizer must be sgd or adamw, got 'lion'"),
+        ("schedule.csgd.optimizer=adamw", "schedule.csgd.optimizer must be sgd, got 'adamw'"),
         ("schedule.csgd.clip_norm=0", "schedule.csgd.clip_norm must be above 0, or null, got 0.0"),
         ("schedule.csgd.max_steps=0", "schedule.csgd.max_steps must be 1 or more, or null, got 0"),
         ("no_such_key=1", "Could not override 'no_such_key'"),

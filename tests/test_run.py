@@ -161,7 +161,8 @@ def test_other_models_and_a_network_of_ones_own(tmp_path):
         "from torch import nn\n"
         "class Net(nn.Sequential):\n"
         "    def __init__(self, num_classes):\n"
-        "        super().__init__(nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU(),\n"
+        "        super().__init__(nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(),\n"
+        "            nn.Conv2d(16, 16, 3, 2), nn.ReLU(),\n"
         "            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))\n"
     )
     short = ["schedule=smoke", "dataset.image_size=16", "wandb=disabled"]

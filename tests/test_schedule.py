@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from csgd.schedule import learning_rate
@@ -18,7 +20,7 @@ def test_cosine_falls_from_the_full_rate_towards_zero():
     assert values[10] == pytest.approx(0.4)
     assert values[25] == pytest.approx(0.2)
     assert values[-1] < 0.002
-    assert all(a > b for a, b in zip(values[10:], values[11:], strict=False))
+    assert all(a > b for a, b in pairwise(values[10:]))
 
 
 def test_steps_fall_at_the_milestones():

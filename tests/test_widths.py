@@ -21,8 +21,8 @@ def test_a_fraction_is_rounded_down(vgg):
     widths = target_widths(vgg, 5 / 8)
     assert list(widths.values()) == [40, 40, 80, 80, 160, 160, 160] + [320] * 6
     assert list(widths)[:3] == ["features.0", "features.2", "features.5"]
-    assert list(target_widths(vgg, 0.6).values())[0] == 38
-    assert list(target_widths(vgg, 1.0).values())[0] == 64
+    assert target_widths(vgg, 0.6)["features.0"] == 38
+    assert target_widths(vgg, 1.0)["features.0"] == 64
 
 
 def test_the_papers_resnet_widths():
