@@ -58,6 +58,8 @@ class Phase:
         _require(self.decay in ("cosine", "step", "constant"), f"{key}.decay", "cosine, step or constant", self.decay)
         allowed = ("sgd", "adamw") if key == "schedule.base" else ("sgd",)  # fact F9: the pull needs a linear optimizer
         _require(self.optimizer in allowed, f"{key}.optimizer", " or ".join(allowed), self.optimizer)
+        clip = self.clip_norm
+        _require(clip is None or _positive(clip), f"{key}.clip_norm", "above 0, or null", clip)
         _require(0 < self.gamma <= 1, f"{key}.gamma", "above 0 and at most 1", self.gamma)
         _require(
             self.max_steps is None or self.max_steps >= 1, f"{key}.max_steps", "1 or more, or null", self.max_steps
@@ -149,6 +151,7 @@ class Config:
     tolerance: Tolerance = MISSING
     centri_strength: float = II("schedule.centri_strength")
     vector_ratio: float = II("schedule.vector_ratio")
+    trim_at: str = MISSING
     seed: int = MISSING
     device: str = MISSING
     threads: int | None = None
@@ -157,6 +160,7 @@ class Config:
     def __post_init__(self):
         _require(_not_negative(self.centri_strength), "centri_strength", "0 or more", self.centri_strength)
         _require(_not_negative(self.vector_ratio), "vector_ratio", "0 or more", self.vector_ratio)
+        _require(self.trim_at in ("collapse", "end"), "trim_at", "collapse or end", self.trim_at)
         _require(0 <= self.seed < 2**31, "seed", "between 0 and 2147483647", self.seed)
         _require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
         _require(self.threads is None or self.threads >= 1, "threads", "1 or more, or null", self.threads)

@@ -96,6 +96,7 @@ class ClusteredTensor:
     def narrowed(self, tensor: Tensor, *, mean: bool) -> Tensor:
         """`tensor`, of the same shape as this one, after the cut: of each cluster the representative's row, or the
         mean of its rows, and the sum of its input slices."""
+        channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
         if self.merged and mean:
             tensor = segment_mean(tensor, *self.merged)
         if self.summed:
@@ -105,7 +106,7 @@ class ClusteredTensor:
             tensor = tensor.index_add(dim, into, tensor.index_select(dim, slices))
         for dim, segments in filter(None, (self.merged, self.summed)):
             tensor = tensor.index_select(dim, _representatives(segments).to(tensor.device))
-        return tensor
+        return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
 
     def gradient_scales(self, device, dtype) -> list[tuple[int, Tensor]]:
         """(dim, factors) along the dims of the narrowed tensor: 1/|H| on rows, |H| on input slices (fact F7)."""

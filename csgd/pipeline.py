@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -33,11 +33,13 @@ from csgd.schedule import learning_rate
 from csgd.tracking import Tracker
 from csgd.train import Epoch, accuracy, logits_of, predict, train
 from csgd.trial import find_spaces
-from csgd.trim import trim
+from csgd.trim import statistics_momentum, trim
 from csgd.verify import Verdict, count_macs, count_params, statistics_spread, verdict
 from csgd.widths import target_widths
 
 log = logging.getLogger(__name__)
+
+LOOK_EVERY = 10  # steps between two looks at the deviation, once the collapse is due
 
 
 def run(cfg: Any, output_dir: Path) -> Verdict:
@@ -62,18 +64,30 @@ def run(cfg: Any, output_dir: Path) -> Verdict:
         with _clocked(seconds, "cluster"):
             clusters = cluster(model, spaces, widths, cfg.clustering.method, cfg.seed)
         write_json(output_dir / "clusters.json", clusters)
-        with _clocked(seconds, "csgd"):
-            optimizer, foreseen = _csgd(cfg, model, data, spaces, clusters, tracker, output_dir)
+        pull = _Pull.of(cfg, model, data, spaces, clusters)
+        _tell_plan(pull.ahead)
+        with _clocked(seconds, "csgd_wide"):
+            cut_step = _until_collapse(cfg, model, data, clusters, pull, tracker, output_dir)
         cost = {"macs_before": count_macs(model, data.example), "params_before": count_params(model)}
         with _clocked(seconds, "trim"):
-            judged = _cut(cfg, model, data, spaces, clusters, optimizer)
+            judged = _cut(cfg, model, data, spaces, clusters, pull.optimizer)
         cost |= {"macs_after": count_macs(model, data.example), "params_after": count_params(model)}
+        with _clocked(seconds, "csgd_trimmed"):
+            rest = range(cut_step, pull.phase["steps"].stop)
+            _train_csgd(cfg, model, data, clusters, pull, tracker, output_dir, rest)
+            judged = replace(judged, accuracy=accuracy(*predict(model, data)))
+        seconds["csgd"] = seconds["csgd_wide"] + seconds["csgd_trimmed"]
         seconds["total"] = time.perf_counter() - started
         summary = {
             "base": base,
             "verdict": asdict(judged),
             "cost": cost,
             "seconds": seconds,
+            "collapse": {
+                "step": cut_step,
+                "predicted_step": pull.ahead.collapse_step,
+                "fraction": cut_step / pull.phase["steps"].stop,
+            },
             "widths": widths,
             "seed": cfg.seed,
             "device": _device_name(device),
@@ -82,7 +96,7 @@ def run(cfg: Any, output_dir: Path) -> Verdict:
             "config": asdict(cfg),
         }
         _leave(model, data, summary, output_dir)
-        _report(summary, foreseen, tracker, output_dir)
+        _report(summary, pull.curves(), tracker, output_dir)
     return judged
 
 
@@ -168,39 +182,69 @@ def _load_base(cfg: Any, model: nn.Module) -> bool:
     return False
 
 
-def _csgd(cfg, model, data, spaces, clusters, tracker, output_dir) -> tuple[CSGD, dict[str, list[tuple[int, float]]]]:
-    """The C-SGD phase: forecast, training, a checkpoint per epoch.  Returns the forecast deviation per group."""
-    schedule = cfg.schedule
-    groups = param_groups(
-        model,
-        spaces,
-        clusters,
-        centri_strength=cfg.centri_strength,
-        vector_ratio=cfg.vector_ratio,
-        weight_decay=schedule.weight_decay,
-        weight_decay_vectors=schedule.weight_decay_vectors,
-        bias_lr_factor=schedule.bias_lr_factor,
-    )
-    optimizer = CSGD(groups, schedule.csgd.lr, schedule.momentum, schedule.nesterov)
-    phase = _phase(cfg, data, "csgd")
-    steps = phase["epochs"] * min(data.steps_per_epoch, phase["max_steps"] or data.steps_per_epoch)
-    ahead = plan(optimizer, [phase["lr_at"](step) for step in range(steps)], cfg.tolerance.deviation)
-    _tell_plan(ahead)
-    start = {group["name"]: float(optimizer.deviation(group)) for group in optimizer.clustered_groups()}
+@dataclass(frozen=True)
+class _Pull:
+    """What the C-SGD phase is made of: its optimizer, its schedule, and what that will do to the deviation."""
 
-    def foreseen(name: str, step: int) -> float:
-        return start[name] * ahead.factors[name][step - 1] ** 2
+    optimizer: CSGD
+    phase: dict[str, Any]
+    ahead: Plan
+    start: dict[str, float]  # deviation per group before the first step
 
-    for epoch in train(model, optimizer, data, **phase):
-        row = {"epoch": cfg.schedule.base.epochs + epoch.epoch}
+    @classmethod
+    def of(cls, cfg: Any, model: nn.Module, data: Data, spaces: list[ChannelSpace], clusters) -> "_Pull":
+        schedule = cfg.schedule
+        groups = param_groups(
+            model,
+            spaces,
+            clusters,
+            centri_strength=cfg.centri_strength,
+            vector_ratio=cfg.vector_ratio,
+            weight_decay=schedule.weight_decay,
+            weight_decay_vectors=schedule.weight_decay_vectors,
+            bias_lr_factor=schedule.bias_lr_factor,
+        )
+        optimizer = CSGD(groups, schedule.csgd.lr, schedule.momentum, schedule.nesterov)
+        phase = _phase(cfg, data, "csgd")
+        rates = [phase["lr_at"](step) for step in phase["steps"]]
+        ahead = plan(optimizer, rates, cfg.tolerance.deviation, statistics_momentum(model))
+        start = {group["name"]: float(optimizer.deviation(group)) for group in optimizer.clustered_groups()}
+        return cls(optimizer, phase, ahead, start)
+
+    def foreseen(self, name: str, step: int) -> float:
+        """The forecast deviation of a group after `step` steps."""
+        return self.start[name] * self.ahead.factors[name][step - 1] ** 2
+
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        return {
+            name: [(step + 1, self.foreseen(name, step + 1)) for step in self.phase["steps"]] for name in self.start
+        }
+
+
+def _until_collapse(cfg: Any, model: nn.Module, data: Data, clusters, pull: _Pull, tracker, output_dir: Path) -> int:
+    """Trains the wide network up to the step at which it is to be cut, and returns that step."""
+    end = pull.phase["steps"].stop
+    foreseen = pull.ahead.collapse_step if cfg.trim_at == "collapse" else None
+    done = foreseen or end
+    _train_csgd(cfg, model, data, clusters, pull, tracker, output_dir, range(done))
+    while foreseen and done < end and pull.optimizer.relative_deviation() > cfg.tolerance.deviation:
+        more = range(done, min(done + LOOK_EVERY, end))  # float32 was slower than the forecast
+        _train_csgd(cfg, model, data, clusters, pull, tracker, output_dir, more)
+        done = more.stop
+    return done
+
+
+def _train_csgd(cfg, model, data, clusters, pull: _Pull, tracker: Tracker, output_dir: Path, steps: range) -> None:
+    """Some steps of the C-SGD phase, wide or trimmed; a row of metrics and a checkpoint after each epoch of them."""
+    optimizer = pull.optimizer
+    for epoch in train(model, optimizer, data, **pull.phase | {"steps": steps, "random_state": torch.get_rng_state()}):
+        row = {"epoch": cfg.schedule.base.epochs + epoch.step / pull.phase["steps_per_epoch"]}
         for group in optimizer.clustered_groups():
             row[f"deviation/{group['name']}"] = float(optimizer.deviation(group))
-            row[f"forecast/{group['name']}"] = foreseen(group["name"], epoch.step)
+            row[f"forecast/{group['name']}"] = pull.foreseen(group["name"], epoch.step)
         _log_epoch("csgd", epoch, accuracy(*predict(model, data)), tracker, row)
         state = {"epoch": epoch.epoch, "step": epoch.step, "model": model.state_dict(), "clusters": clusters}
         save_checkpoint(output_dir / "checkpoints" / "last.pt", state | {"optimizer": optimizer.state_dict()})
-    curves = {name: [(step, foreseen(name, step)) for step in range(1, steps + 1)] for name in start}
-    return optimizer, curves
 
 
 def _tell_plan(ahead: Plan) -> None:
@@ -216,14 +260,14 @@ def _tell_plan(ahead: Plan) -> None:
 
 
 def _cut(cfg: Any, model: nn.Module, data: Data, spaces, clusters, optimizer: CSGD) -> Verdict:
-    """Trims the model in place and measures what that did to its logits."""
+    """Trims the model and the optimizer in place, and measures what that did to the logits."""
     before, labels = predict(model, data)
     measured = dict(
         deviation=float(optimizer.deviation()),
         relative_deviation=optimizer.relative_deviation(),
         statistics_spread=statistics_spread(model, spaces, clusters),
     )
-    trim(model, spaces, clusters)
+    trim(model, spaces, clusters, optimizer)
     after, _ = predict(model, data)
     tolerances = dict(deviation_tolerance=cfg.tolerance.deviation, logit_tolerance=cfg.tolerance.logits)
     return verdict(before, after, labels, **measured, **tolerances)
@@ -276,8 +320,8 @@ def _phase(cfg: Any, data: Data, name: str) -> dict[str, Any]:
     phase = getattr(cfg.schedule, name)
     steps_per_epoch = min(data.steps_per_epoch, phase.max_steps or data.steps_per_epoch)
     return dict(
-        epochs=phase.epochs,
-        max_steps=phase.max_steps,
+        steps=range(phase.epochs * steps_per_epoch),
+        steps_per_epoch=steps_per_epoch,
         clip_norm=phase.clip_norm,
         lr_at=partial(_lr_at(phase), steps_per_epoch=steps_per_epoch),
         seed=cfg.seed,

@@ -14,11 +14,13 @@ class Plan:
 
     factors    {group name: [a_t after each step]}: what is left of every deviation of the group
     tolerance  a factor at the end of the run that counts as collapsed
+    momentum   of the running statistics of batch norm, None if there are none
     advice     what would make it collapse, if it does not
     """
 
     factors: dict[str, list[float]]
     tolerance: float
+    momentum: float | None = None
     advice: str | None = None
 
     @property
@@ -29,6 +31,21 @@ class Plan:
     @property
     def collapses(self) -> bool:
         return self.left <= self.tolerance
+
+    @property
+    def collapse_step(self) -> int | None:
+        """The number of steps after which every factor stays within the tolerance, and so does its running mean, as
+        which the statistics of batch norm lag the filters (fact F8); None if that is not within the run."""
+        last = 0
+        for factors in self.factors.values():
+            lagging = 1.0
+            for step, factor in enumerate(map(abs, factors), 1):
+                if self.momentum is not None:
+                    lagging += self.momentum * (factor - lagging)
+                    factor = max(factor, lagging)
+                if factor > self.tolerance:
+                    last = max(last, step)
+        return last + 1 if last < max(map(len, self.factors.values()), default=0) else None
 
     def describe(self) -> str:
         parts = ", ".join(f"{name} to {abs(factors[-1]):.1e}" for name, factors in self.factors.items())
@@ -59,12 +76,14 @@ class _Recurrence:
         return stable and abs(self.factors()[-1]) <= tolerance
 
 
-def plan(optimizer: CSGD, learning_rates: Sequence[float], tolerance: float) -> Plan:
+def plan(
+    optimizer: CSGD, learning_rates: Sequence[float], tolerance: float, statistics_momentum: float | None = None
+) -> Plan:
     """Forecasts a run of `optimizer` under a schedule of learning rates; InputError where it diverges (F6)."""
     recurrences = [_Recurrence.of(group, learning_rates) for group in optimizer.clustered_groups()]
     for r in recurrences:
         check_stability(max(r.rates), r.strength, **r.constants)
-    ahead = Plan({r.name: r.factors() for r in recurrences}, tolerance)
+    ahead = Plan({r.name: r.factors() for r in recurrences}, tolerance, statistics_momentum)
     return ahead if ahead.collapses else replace(ahead, advice=_advice(ahead, recurrences))
 
 

@@ -28,8 +28,12 @@ def verdict_table(summary: dict) -> str:
 
     rows = [
         ("test accuracy, base network", f"{base['accuracy']:.4f}", ""),
-        ("test accuracy, before the cut", f"{verdict['accuracy_before_trim']:.4f}", "trained by C-SGD, still wide"),
-        ("test accuracy, after the cut", f"{verdict['accuracy_after_trim']:.4f}", "no fine-tuning"),
+        (
+            "test accuracy, before the cut",
+            f"{verdict['accuracy_before_trim']:.4f}",
+            f"trained by C-SGD to step {summary['collapse']['step']}",
+        ),
+        ("test accuracy, after the cut", f"{verdict['accuracy_after_trim']:.4f}", "the same network, narrow"),
         (
             "largest logit change",
             f"{verdict['max_logit_change']:.1e}",
@@ -41,6 +45,13 @@ def verdict_table(summary: dict) -> str:
         ("seconds", f"{summary['seconds']['total']:.0f}", _seconds(summary["seconds"])),
     ]
     return table(("", "value", ""), rows)
+
+
+def _remark(summary: dict) -> str:
+    fraction = summary["collapse"]["fraction"]
+    return (
+        "no step after the cut" if fraction == 1 else f"the same run, the last {1 - fraction:.0%} of its steps narrow"
+    )
 
 
 def _seconds(seconds: dict) -> str:

@@ -1,6 +1,7 @@
 """The training loop: the same one for the base network (SGD) and for C-SGD."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +25,10 @@ class DivergedError(InputError):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch of training measured."""
+    """What one epoch of training, or the part of it that was asked for, measured.
+
+    epoch  1, 2, …;  step  steps done since the start of the run;  seconds  of training alone
+    """
 
     epoch: int
     step: int
@@ -39,30 +43,40 @@ def train(
     optimizer: torch.optim.Optimizer,
     data: Data,
     *,
-    epochs: int,
-    max_steps: int | None = None,
-    clip_norm: float | None = None,
+    steps: range,
+    steps_per_epoch: int,
     lr_at: Callable[[int], float],
+    clip_norm: float | None = None,
     seed: int,
     label: str,
     progress: bool = True,
+    random_state: Tensor | None = None,
 ) -> Iterator[Epoch]:
-    """Trains epoch by epoch and yields after each, so that the caller tests, logs and saves.
+    """Trains the steps of a run that `steps` names, and yields at the end of each epoch and of `steps`, so that the
+    caller tests, logs, saves and cuts.
 
-    `lr_at` is a function of the step, `max_steps` caps an epoch, `clip_norm` the gradient (fact F9: the forecast holds
-    all the same).  The random state of each epoch is fixed by
-    (seed, epoch).  DivergedError names the step at which the loss stopped being a number; the weights are then lost.
+    `lr_at` is a function of the step; `clip_norm` caps the norm of the gradient (fact F9: the forecast holds all the
+    same).  Data and random state of an epoch are fixed by (seed, epoch); where `steps` starts within one,
+    `random_state` is that of torch at this step.  DivergedError names the step at which the loss stopped being a
+    number; the weights are then lost.
     """
-    steps_per_epoch = min(data.steps_per_epoch, max_steps or data.steps_per_epoch)
-    for epoch in range(epochs):
+    for epoch in range(steps.start // steps_per_epoch, -(-steps.stop // steps_per_epoch)):
         started = time.perf_counter()
+        first, last = max(steps.start, epoch * steps_per_epoch), min(steps.stop, (epoch + 1) * steps_per_epoch)
         torch.manual_seed(seed * 1_000_003 + epoch)
+        batches = data.train_batches(epoch)
+        if first > epoch * steps_per_epoch:
+            deque(islice(batches, first - epoch * steps_per_epoch), maxlen=0)
+            if random_state is not None:
+                torch.set_rng_state(random_state)
         model.train()
-        first = step = epoch * steps_per_epoch
         losses, correct, seen = [], 0, 0
-        batches = islice(data.train_batches(epoch), steps_per_epoch)
         bar = tqdm(
-            batches, f"{label} {epoch + 1}/{epochs}", steps_per_epoch, leave=False, disable=None if progress else True
+            islice(batches, last - first),
+            f"{label}, epoch {epoch + 1}",
+            last - first,
+            leave=False,
+            disable=None if progress else True,
         )
         for step, (images, labels) in enumerate(bar, first):
             outputs = model(images)
@@ -78,20 +92,14 @@ def train(
             losses.append(loss.detach())
             correct += (logits_of(outputs).detach().argmax(1) == labels).sum()
             seen += len(labels)
-            if (step - first) % CHECK_EVERY == 0 or step - first == steps_per_epoch - 1:
+            if (step - first) % CHECK_EVERY == 0 or step == last - 1:
                 _check_losses(losses, first)
                 shown = {"loss": f"{losses[-1]:.3f}", "accuracy": f"{correct / seen:.3f}", "lr": f"{lr:.1e}"}
                 if isinstance(optimizer, CSGD) and not bar.disable:
                     shown["deviation"] = f"{optimizer.deviation():.1e}"
                 bar.set_postfix(shown)
-        yield Epoch(
-            epoch + 1,
-            step + 1,
-            torch.stack(losses).mean().item(),
-            float(correct / seen),
-            lr,
-            time.perf_counter() - started,
-        )
+        mean_loss = torch.stack(losses).mean().item()
+        yield Epoch(epoch + 1, last, mean_loss, float(correct / seen), lr, time.perf_counter() - started)
 
 
 def criterion(outputs, labels: Tensor) -> Tensor:

@@ -64,6 +64,16 @@ def relative_deviation(t: ClusteredTensor) -> float:
     return float((squared_deviation(t.tensor, shared) / t.tensor.square().sum().clamp(min=1e-300)).sqrt())
 
 
+def statistics_momentum(model: nn.Module) -> float | None:
+    """The smallest momentum of any running statistics, which lag the filters by about its inverse in steps (F8)."""
+    momenta = [
+        module.momentum
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats and module.momentum
+    ]
+    return min(momenta, default=None)
+
+
 def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """Gives a freshly built wide `model` the widths of a trimmed state_dict, and loads it.
 

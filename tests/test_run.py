@@ -16,8 +16,8 @@ from csgd.models import resnet20, vgg16
 ROOT = Path(__file__).parents[1]
 SHORT = [  # the main job's own path, on fewer steps
     "schedule.batch_size=8",
-    "schedule.base={epochs: 1, lr: 0.01, warmup_epochs: 0, max_steps: 3}",
-    "schedule.csgd={epochs: 2, lr: 0.01, warmup_epochs: 0, max_steps: 12, decay: constant}",
+    "schedule.base={epochs: 1, lr: 3e-4, warmup_epochs: 0, max_steps: 3}",
+    "schedule.csgd={epochs: 2, lr: 0.01, warmup_epochs: 0, max_steps: 15, decay: constant}",
     "centri_strength=60",
 ]
 
@@ -57,11 +57,12 @@ def test_the_main_job_proves_its_cut(main_job):
     assert verdict["relative_logit_change"] <= 1e-4
     assert verdict["relative_deviation"] <= 1e-5
     assert 0 < verdict["deviation"] < 1e-4
-    assert verdict["accuracy_before_trim"] == verdict["accuracy_after_trim"] == verdict["accuracy"]
+    assert verdict["accuracy_before_trim"] == verdict["accuracy_after_trim"]
+    assert 0 <= verdict["accuracy"] <= 1
     assert 1 - cost["macs_after"] / cost["macs_before"] >= 0.60
     assert cost["params_after"] < cost["params_before"]
     assert list(summary["widths"].values()) == [40, 40, 80, 80, 160, 160, 160] + [320] * 6
-    assert {"base", "cluster", "csgd", "trim", "total"} <= summary["seconds"].keys()
+    assert {"base", "cluster", "csgd", "csgd_wide", "csgd_trimmed", "trim", "total"} == summary["seconds"].keys()
     assert summary["seed"] == 0
     assert summary["config"]["deps"]["fraction"] == 0.625
     assert {"device", "versions", "commit"} <= summary.keys()
@@ -83,15 +84,19 @@ def test_the_main_job_leaves_its_files(main_job):
     ):
         assert (out / name).stat().st_size > 0, name
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["phase"] for row in rows] == ["base", "csgd", "csgd"]
-    assert [row["epoch"] for row in rows] == [1, 2, 3]
-    for row in rows[1:]:
+    wide = [row for row in rows if "deviation/kernels" in row]
+    assert [row["phase"] for row in rows] == ["base"] + ["csgd"] * 3, "an epoch, the cut within the next, its rest"
+    assert [row["epoch"] for row in rows] == [1, 2, 1 + wide[-1]["step"] / 15, 3]
+    assert len(wide) == 2
+    for row in wide:
         assert row["deviation/kernels"] == pytest.approx(row["forecast/kernels"], rel=0.02, abs=1e-9)
         assert row["deviation/vectors"] == pytest.approx(row["forecast/vectors"], rel=0.02, abs=1e-11)
+    collapse = json.loads((out / "summary.json").read_text())["collapse"]
+    assert collapse["step"] == collapse["predicted_step"] == wide[-1]["step"]
     clusters = json.loads((out / "clusters.json").read_text())
     assert sorted(slot for part in clusters["features.0"] for slot in part) == list(range(64))
     checkpoint = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
-    assert checkpoint["step"] == 24
+    assert checkpoint["step"] == 30
     assert checkpoint["clusters"] == clusters
     run_file = only(out.glob("wandb/offline-run-*/run-*.wandb"))
     content = run_file.read_bytes()
@@ -133,7 +138,7 @@ def test_a_sweep_trains_its_base_once_and_gives_each_job_its_own_run(tmp_path):
     assert len(list((tmp_path / "sweep").glob("*/wandb/offline-run-*"))) == 4
     for i in range(4):
         phases = [json.loads(line)["phase"] for line in (tmp_path / "sweep" / str(i) / "metrics.jsonl").open()]
-        assert phases.count("csgd") == 2
+        assert phases.count("csgd") in (2, 3)
 
 
 def test_a_cut_that_is_not_lossless_is_made_measured_and_fails(tmp_path):

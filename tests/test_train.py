@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,7 +7,7 @@ from torch import nn
 
 import csgd
 from csgd import CSGD, data
-from csgd.plan import plan
+from csgd.plan import Plan, plan
 from csgd.train import DivergedError, accuracy, criterion, logits_of, predict, train
 
 
@@ -24,7 +26,10 @@ def small_net():
 
 
 def options(**changes):
-    return dict(epochs=3, max_steps=None, lr_at=lambda step: 0.05, seed=0, label="test", progress=False) | changes
+    return (
+        dict(steps=range(18), steps_per_epoch=6, lr_at=lambda step: 0.05, seed=0, label="test", progress=False)
+        | changes
+    )
 
 
 def test_training_learns_and_can_be_repeated_bit_by_bit():
@@ -48,9 +53,20 @@ def test_max_steps_and_the_schedule():
         return 0.01
 
     optimizer = torch.optim.SGD(net.parameters(), 1.0)
-    list(train(net, optimizer, small_data(), **options(max_steps=4, lr_at=lr_at)))
+    list(train(net, optimizer, small_data(), **options(steps=range(12), steps_per_epoch=4, lr_at=lr_at)))
     assert seen == list(range(12))
     assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_a_run_in_parts_is_the_run_bit_by_bit():
+    ends = []
+    for cuts in ([0, 18], [0, 4, 11, 12, 18]):
+        net, d = small_net(), small_data()
+        optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
+        for first, last in pairwise(cuts):
+            list(train(net, optimizer, d, **options(steps=range(first, last), random_state=torch.get_rng_state())))
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.equal(*ends)
 
 
 def test_csgd_in_the_same_loop_follows_its_plan_to_the_collapse():
@@ -62,7 +78,7 @@ def test_csgd_in_the_same_loop_follows_its_plan_to_the_collapse():
     assert ahead.collapses
     assert ahead.advice is None
     start = {group["name"]: float(optimizer.deviation(group)) for group in optimizer.clustered_groups()}
-    for epoch in train(net, optimizer, d, **options(epochs=10)):
+    for epoch in train(net, optimizer, d, **options(steps=range(60))):
         for group in optimizer.clustered_groups():
             foreseen = start[group["name"]] * ahead.factors[group["name"]][epoch.step - 1] ** 2
             if foreseen > 1e-8 * start[group["name"]]:  # above the float32 floor
@@ -96,6 +112,14 @@ def test_a_plan_that_does_not_collapse_says_what_would():
     assert "with a vector_ratio of 1" in short.advice
     assert ahead(float(short.advice.split("centri_strength of ")[1].split()[0]), 60, 1.0).collapses
     assert ahead(0.0).advice.startswith("a centri_strength of")
+
+
+def test_the_collapse_step_by_hand():
+    tall = Plan({"kernels": [0.5, 0.05, 0.2, 0.01, 0.0], "vectors": [0.5, 0.09, 0.0, 0.0, 0.0]}, tolerance=0.1)
+    assert tall.collapse_step == 4, "the third step rings above the tolerance again"
+    assert Plan({"kernels": [0.5, 0.05]}, tolerance=0.01).collapse_step is None
+    lagging = Plan({"kernels": [0.0] * 60}, tolerance=0.01, momentum=0.1)
+    assert lagging.collapse_step == 44, "0.9 to the 44 is below 0.01"
 
 
 def test_nan_stops_and_names_the_step():
