@@ -290,7 +290,7 @@ def _report(summary: dict[str, Any], foreseen, tracker: Tracker, output_dir: Pat
     judged = summary["verdict"]
     tracker.summarise({f"{part}/{key}": value for part in ("verdict", "cost") for key, value in summary[part].items()})
     try:
-        tracker.log_image("report/curves", report.draw_curves(output_dir, foreseen))
+        tracker.log_image("report/curves", report.draw_curves(output_dir, foreseen, summary["collapse"]["step"]))
     except Exception as error:  # a picture never loses a run
         log.warning("report/curves.png could not be drawn: %s", error)
     layers = report.table(("layer", "width before", "width after"), _layer_rows(output_dir, summary["widths"]))

@@ -58,10 +58,10 @@ def _seconds(seconds: dict) -> str:
     return ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items() if stage != "total")
 
 
-def draw_curves(output_dir: Path, forecast: dict[str, list[tuple[int, float]]]) -> Path:
-    """Draws metrics.jsonl: accuracy over the whole run, and the deviation beside its forecast.
+def draw_curves(output_dir: Path, forecast: dict[str, list[tuple[int, float]]], cut_step: int) -> Path:
+    """Draws metrics.jsonl: accuracy over the whole run, and the deviation beside its forecast, with the cut marked.
 
-    `forecast` holds, per group, (step, deviation) pairs of the C-SGD phase.
+    `forecast` holds, per group, (step, deviation) pairs of the C-SGD phase; `cut_step` is a step of that phase.
     """
     from matplotlib.figure import Figure
 
@@ -73,7 +73,6 @@ def draw_curves(output_dir: Path, forecast: dict[str, list[tuple[int, float]]]) 
         if points:
             left.plot(*zip(*points, strict=True), "o-", color=color, label={"base": "base", "csgd": "C-SGD"}[phase])
     left.set(xlabel="epoch", ylabel="test accuracy", title="Accuracy")
-    left.legend(frameon=False)
     for (group, expected), color in zip(forecast.items(), ("tab:blue", "tab:orange", "tab:green"), strict=False):
         measured = [(row["step"], row[f"deviation/{group}"]) for row in rows if f"deviation/{group}" in row]
         right.plot(*zip(*expected, strict=True), "-", color=color, alpha=0.6, label=f"{group}, forecast")
@@ -84,8 +83,10 @@ def draw_curves(output_dir: Path, forecast: dict[str, list[tuple[int, float]]]) 
             (row[f"deviation/{g}"] for row in rows for g in forecast if row.get(f"deviation/{g}")), default=1e-12
         )
         right.set_ylim(bottom=lowest / 10)
-        right.legend(frameon=False)
-    for axes in (left, right):
+    cut_epoch = next(row["epoch"] for row in rows if row["phase"] == "csgd" and row["step"] == cut_step)
+    for axes, position in ((left, cut_epoch), (right, cut_step)):
+        axes.axvline(position, color="tab:red", linestyle="--", linewidth=1, label="cut")
+        axes.legend(frameon=False)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     path = output_dir / "report" / "curves.png"
