@@ -91,6 +91,8 @@ def centripetal_direction(gradient: Tensor, weight: Tensor, shared: SharedRows, 
 
 def squared_deviation(weight: Tensor, shared: SharedRows) -> Tensor:
     """Deviation ‖W − ΓW‖² as a scalar tensor."""
+    if len(shared.rows) == 0:
+        return weight.new_zeros(())
     w = shared.select(weight)
     return w.sub_(shared.means(w).index_select(0, shared.cluster)).square_().sum()
 

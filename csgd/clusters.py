@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from csgd.centripetal import segment_mean
+from csgd.centripetal import SharedRows, segment_mean, squared_deviation
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Ref
 
@@ -92,6 +92,14 @@ class ClusteredTensor:
     def is_statistic(self) -> bool:
         """Running statistics of batch norm: buffers, which no optimizer pulls together."""
         return not isinstance(self.tensor, nn.Parameter) and self.tensor.is_floating_point()
+
+    def relative_deviation(self) -> float:
+        """‖W − ΓW‖ / ‖W‖; 0 where nothing of it becomes equal."""
+        if self.merged is None:
+            return 0.0
+        shared = SharedRows.of(*self.merged, self.tensor.device)
+        left, whole = float(squared_deviation(self.tensor, shared)), float(self.tensor.square().sum())
+        return (left / whole) ** 0.5 if left else 0.0
 
     def narrowed(self, tensor: Tensor, *, mean: bool) -> Tensor:
         """`tensor`, of the same shape as this one, after the cut: of each cluster the representative's row, or the

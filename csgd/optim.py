@@ -181,7 +181,14 @@ def param_groups(
     for key, value in (("centri_strength", centri_strength), ("vector_ratio", vector_ratio)):
         if not value >= 0:
             raise InputError(f"{key} must be 0 or more, got {value}")
-    merged = {id(t.tensor): t.merged for t in clustered_tensors(model, spaces, clusters) if t.merged}
+    merged = {}
+    for t in clustered_tensors(model, spaces, clusters):
+        if t.merged:
+            merged[id(t.tensor)] = t.merged
+            if isinstance(t.tensor, nn.Parameter) and not t.tensor.requires_grad and t.relative_deviation() > 0:
+                raise InputError(
+                    f"{'.'.join(t.owners[0])} is not trained, so its rows cannot become equal: keep its layer"
+                )
     biases = {id(module.bias) for module in model.modules() if isinstance(getattr(module, "bias", None), nn.Parameter)}
     vectors = dict(weight_decay=weight_decay_vectors, centri_strength=vector_ratio * centri_strength)
     groups = {

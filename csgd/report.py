@@ -86,7 +86,7 @@ def draw_curves(output_dir: Path, forecast: dict[str, list[tuple[int, float]]], 
     cut_epoch = next(row["epoch"] for row in rows if row["phase"] == "csgd" and row["step"] == cut_step)
     for axes, position in ((left, cut_epoch), (right, cut_step)):
         axes.axvline(position, color="tab:red", linestyle="--", linewidth=1, label="cut")
-        axes.legend(frameon=False)
+        axes.legend(loc="best", framealpha=0.9, edgecolor="none")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     path = output_dir / "report" / "curves.png"

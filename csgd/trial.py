@@ -6,9 +6,11 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from csgd.errors import InputError
 from csgd.graph import ChannelSpace, trace_spaces
-from csgd.graph.tracer import tensors_in
+from csgd.graph.tracer import keep_random_state, tensors_in
 from csgd.trim import merge_equal, trim
 
 TOLERANCE = {True: 1e-8, False: 1e-3}  # relative change of an output above which a cut is not exact; True: in float64
@@ -60,17 +62,24 @@ def pin_failures(model: nn.Module, spaces: list[ChannelSpace], example) -> list[
 class Trial:
     """A float64 copy of a network with random weights, on which cuts can be tried.
 
-    A network that cannot run in float64 is tried in the dtype that it has, and judged less sharply.
+    A network that cannot run in float64 is tried in the dtype that it has, and judged less sharply; one that random
+    weights drive to infinity, with its own weights under noise.  InputError if it cannot be copied.
     """
 
     def __init__(self, model: nn.Module, example, seed: int = 0):
         self.seed = seed
         args = example if isinstance(example, tuple) else (example,)
         try:
-            wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-            self._prepare(copy.deepcopy(model).double(), wide, torch.float64)
-        except (RuntimeError, TypeError):
-            self._prepare(copy.deepcopy(model), args, torch.get_default_dtype())
+            twin = copy.deepcopy(model)
+        except Exception as error:
+            raise InputError(
+                f"the network cannot be copied for its trial trim ({error}); trial=False leaves it out"
+            ) from None
+        try:
+            wide = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
+            self._prepare(copy.deepcopy(twin).double(), wide, torch.float64)
+        except Exception:  # whatever a network raises that was written for one dtype
+            self._prepare(twin, args, torch.get_default_dtype())
 
     def _prepare(self, model: nn.Module, args: tuple, dtype: torch.dtype) -> None:
         self.model, self.args, self.dtype = model, args, dtype
@@ -78,7 +87,14 @@ class Trial:
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
+        own = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
         randomise(model, self.seed)
+        if not all(out.isfinite().all() for out in self.outputs(model, False) if out.is_floating_point()):
+            noise = torch.Generator().manual_seed(self.seed)
+            for key, value in model.state_dict().items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    factor = 1 + 0.3 * torch.rand(value.shape, generator=noise, dtype=torch.float64)
+                    value.copy_(own[key] * factor.to(value))
         first, second = self.outputs(model, True, seed=1), self.outputs(model, True, seed=2)
         deterministic = relative_difference(first, second) == 0.0  # not so with stochastic depth and the like
         self.modes = (False, True) if deterministic else (False,)
@@ -88,13 +104,14 @@ class Trial:
         """Outputs of a forward pass that leaves the running statistics as they are."""
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         default = torch.get_default_dtype()
-        try:
-            torch.set_default_dtype(self.dtype)  # constants that `forward` makes are to fit
-            with torch.random.fork_rng(sorted({t.device.index for t in tensors_in(self.args) if t.is_cuda})):
-                torch.manual_seed(seed)
-                out = list(tensors_in(model.train(training)(*self.args)))
-        finally:
-            torch.set_default_dtype(default)
+        with keep_random_state(model):
+            torch.manual_seed(seed)
+            try:
+                torch.set_default_dtype(self.dtype)  # constants that `forward` makes are to fit
+                args = tree_map_only(Tensor, Tensor.clone, self.args)
+                out = list(tensors_in(model.train(training)(*args)))
+            finally:
+                torch.set_default_dtype(default)
         for buffer, saved in buffers:
             buffer.copy_(saved)
         return out
@@ -119,23 +136,35 @@ class Trial:
         return self.compare(*self.cut(spaces, clusters, equal))
 
     def failure(self, spaces: list[ChannelSpace], names: Collection[str]) -> str | None:
-        """Why the spaces `names` cannot all be cut at random, or None."""
-        clusters = {name: parts for name, parts in random_clusters(spaces, self.seed).items() if name in names}
-        model, before = self.cut(spaces, clusters, equal=True)
-        try:
-            change = self.compare(model, before)
-        except Exception as error:  # whatever the model raises when its sizes no longer fit
-            return f"its trial trim raises {type(error).__name__}"
-        return None if change <= self.tolerance else "its trial trim changes the output"
+        """Why the spaces `names` cannot all be cut at random, or None.
+
+        Two draws, each with a width of its own for every space: equal widths would hide that two must be equal.
+        """
+        for seed in (self.seed, self.seed + 1):
+            drawn = random_clusters(spaces, seed, ratio=None)
+            model, before = self.cut(
+                spaces, {name: parts for name, parts in drawn.items() if name in names}, equal=True
+            )
+            try:
+                change = self.compare(model, before)
+            except Exception as error:  # whatever the model raises when its sizes no longer fit
+                return f"its trial trim raises {type(error).__name__}"
+            if not change <= self.tolerance:
+                return "its trial trim changes the output"
+        return None
 
 
-def random_clusters(spaces: list[ChannelSpace], seed: int = 0, ratio: float = 0.5) -> dict[str, list[list[int]]]:
-    """A random partition of every trimmable space into about ratio × size clusters, two at least."""
+def random_clusters(spaces: list[ChannelSpace], seed: int = 0, ratio: float | None = 0.5) -> dict[str, list[list[int]]]:
+    """A random partition of every trimmable space into about ratio × size clusters, or a random number of them.
+
+    At least two clusters, but for spaces of two slots, which become one.
+    """
     rng, clusters = random.Random(seed), {}
     for space in spaces:
         if space.trimmable:
             order = rng.sample(range(space.size), space.size)
-            width = min(space.size, max(2, round(space.size * ratio)))
+            wanted = round(space.size * ratio) if ratio is not None else rng.randint(2, max(2, space.size - 1))
+            width = min(space.size - 1, max(2, wanted))
             parts = [[slot] for slot in order[:width]]
             for slot in order[width:]:
                 rng.choice(parts).append(slot)
@@ -149,18 +178,22 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for parameter in module._parameters.values():
-            if parameter is not None:
+            if parameter is not None and parameter.numel():
                 fan_in = parameter[0].numel() if parameter.dim() > 1 else 0
                 values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(values * (1.5 / fan_in) ** 0.5 if fan_in > 1 else 0.7 + 0.4 * values)
-        if getattr(module, "running_var", None) is not None:
-            module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=generator) * 0.2)
-            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+        for name, draw, scale, shift in (
+            ("running_mean", torch.randn, 0.2, 0.0),
+            ("running_var", torch.rand, 1.0, 0.5),
+        ):
+            statistic = module._buffers.get(name)
+            if statistic is not None and statistic.is_floating_point():
+                statistic.copy_(draw(statistic.shape, generator=generator) * scale + shift)
 
 
 def relative_difference(before: list[Tensor], after: list[Tensor]) -> float:
     """Largest |a − b| over all pairs of tensors, relative to the largest |a| of the pair; inf if they do not fit."""
-    if len(before) != len(after) or any(a.shape != b.shape for a, b in zip(before, after, strict=False)):
+    if not before or len(before) != len(after) or any(a.shape != b.shape for a, b in zip(before, after, strict=False)):
         return float("inf")
     changes = [
         float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-300))

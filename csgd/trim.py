@@ -1,11 +1,11 @@
 """The cut: removes all but one member of each cluster, and lets the consumers sum what they lose."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from csgd.centripetal import SharedRows, segment_mean, squared_deviation
+from csgd.centripetal import segment_mean
 from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
@@ -43,25 +43,15 @@ def trim(
     touched = clustered_tensors(model, spaces, clusters)
     if tolerance is not None:
         for t in touched:
-            if isinstance(t.tensor, nn.Parameter) and (left := relative_deviation(t)) > tolerance:
+            if isinstance(t.tensor, nn.Parameter) and (left := t.relative_deviation()) > tolerance:
                 raise InputError(
                     f"{'.'.join(t.owners[0])} has not collapsed: relative deviation {left:.1e} above {tolerance:.1e}"
                 )
     multipliers = _depthwise_multipliers(model)
     replaced = _replace(model, touched, lambda t: t.narrowed(t.tensor.detach(), mean=t.is_statistic))
-    _fit_attributes(model, multipliers)
+    _fit_attributes({model.get_submodule(path) for t in touched for path, _ in t.owners}, multipliers)
     if optimizer is not None:
         optimizer.carry_over(replaced)
-
-
-def relative_deviation(t: ClusteredTensor) -> float:
-    """‖W − ΓW‖ / ‖W‖ of one tensor; 0 where nothing of it is clustered."""
-    if t.merged is None:
-        return 0.0
-    shared = SharedRows.of(*t.merged, t.tensor.device)
-    if len(shared.rows) == 0:
-        return 0.0
-    return float((squared_deviation(t.tensor, shared) / t.tensor.square().sum().clamp(min=1e-300)).sqrt())
 
 
 def statistics_momentum(model: nn.Module) -> float | None:
@@ -88,6 +78,8 @@ def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Modul
     narrowed: dict[int, tuple[Tensor, Tensor]] = {}  # holds the old tensors too, so that their ids stay theirs
     for key, new in state_dict.items():
         old = own[key]
+        if not isinstance(old, Tensor):  # what a module's get_extra_state returns
+            continue
         if old.dim() != new.dim() or any(a < b for a, b in zip(old.shape, new.shape, strict=True)):
             raise InputError(
                 f"weights of another architecture: {key} is {list(new.shape)}, at most {list(old.shape)} fit"
@@ -96,12 +88,14 @@ def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Modul
             empty = old.detach().new_empty(new.shape)
             is_parameter = isinstance(old, nn.Parameter)
             narrowed[id(old)] = old, nn.Parameter(empty, old.requires_grad) if is_parameter else empty
+    changed = set()
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for attribute, tensor in store.items():
                 if id(tensor) in narrowed:
                     store[attribute] = narrowed[id(tensor)][1]
-    _fit_attributes(model, multipliers)
+                    changed.add(module)
+    _fit_attributes(changed, multipliers)
     model.load_state_dict(state_dict)
     return model
 
@@ -132,9 +126,9 @@ def _depthwise_multipliers(model: nn.Module) -> dict[nn.Module, int]:
     }
 
 
-def _fit_attributes(model: nn.Module, multipliers: dict[nn.Module, int]) -> None:
+def _fit_attributes(modules: Iterable[nn.Module], multipliers: dict[nn.Module, int]) -> None:
     """Makes in_channels, groups, num_features … say what the shapes of the parameters say."""
-    for module in model.modules():
+    for module in modules:
         weight = module._parameters.get("weight")
         if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
             if module in multipliers:

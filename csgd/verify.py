@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from csgd.clusters import Clusters, clustered_tensors
 from csgd.graph import ChannelSpace
 from csgd.train import accuracy
-from csgd.trim import relative_deviation
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ def verdict(
 
 def statistics_spread(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> float:
     """Largest ‖S − ΓS‖ / ‖S‖ of any vector S of running statistics: they lag the filters (fact F8)."""
-    buffers = [t for t in clustered_tensors(model, spaces, clusters) if not isinstance(t.tensor, nn.Parameter)]
-    return max(map(relative_deviation, buffers), default=0.0)
+    touched = clustered_tensors(model, spaces, clusters)
+    return max((t.relative_deviation() for t in touched if t.is_statistic), default=0.0)
 
 
 @torch.no_grad()

@@ -26,12 +26,12 @@ def target_widths(
                forward pass) or one per trimmable space;
                a mapping from layer-name patterns ('layer1.*.conv1') to a fraction (float) or a width (int), the last
                match wins, and spaces that no pattern matches get the fraction `rest`
-    min_width  no fraction goes below it: a single channel breaks `squeeze()`
+    min_width  no width goes below it: a single channel breaks `squeeze()`
     round_to   fractions are rounded to the nearest multiple of it
     keep       patterns of layers that stay whole
 
     Widths count slots: in a grouped conv a slot holds one channel of each group.  InputError on a list of the wrong
-    length, a width that is not in [1, size], layers of one space that disagree, a pattern that matches nothing.
+    length, a width that is not in [min_width, size], layers of one space that disagree, a pattern that matches nothing.
     """
     for name, value in (("min_width", min_width), ("round_to", round_to)):
         if not isinstance(value, Integral) or value < 1:
@@ -50,9 +50,9 @@ def target_widths(
         return min(space.size, max(min_width, width))
 
     if isinstance(deps, Mapping):
-        widths = _by_pattern(spaces, live, deps, rest, fraction)
+        widths = _by_pattern(spaces, live, deps, rest, fraction, min_width)
     elif isinstance(deps, Sequence) and not isinstance(deps, str):
-        widths = _by_list(live, deps)
+        widths = _by_list(live, deps, min_width)
     elif isinstance(deps, Real) and not isinstance(deps, bool):
         widths = {space.name: fraction(space, float(deps)) for space in live}
     else:
@@ -76,15 +76,18 @@ def _matching(spaces: list[ChannelSpace], pattern: str, key: str) -> list[Channe
     return found
 
 
-def _width(space: ChannelSpace, value: int, where: str) -> int:
+def _width(space: ChannelSpace, value: int, where: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise InputError(f"deps: {where} must be a whole number, got {value!r}")
-    if not 1 <= value <= space.size:
-        raise InputError(f"deps: {where} must be between 1 and its {space.size} channels, got {value}")
+    least = min(least, space.size)
+    if not least <= value <= space.size:
+        raise InputError(
+            f"deps: {where} must be between {least} (deps.min_width) and its {space.size} channels, got {value}"
+        )
     return int(value)
 
 
-def _by_list(live: list[ChannelSpace], deps: Sequence[int]) -> dict[str, int]:
+def _by_list(live: list[ChannelSpace], deps: Sequence[int], min_width: int) -> dict[str, int]:
     producers = sorted(
         ((ref.order, ref.owners[0][0], space) for space in live for ref in space.producers), key=itemgetter(0)
     )
@@ -99,7 +102,7 @@ def _by_list(live: list[ChannelSpace], deps: Sequence[int]) -> dict[str, int]:
         )
     widths, first = {}, {}
     for value, (layer, space) in zip(deps, rows, strict=True):
-        width = _width(space, value, f"the width of {layer}")
+        width = _width(space, value, f"the width of {layer}", min_width)
         if widths.setdefault(space.name, width) != width:
             raise InputError(
                 f"deps: {first[space.name]} and {layer} share one channel space and must have one width, "
@@ -109,7 +112,7 @@ def _by_list(live: list[ChannelSpace], deps: Sequence[int]) -> dict[str, int]:
     return widths
 
 
-def _by_pattern(spaces, live, deps: Mapping, rest: float, fraction) -> dict[str, int]:
+def _by_pattern(spaces, live, deps: Mapping, rest: float, fraction, min_width: int) -> dict[str, int]:
     wanted: dict[str, dict[str, int]] = {space.name: {} for space in live}  # space -> layer -> width
     for pattern, value in deps.items():
         matched = _matching(spaces, pattern, "deps.layers")
@@ -122,7 +125,7 @@ def _by_pattern(spaces, live, deps: Mapping, rest: float, fraction) -> dict[str,
             whole = isinstance(value, Integral) and not isinstance(value, bool)
             if not whole and not isinstance(value, Real):
                 raise InputError(f"deps.layers.{pattern} must be a fraction or a width, got {value!r}")
-            width = _width(space, value, f"'{pattern}'") if whole else fraction(space, float(value))
+            width = _width(space, value, f"'{pattern}'", min_width) if whole else fraction(space, float(value))
             names = [name for name in layers(space) if fnmatchcase(name, pattern)] or layers(space)
             wanted[space.name] |= dict.fromkeys(names, width)
     widths = {}

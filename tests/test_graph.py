@@ -1,11 +1,14 @@
 import copy
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torchvision.ops import FrozenBatchNorm2d
 
 import csgd
 from csgd.trial import Trial, random_clusters
@@ -137,7 +140,8 @@ def write_in_place(x, _):
         (lambda x, _: F.local_response_norm(x, 3), "no rule for local_response_norm"),
         (lambda x, _: F.group_norm(x, 2), "group_norm: normalises over channels"),
         (lambda x, _: F.layer_norm(x, x.shape[1:]), "layer_norm: normalises over channels"),
-        (lambda x, _: x.cumsum(1), "no rule for cumsum"),
+        (lambda x, _: x.cumsum(1), "cumsum: runs over the channels"),
+        (lambda x, _: x.cummax(1)[0], "no rule for cummax"),
         (lambda x, _: torch.einsum("bchw,cd->bdhw", x, torch.eye(8)), "no rule for einsum"),
         (lambda x, _: x[:, [1, 0, 2, 3, 4, 5, 6, 7]], "getitem: picks channels"),
         (lambda x, _: x.flip(1), "flip: picks channels"),
@@ -256,6 +260,135 @@ def test_several_inputs_and_structured_outputs():
     example = (torch.randn(2, 4), torch.randn(2, 6))
     spaces = csgd.find_spaces(Two(), example)
     assert spaces[0].pinned == ["network output"], "hidden is returned, so it must stay"
+
+
+class Output(dict):
+    """A class of its own, as model zoos return."""
+
+
+class Slotted:
+    __slots__ = ("logits",)
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class Looped:
+    def __init__(self, logits):
+        self.logits, self.me = logits, self
+
+
+@pytest.mark.parametrize("wrap", [lambda x: Output(x=x), Slotted, Looped, lambda x: {0: [(x,)]}])
+def test_outputs_are_found_in_containers_of_any_class(wrap):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Net(Apply(lambda x, _: x.relu()))
+
+        def forward(self, x):
+            return wrap(self.net(x))
+
+    spaces = spaces_of(Wrapped())
+    assert spaces["net.conv"].trimmable
+    assert spaces["net.last"].pinned == ["network output"]
+
+
+def test_a_model_that_returns_no_tensor_is_refused():
+    with pytest.raises(csgd.InputError, match="returns no tensor that can be found"):
+        csgd.find_spaces(Apply(lambda x, _: None), torch.randn(nets.IMAGES))
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.rand(8, 1, 1), torch.arange(8).view(8, 1, 1), torch.arange(8).view(8, 1, 1) > 3]
+)
+def test_buffers_that_training_does_not_change_pin(mask):
+    """Nothing pulls their entries together, so the members of a cluster could never become equal."""
+    body = Apply(lambda x, m: x * m.mask)
+    body.register_buffer("mask", mask)
+    assert not spaces_of(Net(body))["conv"].trimmable
+    frozen = FrozenBatchNorm2d(8)
+    assert "buffer" in "; ".join(spaces_of(Net(frozen))["conv"].pinned)
+    assert spaces_of(Net(nn.BatchNorm2d(8)))["conv"].trimmable
+
+
+def test_frozen_members_cannot_become_equal():
+    model = nets.Plain()
+    model.conv1.requires_grad_(False)
+    spaces = csgd.find_spaces(model, nets.example_of(nets.Plain))
+    clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 0.5))
+    with pytest.raises(csgd.InputError, match="conv1.weight is not trained, so its rows cannot become equal"):
+        csgd.param_groups(model, spaces, clusters, centri_strength=0.1)
+
+
+@pytest.mark.parametrize("channels", [2, 8])
+@pytest.mark.parametrize(
+    "function, inputs",
+    [
+        (lambda x, m: F.channel_shuffle(torch.stack([x, m.a(x)], 2).flatten(1, 2), 2), 2),
+        (lambda x, m: torch.stack([x, m.a(x)], 2).flatten(1, 2), 2),
+        (lambda x, m: torch.stack([x, m.a(x)], 1).flatten(1, 2), 2),
+        (lambda x, m: torch.cat([x, m.a(x)], 2), 1),
+        (lambda x, m: torch.cat([x, m.a(x.mean((2, 3), keepdim=True)).expand_as(x)], 1), 2),
+        (lambda x, m: torch.cat([x, m.a(x.mean((2, 3), keepdim=True)).expand(x.shape)], 1), 2),
+        (lambda x, m: x / x.shape[1], 1),
+        (lambda x, m: F.conv_transpose2d(m.a(x), m.a.weight, padding=1), 1),
+        (lambda x, m: x + x.new_empty(x.size(0), 1, 1, 1).fill_(0.5), 1),
+        (lambda x, m: m.a(x).unsqueeze(-1).squeeze_(-1), 1),
+        (lambda x, m: x.mean(axis=(2, 3), keepdim=True) * x, 1),
+    ],
+)
+def test_whatever_is_called_trimmable_is_cut_exactly_at_any_widths(function, inputs, channels):
+    body = Apply(function, a=nn.Conv2d(channels, channels, 3, padding=1))
+    net, example = Net(body, channels, inputs * channels), torch.randn(nets.IMAGES)
+    spaces = csgd.find_spaces(net, example)
+    trial = Trial(net, example)
+    for seed in range(12):
+        assert trial.change(spaces, random_clusters(spaces, seed, ratio=None)) <= 1e-12
+
+
+def test_odd_networks_do_not_stop_the_analysis():
+    class OneDtype(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.empty = Net(Apply(lambda x, _: x.relu())), nn.Parameter(torch.zeros(0, 4))
+
+        def forward(self, x):
+            assert x.dtype == torch.float32
+            return self.net(x)
+
+    assert spaces_of(OneDtype())["net.conv"].trimmable
+    positive = Apply(lambda x, m: x * m.scale.log().view(-1, 1, 1))
+    positive.scale = nn.Parameter(torch.full((8,), 2.0))
+    assert spaces_of(Net(positive))["conv"].trimmable, "random weights would make it NaN"
+
+
+def test_whatever_a_forward_pass_changes_the_model_stays():
+    class Restless(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last, self.calls = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1), 0
+            self.register_buffer("mean", torch.zeros(8))
+            self.constant = torch.ones(8, 8)
+
+        def forward(self, x):
+            y = self.conv(x)
+            if self.training:
+                self.mean = 0.9 * self.mean + y.mean((0, 2, 3))
+                self.calls += 1
+                self.last.weight.requires_grad_(False)
+            random.random(), np.random.rand()
+            return self.last(y * self.constant.to(y))
+
+    model, example = Restless(), torch.randn(nets.IMAGES)
+    states, before = (random.getstate(), np.random.get_state()[2]), example.clone()
+    csgd.find_spaces(model, example)
+    assert (model.mean == 0).all()
+    assert model.calls == 0
+    assert model.last.weight.requires_grad
+    assert not hasattr(model.constant, "_csgd_labels")
+    assert not hasattr(example, "_csgd_labels")
+    assert torch.equal(example, before)
+    assert states == (random.getstate(), np.random.get_state()[2])
 
 
 def test_pin_failures_finds_the_one_space_that_fails():

@@ -104,6 +104,26 @@ def test_bad_clusters_are_refused(clusters, message):
             act(model, spaces, clusters)
 
 
+def test_only_modules_whose_tensors_change_are_touched():
+    class Packed(nn.Linear):
+        """Its weight is not shaped as its attributes say."""
+
+        def __init__(self):
+            super().__init__(6, 6)
+            self.weight = nn.Parameter(torch.randn(36, 1))
+
+        def forward(self, x):
+            return x @ self.weight.view(self.out_features, self.in_features)
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.Softmax(1), Packed())
+    spaces = csgd.find_spaces(model, torch.randn(2, 4))
+    csgd.trim(model, spaces, {"0": [[0, 1], [2, 3]]})
+    assert (model[4].in_features, model[4].out_features) == (6, 6)
+    assert model[0].out_features == model[2].in_features == 6
+    csgd.load_trimmed(model, model.state_dict())
+    assert (model[4].in_features, model[4].out_features) == (6, 6)
+
+
 def test_load_trimmed_refuses_other_networks():
     model, spaces, clusters, _ = prepared(nets.Plain)
     csgd.trim(model, spaces, clusters)

@@ -27,7 +27,7 @@ class Ledger:
                     self.tensors[id(tensor)] = tensor
                     self.owners[id(tensor)].append((path, attribute))
         self.uses: dict[tuple[int, int], tuple[Tensor, str]] = {}  # (id of tensor, dim) -> (atoms, role)
-        self.outputs: dict[int, Tensor] = {}  # id of weight -> atoms of the channels it produces
+        self.outputs: dict[tuple[int, int], Tensor] = {}  # (id of weight, dim) -> atoms of the channels it produces
         self.frozen: dict[int, str] = {}  # id of parameter -> why nothing of it may change shape
         self.pins: list[tuple[Tensor, str]] = []  # (atoms, why they must stay)
 
@@ -69,14 +69,17 @@ class Ledger:
         """The labels of an activation; a per-channel parameter becomes a follower by being asked for."""
         if self.owns(tensor):
             wide = [dim for dim in range(tensor.dim()) if tensor.size(dim) > 1]
-            if len(wide) == 1:  # layer scale, a learned offset, a buffer of means
+            if len(wide) == 1 and tensor.is_floating_point():  # layer scale, a learned offset, a buffer of means
                 use = self.uses.get((id(tensor), wide[0]))
                 atoms = use[0] if use else self.fresh(tensor.numel())
                 self.record(tensor, wide[0], atoms, "follow")
                 return along(atoms, wide[0], tensor.dim()).expand(tensor.shape)
             self.freeze(tensor, "parameter used outside conv, linear and norm layers")
         elif getattr(tensor, "_csgd_labels", (None,))[0] is self:
-            return self.channel.find(compact(tensor._csgd_labels[1])).expand(tensor.shape)
+            labels = tensor._csgd_labels[1]
+            if labels.shape == tensor.shape:
+                return self.channel.find(compact(labels)).expand(tensor.shape)
+            self.pin(labels, "its shape is changed in place")
         atom = self.fresh(1, "meets a constant or an untracked tensor")
         return atom.view([1] * tensor.dim()).expand(tensor.shape)
 

@@ -17,7 +17,7 @@ from csgd.graph.labels import along, compact, wide_dims
 from csgd.graph.ledger import Ledger
 
 # Values leave, or are written into, a tensor behind the tracer's back.
-ESCAPES = {"setitem", "numpy", "tolist", "array", "dlpack"}
+ESCAPES = {"setitem", "set", "numpy", "tolist", "array", "dlpack"}
 PROPERTIES = {"T": "t", "mT": "transpose", "data": "detach"}
 
 
@@ -37,6 +37,8 @@ class Call:
         name = getattr(func, "__name__", str(func)).strip("_")
         if name == "get":  # a property of a tensor
             name = PROPERTIES.get(func.__self__.__name__, "get")
+        if kwargs.get("out") is not None:  # written into: no label of it holds, and no rule knows
+            name = f"{name} into out="
         inputs, outputs = ([t for t in tree_leaves(value) if isinstance(t, Tensor)] for value in ((args, kwargs), out))
         return cls(name, func, args, kwargs, inputs, inputs[:1] if name in ESCAPES else outputs)
 
@@ -52,8 +54,12 @@ class Call:
 
 def apply_rule(ledger: Ledger, func: Callable, args: tuple, kwargs: dict, out) -> None:
     call = Call.of(func, args, kwargs, out)
-    if call.inputs and call.outputs:
+    if not call.inputs or not call.outputs:
+        return
+    try:
         RULES.get(call.name, unknown)(ledger, call)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # a form of the call no rule foresaw
+        unknown(ledger, call)
 
 
 def unknown(ledger: Ledger, call: Call, reason: str = "no rule for") -> None:
@@ -106,7 +112,7 @@ def pool(ledger: Ledger, call: Call) -> None:
 
 
 def reduce(ledger: Ledger, call: Call) -> None:
-    dims = call.arg(1, "dim")
+    dims = call.arg(1, "dim", call.kwargs.get("axis"))
     if isinstance(dims, Tensor):  # torch.max(a, b)
         return elementwise(ledger, call)
     labels = ledger.labels(call.inputs[0])
@@ -125,7 +131,8 @@ def reduce(ledger: Ledger, call: Call) -> None:
 
 def normalise(ledger: Ledger, call: Call) -> None:
     labels, dim = ledger.labels(call.inputs[0]), call.arg(2 if call.name == "normalize" else 1, "dim", 1)
-    labels = ledger.mixed(labels, set(range(labels.dim())) if dim is None else {dim % labels.dim()})
+    dims = range(labels.dim()) if dim is None else [dim] if isinstance(dim, int) else dim
+    labels = ledger.mixed(labels, {d % labels.dim() for d in dims})
     if labels is None:
         return unknown(ledger, call, "runs over the channels")
     ledger.label(call.outputs[0], labels)
@@ -146,7 +153,7 @@ def reshape(ledger: Ledger, call: Call) -> None:
 
 def move(ledger: Ledger, call: Call) -> None:
     labels, out = ledger.labels(call.inputs[0]), call.outputs[0]
-    if "expand" in call.name:
+    if call.name in ("expand", "expand_as", "broadcast_to"):
         moved = labels.expand(out.shape)
     elif call.func.__name__ == "__get__":
         moved = labels.transpose(-1, -2) if labels.dim() > 1 else labels
@@ -156,7 +163,18 @@ def move(ledger: Ledger, call: Call) -> None:
 
 
 def join(ledger: Ledger, call: Call) -> None:
-    ledger.label(call.outputs[0], call.on([ledger.labels(tensor) for tensor in call.inputs]))
+    """Operands need equal sizes along every dim but that of the cat: channels that lie there are clustered alike."""
+    parts = [ledger.labels(tensor) for tensor in call.inputs]
+    dim = call.arg(1, "dim", 0) % max(1, parts[0].dim())
+    for other in parts[1:]:
+        if call.name == "stack" or dim not in {*wide_dims(parts[0]), *wide_dims(other)}:
+            first, second = (compact(part) for part in (parts[0], other))
+            ledger.slot.union(*torch.broadcast_tensors(first, second))
+    ledger.label(call.outputs[0], call.on(parts))
+
+
+def blank(ledger: Ledger, call: Call) -> None:
+    """Only the shape and the dtype of an operand are read."""
 
 
 def pick(ledger: Ledger, call: Call) -> None:
@@ -221,11 +239,11 @@ def pad(ledger: Ledger, call: Call) -> None:
 # layers
 
 
-def _produced(ledger: Ledger, weight: Tensor, n: int) -> Tensor:
-    """The atoms of the channels a weight produces: the same ones each time it is called."""
-    if id(weight) not in ledger.outputs:
-        ledger.outputs[id(weight)] = ledger.fresh(n)
-    return ledger.outputs[id(weight)]
+def _produced(ledger: Ledger, weight: Tensor, dim: int, n: int) -> Tensor:
+    """The atoms of the channels a weight produces along `dim`: the same ones each time it is called."""
+    if (id(weight), dim) not in ledger.outputs:
+        ledger.outputs[id(weight), dim] = ledger.fresh(n)
+    return ledger.outputs[id(weight), dim]
 
 
 def conv(ledger: Ledger, call: Call) -> None:
@@ -241,11 +259,11 @@ def conv(ledger: Ledger, call: Call) -> None:
         if n == groups:
             outs = ins
         else:  # a multiplier: every input channel has several output channels, its lanes
-            outs = _produced(ledger, weight, n)
+            outs = _produced(ledger, weight, 0, n)
             ledger.slot.union(ins.repeat_interleave(n // groups), outs)
         ledger.record(weight, 0, ins if transposed else outs, "follow")
     else:
-        outs = _produced(ledger, weight, n)
+        outs = _produced(ledger, weight, int(transposed), n)
         if groups > 1:  # the groups are lanes
             ledger.clustered_alike(ins.view(groups, -1))
             ledger.clustered_alike(outs.view(groups, -1))
@@ -263,7 +281,7 @@ def linear(ledger: Ledger, call: Call) -> None:
     if wide_dims(labels) and labels.dim() - 1 not in wide_dims(labels):
         ledger.freeze(weight, "linear over an axis that is not the channels'")
         return ledger.label(call.outputs[0], compact(labels))
-    outs = _produced(ledger, weight, weight.size(0))
+    outs = _produced(ledger, weight, 0, weight.size(0))
     ledger.record(weight, 1, ledger.channels(labels, labels.dim() - 1), "in")
     ledger.record(weight, 0, outs, "out")
     ledger.record(bias, 0, outs, "follow")
@@ -313,15 +331,17 @@ RULES: dict[str, Callable[[Ledger, Call], None]] = {
             hardshrink softshrink softplus softsign threshold rrelu erf sin cos dropout dropout1d dropout2d dropout3d
             alpha_dropout feature_dropout feature_alpha_dropout contiguous clone detach to type_as float double half
             bfloat16 masked_fill nan_to_num round floor ceil gt lt ge le eq ne iadd radd isub imul rmul itruediv
-            rtruediv ipow""",
+            rtruediv ipow isnan isinf isfinite logical_and logical_or logical_not logical_xor atan cpu""",
         pool: """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d
             adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
             adaptive_max_pool3d lp_pool1d lp_pool2d lp_pool3d interpolate upsample""",
-        reduce: "mean sum amax amin std var max min prod logsumexp median",
-        normalise: "softmax log_softmax softmin normalize",
-        reshape: "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as",
-        move: "permute transpose t movedim swapaxes swapdims expand expand_as",
-        join: "cat concat stack",
+        reduce: "mean sum amax amin std var std_mean var_mean max min prod logsumexp median",
+        normalise: "softmax log_softmax softmin normalize cumsum cumprod",
+        reshape: "view reshape ravel flatten unflatten squeeze unsqueeze view_as reshape_as",
+        move: "permute transpose t movedim moveaxis swapaxes swapdims expand expand_as broadcast_to",
+        join: "cat concat concatenate stack",
+        blank: """empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full
+            new_tensor""",
         pick: "split tensor_split split_with_sizes narrow select getitem unbind roll flip",
         chunk: "chunk",
         glu: "glu",

@@ -86,6 +86,8 @@ def spaces_of(ledger: Ledger, model: nn.Module) -> list[ChannelSpace]:
         pinned = sorted(set().union(*(reasons.get(slot, ()) for slot in slots)))
         if not pinned and len(slots) == 1 and pacesetter.index.numel() > 1:
             pinned = ["all its channels are tied together"]
+        if not pinned and not any(ref.role == "in" for ref in refs):
+            pinned = ["no layer is seen to read its channels"]
         name = pacesetter.owners[0][0]
         count[name] += 1
         spaces.append(ChannelSpace(f"{name}#{count[name]}" if count[name] > 1 else name, len(slots), refs, pinned))

@@ -1,25 +1,44 @@
 """Carries labels along a real forward pass, at the level of torch.*, F.* and tensor methods."""
 
-from collections.abc import Iterator
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 
+from csgd.errors import InputError
 from csgd.graph.ledger import Ledger
 from csgd.graph.rules import Call, apply_rule, unknown
 from csgd.graph.spaces import ChannelSpace, spaces_of
 
 
 def tensors_in(value) -> Iterator[Tensor]:
-    """The tensors of a nested value: containers, dataclasses and plain objects."""
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module) and not callable(leaf):
-            yield from tensors_in(vars(leaf))
+    """The tensors of a nested value: containers of any class, dataclasses and plain objects."""
+    return _tensors_in(value, set())
+
+
+def _tensors_in(value, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if id(value) in seen or isinstance(value, type | nn.Module | str | bytes):
+        return
+    seen.add(id(value))
+    parts = []
+    if isinstance(value, Mapping):
+        parts += value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        parts += value
+    parts += getattr(value, "__dict__", {}).values()
+    parts += [getattr(value, slot) for slot in getattr(type(value), "__slots__", ()) if hasattr(value, slot)]
+    for part in parts:
+        yield from _tensors_in(part, seen)
 
 
 class _Functions(TorchFunctionMode):
@@ -52,41 +71,68 @@ class _Escapes(TorchDispatchMode):
         out = func(*args, **kwargs)
         if not self.functions.inside:
             self.functions.inside = True
-            unknown(self.functions.ledger, Call.of(func, args, kwargs, out), "runs in compiled code")
+            call = Call.of(func, args, kwargs, out)
+            if call.inputs and call.outputs:
+                unknown(self.functions.ledger, call, "runs in compiled code")
             self.functions.inside = False
         return out
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
 
 def trace_spaces(model: nn.Module, example) -> list[ChannelSpace]:
     """Channel spaces of `model` by label tracing alone, without the trial trim.
 
     `example` is an input tensor (batch of 2 or more) or a tuple of inputs.  Eval and train mode are both run,
-    since auxiliary heads exist in train mode only; mode, buffers and the random state are restored.
+    since auxiliary heads exist in train mode only, on a copy of the model, so that whatever a forward pass changes
+    the model stays as it is.  InputError if the model returns no tensor that can be found.
     """
-    args = example if isinstance(example, tuple) else (example,)
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with keep_random_state(model):
+        try:
+            model = copy.deepcopy(model)
+        except Exception:  # a model that cannot be copied is traced itself
+            modes = [(module, module.training) for module in model.modules()]
+            buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+            try:
+                return _trace(model, example)
+            finally:
+                for module, training in modes:
+                    module.training = training
+                with torch.no_grad():
+                    for buffer, saved in buffers:
+                        buffer.copy_(saved)
+        return _trace(model, example)
+
+
+def _trace(model: nn.Module, example) -> list[ChannelSpace]:
     ledger = Ledger(model)
-    try:
-        for training in (False, True):
-            model.train(training)
-            inputs = [a.clone() if isinstance(a, Tensor) else a for a in args]
-            for tensor in tensors_in(inputs):
-                ledger.label(tensor, ledger.fresh(1, "network input"))
-            functions = _Functions(ledger)
-            with torch.no_grad(), torch.random.fork_rng(_cuda_devices(model)), _Escapes(functions), functions:
-                out = model(*inputs)
-            for tensor in tensors_in(out):
-                if tensor.numel() > 1:
-                    ledger.pin(ledger.labels(tensor), "network output")
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
+    for training in (False, True):
+        model.train(training)
+        statistics = {id(buffer): buffer.clone() for buffer in model.buffers()}
+        inputs = tree_map_only(Tensor, Tensor.clone, example if isinstance(example, tuple) else (example,))
+        for tensor in tensors_in(inputs):
+            ledger.label(tensor, ledger.fresh(1, "network input"))
+        functions = _Functions(ledger)
+        with torch.no_grad(), _Escapes(functions), functions:
+            out = model(*inputs)
+        outputs = list(tensors_in(out))
+        if not outputs:
+            raise InputError(f"the model returns no tensor that can be found, but {type(out).__name__}")
+        for tensor in outputs:
+            if tensor.numel() > 1:
+                ledger.pin(ledger.labels(tensor), "network output")
+    for buffer in model.buffers():
+        if id(buffer) in statistics and torch.equal(buffer, statistics[id(buffer)]):
+            ledger.freeze(buffer, "scaled by a buffer that training does not change")
     return spaces_of(ledger, model)
+
+
+@contextmanager
+def keep_random_state(model: nn.Module):
+    """Random states of torch, numpy and Python as they were, whatever a forward pass draws."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
