@@ -65,7 +65,10 @@ def main() -> int:
 def _run(cfg) -> tuple[int, float]:
     from csgd.pipeline import run  # torch is imported once the configuration is known to be good
 
-    verdict = run(cfg, Path(HydraConfig.get().runtime.output_dir))
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN and cfg.wandb.group is None:
+        cfg.wandb.group = hydra_config.sweep.dir
+    verdict = run(cfg, Path(hydra_config.runtime.output_dir))
     return 0 if verdict.lossless else 1, verdict.accuracy
 
 

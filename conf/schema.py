@@ -149,8 +149,10 @@ class Config:
     wandb: Wandb = MISSING
     base: Base = MISSING
     tolerance: Tolerance = MISSING
-    centri_strength: float = II("schedule.centri_strength")
+    centri_strength: Any = II("schedule.centri_strength")
     vector_ratio: float = II("schedule.vector_ratio")
+    ramp: str = MISSING
+    collapse_by: float = MISSING
     trim_at: str = MISSING
     seed: int = MISSING
     device: str = MISSING
@@ -158,7 +160,12 @@ class Config:
     progress: bool = True
 
     def __post_init__(self):
-        _require(_not_negative(self.centri_strength), "centri_strength", "0 or more", self.centri_strength)
+        strength = self.centri_strength
+        number = isinstance(strength, int | float) and not isinstance(strength, bool) and _not_negative(strength)
+        _require(number or strength == "auto", "centri_strength", "a number of 0 or more, or auto", strength)
+        shapes = ("constant", "linear", "quadratic", "cosine")
+        _require(self.ramp in shapes, "ramp", "constant, linear, quadratic or cosine", self.ramp)
+        _require(0 < self.collapse_by <= 1, "collapse_by", "above 0 and at most 1", self.collapse_by)
         _require(_not_negative(self.vector_ratio), "vector_ratio", "0 or more", self.vector_ratio)
         _require(self.trim_at in ("collapse", "end"), "trim_at", "collapse or end", self.trim_at)
         _require(0 <= self.seed < 2**31, "seed", "between 0 and 2147483647", self.seed)

@@ -9,6 +9,8 @@ representative of its cluster.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -113,8 +115,8 @@ def scale_along(tensor: Tensor, factors: Iterable[tuple[int, Tensor]]) -> Tensor
 
 
 def forecast(
-    learning_rates: Iterable[float],
-    centri_strength: float,
+    learning_rates: Sequence[float],
+    centri_strength: float | Sequence[float],
     weight_decay: float = 0.0,
     momentum: float = 0.9,
     nesterov: bool = True,
@@ -122,14 +124,32 @@ def forecast(
     """The factors a_t by which every deviation V = (I − Γ)W will have shrunk after each step: V_t = a_t V_0 (fact F2).
 
     b ← μb + (η+ε)a,  a ← a − τ((η+ε)a + μb) with Nesterov or a − τb without; a_0 = 1, b_0 = 0.  Neither the data
-    nor the gradients enter, so the step of the collapse is known before the run.
+    nor the gradients enter, so the step of the collapse is known before the run.  τ, and ε if it is a sequence, are
+    those of each step.
     """
-    pull, a, b, factors = weight_decay + centri_strength, 1.0, 0.0, []
-    for rate in learning_rates:
+    strengths = repeat(centri_strength) if isinstance(centri_strength, Real) else centri_strength
+    a, b, factors = 1.0, 0.0, []
+    for rate, strength in zip(learning_rates, strengths, strict=False):
+        pull = weight_decay + strength
         b = momentum * b + pull * a
         a -= rate * (pull * a + momentum * b if nesterov else b)
         factors.append(a)
     return factors
+
+
+def collapse_step(factors: Sequence[float], tolerance: float, statistics_momentum: float | None = None) -> int | None:
+    """The number of steps after which |a_t| stays within `tolerance`; None if that is not within the run.
+
+    With the momentum of batch norm's running statistics, these too: they lag the filters as a running mean (fact F8).
+    """
+    last, lagging = 0, 1.0
+    for step, factor in enumerate(map(abs, factors), 1):
+        if statistics_momentum is not None:
+            lagging += statistics_momentum * (factor - lagging)
+            factor = max(factor, lagging)
+        if not factor <= tolerance:
+            last = step
+    return last + 1 if last < len(factors) else None
 
 
 def stability_limit(momentum: float, nesterov: bool) -> float:
@@ -143,24 +163,35 @@ def strength_to_collapse(
     weight_decay: float = 0.0,
     momentum: float = 0.9,
     nesterov: bool = True,
+    *,
+    ramp: Sequence[float] | None = None,
+    within: int | None = None,
+    statistics_momentum: float | None = None,
 ) -> float | None:
-    """The smallest strength ε whose forecast ends at or below `tolerance`, None if no stable one does (fact F4)."""
+    """The smallest strength ε that collapses within `within` steps, or the whole run; None if no stable one does (F4).
 
-    def left(strength: float) -> float:
-        return abs(forecast(learning_rates, strength, weight_decay, momentum, nesterov)[-1])
+    `ramp` holds the factor of ε at each step.
+    """
+    ramp = [1.0] * len(learning_rates) if ramp is None else ramp
+    within = len(learning_rates) if within is None else within
 
-    fastest = max(learning_rates, default=0.0)
+    def collapses(strength: float) -> bool:
+        factors = forecast(learning_rates, [strength * r for r in ramp], weight_decay, momentum, nesterov)
+        step = collapse_step(factors, tolerance, statistics_momentum)
+        return step is not None and step <= within
+
+    fastest = max((rate * r for rate, r in zip(learning_rates, ramp, strict=True)), default=0.0)
     if fastest <= 0:
         return None
     highest = stability_limit(momentum, nesterov) / fastest - weight_decay
     low, high = 0.0, highest * 2.0**-30
-    while left(high) > tolerance:  # from below: close to the limit the recurrence rings and is no longer monotonic
+    while not collapses(high):  # from below: close to the limit the recurrence rings and is no longer monotonic
         low, high = high, high * 1.3
         if high >= highest:
             return None
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if left(middle) <= tolerance else (middle, high)
+        low, high = (low, middle) if collapses(middle) else (middle, high)
     return high
 
 

@@ -23,6 +23,7 @@ class CSGD(torch.optim.Optimizer):
 
         segments         one (dim, segments) or None per parameter: which of its rows become equal
         centri_strength  ε
+        ramp             the strength of this step is centri_strength × ramp, as a schedule of ε sets it
         gradient_scales  one list of (dim, factors) or None per parameter: its gradient is scaled along those dims
         lr_factor        the group's learning rate is lr × lr_factor, so that schedulers see one lr
 
@@ -43,6 +44,7 @@ class CSGD(torch.optim.Optimizer):
             nesterov=nesterov,
             weight_decay=weight_decay,
             centri_strength=0.0,
+            ramp=1.0,
             segments=None,
             gradient_scales=None,
             lr_factor=1.0,
@@ -89,7 +91,7 @@ class CSGD(torch.optim.Optimizer):
                 if factors is not None:
                     direction = scale_along(direction, factors)
                 if shared is not None:
-                    direction = centripetal_direction(direction, p, shared, group["centri_strength"])
+                    direction = centripetal_direction(direction, p, shared, group["centri_strength"] * group["ramp"])
                 params.append(p)
                 directions.append(direction)
                 buffers.append(self.state[p].get("momentum_buffer"))
@@ -223,3 +225,8 @@ def check_stability(lr: float, centri_strength: float, weight_decay: float, mome
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def set_ramp(optimizer: CSGD, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["ramp"] = factor

@@ -1,26 +1,41 @@
-"""What a run will do to the deviation, known before its first batch (facts F2, F4 to F6)."""
+"""What a run will do to the deviation, known before its first batch (facts F2, F4 to F6, F8)."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from csgd.centripetal import forecast, lengthening, stability_limit, strength_to_collapse
+from csgd.centripetal import collapse_step, forecast, lengthening, strength_to_collapse
 from csgd.optim import CSGD, check_stability
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """What happens to the pull, step by step, and what counts as collapsed.
+
+    learning_rates       τ of each step
+    ramp                 factor of ε at each step
+    tolerance            a factor of the deviation that counts as collapsed
+    statistics_momentum  of batch norm, None if the network has no running statistics
+    """
+
+    learning_rates: Sequence[float]
+    ramp: Sequence[float]
+    tolerance: float
+    statistics_momentum: float | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
     """The forecast of a run.
 
-    factors    {group name: [a_t after each step]}: what is left of every deviation of the group
-    tolerance  a factor at the end of the run that counts as collapsed
-    momentum   of the running statistics of batch norm, None if there are none
-    advice     what would make it collapse, if it does not
+    factors  {group name: [a_t after each step]}: what is left of every deviation of the group
+    advice   what would make it collapse, if it does not
     """
 
     factors: dict[str, list[float]]
     tolerance: float
-    momentum: float | None = None
+    statistics_momentum: float | None = None
     advice: str | None = None
 
     @property
@@ -34,22 +49,14 @@ class Plan:
 
     @property
     def collapse_step(self) -> int | None:
-        """The number of steps after which every factor stays within the tolerance, and so does its running mean, as
-        which the statistics of batch norm lag the filters (fact F8); None if that is not within the run."""
-        last = 0
-        for factors in self.factors.values():
-            lagging = 1.0
-            for step, factor in enumerate(map(abs, factors), 1):
-                if self.momentum is not None:
-                    lagging += self.momentum * (factor - lagging)
-                    factor = max(factor, lagging)
-                if factor > self.tolerance:
-                    last = max(last, step)
-        return last + 1 if last < max(map(len, self.factors.values()), default=0) else None
+        """The number of steps after which every group is collapsed and stays so; None if that is not within the run."""
+        steps = [collapse_step(f, self.tolerance, self.statistics_momentum) for f in self.factors.values()]
+        return None if None in steps or not steps else max(steps)
 
     def describe(self) -> str:
         parts = ", ".join(f"{name} to {abs(factors[-1]):.1e}" for name, factors in self.factors.items())
-        return f"forecast: the deviation will have shrunk at the end ({parts} of its start)"
+        when = f", collapsed at step {self.collapse_step}" if self.collapse_step else ""
+        return f"forecast: the deviation will have shrunk at the end ({parts} of its start){when}"
 
 
 @dataclass(frozen=True)
@@ -59,47 +66,64 @@ class _Recurrence:
     name: str
     strength: float
     rates: list[float]
-    constants: dict[str, float]
+    ramp: Sequence[float]
+    constants: dict[str, Any]
 
     @classmethod
-    def of(cls, group: dict, learning_rates: Sequence[float]) -> "_Recurrence":
+    def of(cls, group: dict, timetable: Timetable) -> "_Recurrence":
         constants = {key: group[key] for key in ("weight_decay", "momentum", "nesterov")}
-        rates = [rate * group["lr_factor"] for rate in learning_rates]
-        return cls(group["name"], group["centri_strength"], rates, constants)
+        rates = [rate * group["lr_factor"] for rate in timetable.learning_rates]
+        return cls(group["name"], group["centri_strength"], rates, timetable.ramp, constants)
 
     def factors(self) -> list[float]:
-        return forecast(self.rates, self.strength, **self.constants)
+        return forecast(self.rates, [self.strength * r for r in self.ramp], **self.constants)
 
-    def collapses(self, tolerance: float) -> bool:
-        limit = stability_limit(self.constants["momentum"], self.constants["nesterov"])
-        stable = max(self.rates) * (self.constants["weight_decay"] + self.strength) < limit
-        return stable and abs(self.factors()[-1]) <= tolerance
+    def check(self) -> None:
+        fastest = max(zip(self.rates, self.ramp, strict=True), key=lambda pair: pair[0] * pair[1], default=(0.0, 0.0))
+        check_stability(fastest[0], self.strength * fastest[1], **self.constants)
 
-
-def plan(
-    optimizer: CSGD, learning_rates: Sequence[float], tolerance: float, statistics_momentum: float | None = None
-) -> Plan:
-    """Forecasts a run of `optimizer` under a schedule of learning rates; InputError where it diverges (F6)."""
-    recurrences = [_Recurrence.of(group, learning_rates) for group in optimizer.clustered_groups()]
-    for r in recurrences:
-        check_stability(max(r.rates), r.strength, **r.constants)
-    ahead = Plan({r.name: r.factors() for r in recurrences}, tolerance, statistics_momentum)
-    return ahead if ahead.collapses else replace(ahead, advice=_advice(ahead, recurrences))
+    def needed(self, timetable: Timetable, within: int | None = None) -> float | None:
+        return strength_to_collapse(
+            self.rates,
+            timetable.tolerance,
+            **self.constants,
+            ramp=self.ramp,
+            within=within,
+            statistics_momentum=timetable.statistics_momentum,
+        )
 
 
-def _advice(ahead: Plan, recurrences: list[_Recurrence]) -> str:
+def plan(optimizer: CSGD, timetable: Timetable) -> Plan:
+    """Forecasts a run of `optimizer`; InputError where it diverges (F6)."""
+    recurrences = [_Recurrence.of(group, timetable) for group in optimizer.clustered_groups()]
+    for recurrence in recurrences:
+        recurrence.check()
+    factors = {r.name: r.factors() for r in recurrences}
+    ahead = Plan(factors, timetable.tolerance, timetable.statistics_momentum)
+    return ahead if ahead.collapses else replace(ahead, advice=_advice(ahead, recurrences, timetable))
+
+
+def strengths_by(optimizer: CSGD, timetable: Timetable, within: int) -> dict[str, float | None]:
+    """The smallest strength of each group that collapses within `within` steps, None where no stable one does (F4)."""
+    return {
+        group["name"]: _Recurrence.of(group, timetable).needed(timetable, within)
+        for group in optimizer.clustered_groups()
+    }
+
+
+def _advice(ahead: Plan, recurrences: list[_Recurrence], timetable: Timetable) -> str:
     """A strength that does for kernels and vectors alike, with vector_ratio as it is or else 1; or more epochs."""
     strongest, ways = max(r.strength for r in recurrences), []
+    needed = [r.needed(timetable) for r in recurrences]
     for ratios, also in (
         ([r.strength / strongest if strongest else 0.0 for r in recurrences], ""),
         ([1.0] * len(recurrences), " with a vector_ratio of 1"),
     ):
-        needed = [strength_to_collapse(r.rates, ahead.tolerance, **r.constants) for r in recurrences]
         if None in needed or not all(ratios):
             continue
         strength = max(n / ratio for n, ratio in zip(needed, ratios, strict=True))
         stronger = [replace(r, strength=strength * ratio) for r, ratio in zip(recurrences, ratios, strict=True)]
-        if all(r.collapses(ahead.tolerance) for r in stronger):
+        if all(abs(r.factors()[-1]) <= timetable.tolerance for r in stronger):  # too strong a pull diverges
             ways.append(f"a centri_strength of {_round_up(strength)}{also}")
             break
     longer = max(lengthening(factors[-1], ahead.tolerance) for factors in ahead.factors.values())

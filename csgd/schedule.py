@@ -29,3 +29,17 @@ def learning_rate(
     if decay == "constant":
         return lr
     raise ValueError(f"decay must be cosine, step or constant, got {decay!r}")
+
+
+RAMPS = ("constant", "linear", "quadratic", "cosine")
+
+
+def ramp(step: int, *, length: int, shape: str = "constant") -> float:
+    """The factor of the centripetal strength at step 0, 1, …: rises to 1 over `length` steps, and stays there.
+
+    x = (step + 1) / length:  linear x,  quadratic x²,  cosine (1 − cos πx) / 2,  constant 1.
+    """
+    if shape not in RAMPS:
+        raise ValueError(f"a ramp must be one of {', '.join(RAMPS)}, got {shape!r}")
+    x = min(1.0, (step + 1) / max(1, length))
+    return {"constant": 1.0, "linear": x, "quadratic": x * x, "cosine": (1 - cos(pi * x)) / 2}[shape]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from csgd.data import Data
 from csgd.errors import InputError
-from csgd.optim import CSGD, set_lr
+from csgd.optim import CSGD, set_lr, set_ramp
 
 CHECK_EVERY = 16  # steps between two looks at the losses; a look waits for the device
 AUXILIARY_WEIGHT = 0.3  # of the loss of an auxiliary head (Szegedy et al., 2015)
@@ -46,6 +46,7 @@ def train(
     steps: range,
     steps_per_epoch: int,
     lr_at: Callable[[int], float],
+    ramp_at: Callable[[int], float] | None = None,
     clip_norm: float | None = None,
     seed: int,
     label: str,
@@ -55,10 +56,10 @@ def train(
     """Trains the steps of a run that `steps` names, and yields at the end of each epoch and of `steps`, so that the
     caller tests, logs, saves and cuts.
 
-    `lr_at` is a function of the step; `clip_norm` caps the norm of the gradient (fact F9: the forecast holds all the
-    same).  Data and random state of an epoch are fixed by (seed, epoch); where `steps` starts within one,
-    `random_state` is that of torch at this step.  DivergedError names the step at which the loss stopped being a
-    number; the weights are then lost.
+    `lr_at` and `ramp_at` (of the strength of a CSGD) are functions of the step; `clip_norm` caps the norm of the
+    gradient (fact F9: the forecast holds all the same).  Data and random state of an epoch are fixed by (seed, epoch);
+    where `steps` starts within one, `random_state` is that of torch at this step.  DivergedError names the step at
+    which the loss stopped being a number; the weights are then lost.
     """
     for epoch in range(steps.start // steps_per_epoch, -(-steps.stop // steps_per_epoch)):
         started = time.perf_counter()
@@ -86,6 +87,8 @@ def train(
                 nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
             lr = lr_at(step)
             set_lr(optimizer, lr)
+            if ramp_at is not None:
+                set_ramp(optimizer, ramp_at(step))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

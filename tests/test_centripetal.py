@@ -7,12 +7,14 @@ from csgd import decay_matrix, forecast, merge_matrix
 from csgd.centripetal import (
     SharedRows,
     centripetal_direction,
+    collapse_step,
     lengthening,
     segment_mean,
     squared_deviation,
     stability_limit,
     strength_to_collapse,
 )
+from csgd.schedule import RAMPS, ramp
 from tests.reference import random_partition, segments_of
 
 CLUSTERS = [[0, 3], [1], [5, 2, 4]]
@@ -131,6 +133,19 @@ def test_f4_the_smallest_strength_that_collapses():
     assert abs(forecast(rates, 0.995 * strength, 1e-4)[-1]) > 1e-6
     assert strength_to_collapse([1e-3] * 3, 1e-6) is None
     assert strength_to_collapse([0.0] * 3, 1e-6) is None
+
+
+@pytest.mark.parametrize("shape", RAMPS)
+def test_f4_solves_for_any_ramp_and_step(shape):
+    rates = [0.02 * 0.5 * (1 + math.cos(math.pi * i / 600)) for i in range(600)]
+    ramps = [ramp(i, length=300, shape=shape) for i in range(600)]
+    strength = strength_to_collapse(rates, 1e-5, 1e-4, ramp=ramps, within=300)
+    for factor, reached in ((1.0, True), (0.98, False)):
+        factors = forecast(rates, [factor * strength * r for r in ramps], 1e-4)
+        assert (collapse_step(factors, 1e-5) <= 300) is reached
+        assert all(abs(a) <= 1e-5 for a in factors[collapse_step(factors, 1e-5) :])
+    lagging = strength_to_collapse(rates, 1e-5, 1e-4, ramp=ramps, within=300, statistics_momentum=0.1)
+    assert lagging > strength, "statistics that lag need an earlier collapse"
 
 
 def test_lengthening():

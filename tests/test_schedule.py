@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from csgd.schedule import learning_rate
+from csgd.schedule import RAMPS, learning_rate, ramp
 
 
 def rates(**options):
@@ -28,3 +28,14 @@ def test_steps_fall_at_the_milestones():
     assert values[:10] == [0.4] * 10
     assert values[10:25] == pytest.approx([0.04] * 15)
     assert values[25:] == pytest.approx([0.004] * 15)
+
+
+def test_ramps_rise_to_one_and_stay():
+    for shape in RAMPS:
+        values = [ramp(step, length=10, shape=shape) for step in range(15)]
+        assert values[9:] == [1.0] * 6
+        assert all(a <= b for a, b in pairwise(values))
+    assert ramp(4, length=10, shape="linear") == 0.5
+    assert ramp(4, length=10, shape="quadratic") == 0.25
+    assert ramp(4, length=10, shape="cosine") == pytest.approx(0.5)
+    assert ramp(0, length=10) == 1.0

@@ -7,7 +7,8 @@ from torch import nn
 
 import csgd
 from csgd import CSGD, data
-from csgd.plan import Plan, plan
+from csgd.plan import Plan, Timetable, plan, strengths_by
+from csgd.schedule import ramp
 from csgd.train import DivergedError, accuracy, criterion, logits_of, predict, train
 
 
@@ -74,7 +75,7 @@ def test_csgd_in_the_same_loop_follows_its_plan_to_the_collapse():
     spaces = csgd.find_spaces(net, d.example)
     clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
     optimizer = CSGD(csgd.param_groups(net, spaces, clusters, centri_strength=8.0, vector_ratio=1.0), 0.05)
-    ahead = plan(optimizer, [0.05] * 60, 1e-5)
+    ahead = plan(optimizer, Timetable([0.05] * 60, [1.0] * 60, 1e-5))
     assert ahead.collapses
     assert ahead.advice is None
     start = {group["name"]: float(optimizer.deviation(group)) for group in optimizer.clustered_groups()}
@@ -98,7 +99,7 @@ def test_a_plan_that_does_not_collapse_says_what_would():
 
     def ahead(strength, steps=400, ratio=0.1):
         groups = csgd.param_groups(net, spaces, clusters, centri_strength=strength, vector_ratio=ratio)
-        return plan(CSGD(groups, 0.05), [0.05] * steps, 1e-5)
+        return plan(CSGD(groups, 0.05), Timetable([0.05] * steps, [1.0] * steps, 1e-5))
 
     weak = ahead(0.1)
     assert not weak.collapses
@@ -118,8 +119,29 @@ def test_the_collapse_step_by_hand():
     tall = Plan({"kernels": [0.5, 0.05, 0.2, 0.01, 0.0], "vectors": [0.5, 0.09, 0.0, 0.0, 0.0]}, tolerance=0.1)
     assert tall.collapse_step == 4, "the third step rings above the tolerance again"
     assert Plan({"kernels": [0.5, 0.05]}, tolerance=0.01).collapse_step is None
-    lagging = Plan({"kernels": [0.0] * 60}, tolerance=0.01, momentum=0.1)
+    lagging = Plan({"kernels": [0.0] * 60}, tolerance=0.01, statistics_momentum=0.1)
     assert lagging.collapse_step == 44, "0.9 to the 44 is below 0.01"
+
+
+@pytest.mark.parametrize("shape", ["linear", "quadratic", "cosine"])
+def test_a_ramped_run_follows_its_plan(shape):
+    net, d = small_net(), small_data()
+    spaces = csgd.find_spaces(net, d.example)
+    clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
+    ramps = [ramp(step, length=60, shape=shape) for step in range(90)]
+    timetable = Timetable([0.05] * 90, ramps, 1e-3)
+    blank = CSGD(csgd.param_groups(net, spaces, clusters, centri_strength=0.0), 0.05)
+    solved = strengths_by(blank, timetable, 70)
+    groups = csgd.param_groups(net, spaces, clusters, centri_strength=solved["kernels"], vector_ratio=1.0)
+    optimizer = CSGD(groups, 0.05)
+    ahead = plan(optimizer, timetable)
+    assert ahead.collapse_step == pytest.approx(70, abs=2)
+    start = {group["name"]: float(optimizer.deviation(group)) for group in optimizer.clustered_groups()}
+    for epoch in train(net, optimizer, d, **options(steps=range(90), ramp_at=lambda step: ramps[step])):
+        for group in optimizer.clustered_groups():
+            foreseen = start[group["name"]] * ahead.factors[group["name"]][epoch.step - 1] ** 2
+            if foreseen > 1e-8 * start[group["name"]]:
+                assert float(optimizer.deviation(group)) == pytest.approx(foreseen, rel=0.01)
 
 
 def test_nan_stops_and_names_the_step():

@@ -1,0 +1,5 @@
+"""One run, from its configuration to its verdict: the only room that reads the configuration."""
+
+from csgd.pipeline.run import run
+
+__all__ = ["run"]

@@ -1,0 +1,98 @@
+"""The base network: from a file, from the cache, or trained."""
+
+import hashlib
+import inspect
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+import csgd.data
+import csgd.schedule
+import csgd.train
+from csgd.checkpoint import load_weights, save_weights
+from csgd.data import Data
+from csgd.errors import InputError
+from csgd.models import published_weights
+from csgd.pipeline.build import label, versions
+from csgd.pipeline.phase import log_epoch, phase_of
+from csgd.tracking import Tracker
+from csgd.train import accuracy, predict, train
+
+log = logging.getLogger("csgd")
+
+
+def base_network(cfg: Any, model: nn.Module, data: Data, tracker: Tracker) -> dict[str, Any]:
+    """Loads the base network, from the file or the cache if it is there, or trains it."""
+    pretrained = cfg.base.weights and _load(cfg, model)
+    if pretrained:
+        source = cfg.base.weights
+    else:
+        key = _key(cfg, model)
+        path = Path(cfg.base.cache) / f"{label(cfg.model)}-{label(cfg.dataset)}-s{cfg.seed}-{key}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # the jobs of a parallel sweep wait for the first one
+            if path.exists():
+                model.load_state_dict(load_weights(path))
+                log.info("base network: from the cache, %s", path)
+            else:
+                _train(cfg, model, data, tracker)
+                save_weights(path, model.state_dict())
+        source = str(path)
+    measured = accuracy(*predict(model, data))
+    log.info("base network: test accuracy %.4f", measured)
+    return {"accuracy": measured, "source": source}
+
+
+def _train(cfg: Any, model: nn.Module, data: Data, tracker: Tracker) -> None:
+    schedule = cfg.schedule
+    constants = dict(lr=schedule.base.lr, weight_decay=schedule.weight_decay, fused=True)
+    if schedule.base.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), **constants)
+    else:
+        inertia = dict(momentum=schedule.momentum, nesterov=schedule.nesterov)
+        optimizer = torch.optim.SGD(model.parameters(), **constants, **inertia)
+    for epoch in train(model, optimizer, data, **phase_of(cfg, data, "base") | {"ramp_at": None}):
+        log_epoch("base", epoch, accuracy(*predict(model, data)), tracker, {"epoch": epoch.epoch})
+
+
+def _load(cfg: Any, model: nn.Module) -> bool:
+    """Loads base.weights; True if they are all the network needs, False if its head has to be trained first."""
+    weights, path = cfg.base.weights, Path(cfg.base.weights)
+    published = not path.exists() and path.suffix == "" and path.parent == Path()
+    state = published_weights(label(cfg.model), weights) if published else load_weights(path)
+    own = model.state_dict()
+    other = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    odd = sorted(own.keys() ^ state.keys())
+    if not other and not odd:
+        model.load_state_dict(state)
+        return True
+    head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not published or not all(
+        any(key.startswith(f"{layer.split('.')[0]}.") for layer in head) for key in other + odd
+    ):
+        key = (other + odd)[0]
+        raise InputError(f"base.weights '{weights}' are of another architecture than the model: '{key}' does not fit")
+    fitting = {key: value for key, value in state.items() if key in own and key not in other}
+    model.load_state_dict(fitting, strict=False)
+    log.info(
+        "base network: the head of %s does not fit %d classes and is trained anew", weights, own[other[-1]].size(0)
+    )
+    return False
+
+
+def _key(cfg: Any, model: nn.Module) -> str:
+    """A hash of everything that determines the base network."""
+    sources = [csgd.data, csgd.schedule, csgd.train, type(model)]
+    schedule = {
+        k: v for k, v in asdict(cfg.schedule).items() if k in ("batch_size", "momentum", "nesterov", "weight_decay")
+    }
+    weights = cfg.base.weights
+    parts = [cfg.model, cfg.dataset, schedule, asdict(cfg.schedule.base), cfg.seed, weights, versions()["torch"]]
+    parts += [str(next(model.parameters()).device.type), *map(inspect.getsource, sources)]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:12]

@@ -1,0 +1,82 @@
+"""What the configuration names: dataset, network, device; and where a result comes from: versions, commit."""
+
+import inspect
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_object
+from torch import nn
+
+from csgd.data import Data
+from csgd.errors import InputError
+from csgd.train import logits_of
+
+
+def build(group: str, settings: dict[str, Any], **offered: Any) -> Any:
+    """Calls settings._target_ with its own settings, and with what is offered as far as it takes it."""
+    target = settings["_target_"]
+    try:
+        made = get_object(target)
+    except Exception as error:  # whatever importing a user's module raises
+        raise InputError(f"{group}._target_ '{target}' cannot be imported: {error}") from None
+    own = {key: value for key, value in settings.items() if key != "_target_"}
+    parameters = inspect.signature(made).parameters
+    arguments = {key: value for key, value in offered.items() if key in parameters} | own
+    try:
+        inspect.signature(made).bind(**arguments)
+    except TypeError as error:
+        raise InputError(f"{group}: '{target}' does not fit its settings: {error}") from None
+    return made(**arguments)
+
+
+def label(settings: dict[str, Any]) -> str:
+    return str(settings.get("name") or settings["_target_"].rsplit(".", 1)[-1])
+
+
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    # On a CPU convs run about 1.4 times faster in channels-last layout.
+    return model.to(device, memory_format=torch.channels_last) if device.type == "cpu" else model.to(device)
+
+
+def check_fit(model: nn.Module, data: Data) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model._target_ must make a torch.nn.Module, got {type(model).__name__}")
+    try:
+        with torch.no_grad():
+            outputs = logits_of(model.eval()(data.example))
+        shape = list(outputs.shape)
+    except Exception as error:  # whatever a network raises on images that it cannot take
+        raise InputError(f"the model cannot take images of {list(data.example.shape[1:])}: {error}") from None
+    if len(shape) != 2 or shape[1] < data.num_classes:
+        raise InputError(f"the model must return logits [n, {data.num_classes}], got {shape}")
+
+
+def device_of(cfg: Any) -> torch.device:
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda: torch sees no CUDA device here; device=auto or device=cpu runs on the CPU")
+    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.getdevice_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "scikit-learn", "numpy", "hydra-core", "wandb")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def commit() -> str | None:
+    """The commit of the checkout that holds this package, None outside of one."""
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None if done.returncode == 0 else None
