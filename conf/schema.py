@@ -97,6 +97,7 @@ class Deps:
     fraction: float = MISSING
     widths: list[int] | None = None
     layers: Any = None  # {pattern: fraction or width}
+    stages: list[float] | None = None  # fractions of the widths at the start, one cut after the other
     min_width: int = 2
     round_to: int = 1
     keep: list[str] = field(default_factory=list)
@@ -104,6 +105,12 @@ class Deps:
     def __post_init__(self):
         _require(0 < self.fraction <= 1, "deps.fraction", "above 0 and at most 1", self.fraction)
         _require(self.layers is None or isinstance(self.layers, dict), "deps.layers", "a mapping", self.layers)
+        if self.stages is not None:
+            falling = bool(self.stages) and all(a > b for a, b in zip(self.stages, self.stages[1:], strict=False))
+            fits = falling and self.stages[-1] > 0 and self.stages[0] <= 1
+            _require(fits, "deps.stages", "falling fractions above 0 and at most 1", self.stages)
+            alone = self.widths is None and self.layers is None
+            _require(alone, "deps.stages", "without deps.widths and deps.layers", self.stages)
         _require(self.min_width >= 1, "deps.min_width", "1 or more", self.min_width)
         _require(self.round_to >= 1, "deps.round_to", "1 or more", self.round_to)
 
@@ -154,6 +161,8 @@ class Config:
     ramp: str = MISSING
     collapse_by: float = MISSING
     trim_at: str = MISSING
+    resume: str = MISSING
+    checkpoint_every: int | None = None
     seed: int = MISSING
     device: str = MISSING
     threads: int | None = None
@@ -168,6 +177,9 @@ class Config:
         _require(0 < self.collapse_by <= 1, "collapse_by", "above 0 and at most 1", self.collapse_by)
         _require(_not_negative(self.vector_ratio), "vector_ratio", "0 or more", self.vector_ratio)
         _require(self.trim_at in ("collapse", "end"), "trim_at", "collapse or end", self.trim_at)
+        _require(self.resume in ("auto", "never"), "resume", "auto or never", self.resume)
+        every = self.checkpoint_every
+        _require(every is None or every >= 1, "checkpoint_every", "1 or more, or null", every)
         _require(0 <= self.seed < 2**31, "seed", "between 0 and 2147483647", self.seed)
         _require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
         _require(self.threads is None or self.threads >= 1, "threads", "1 or more, or null", self.threads)

@@ -1,6 +1,7 @@
 """Files: checkpoints of a run, weights of a network, the pruned network.  Nothing is written in place."""
 
 import json
+import logging
 import os
 import pickle
 import warnings
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from csgd.errors import InputError
 
+log = logging.getLogger(__name__)
+
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Writes `state` under `path` in one stroke; the checkpoint that was there stays as *.previous."""
@@ -24,6 +27,18 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     if path.exists():
         os.replace(path, path.with_suffix(path.suffix + ".previous"))
     os.replace(scratch, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The checkpoint under `path`, or the previous one if that was cut short; None if there is none."""
+    for candidate in (path, path.with_suffix(path.suffix + ".previous")):
+        if not candidate.exists():
+            continue
+        try:
+            return torch.load(candidate, map_location="cpu", weights_only=True)
+        except Exception as error:  # zip, pickle and runtime errors, as the damage falls
+            log.warning("%s is damaged (%s), the one before it is used", candidate, type(error).__name__)
+    return None
 
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:

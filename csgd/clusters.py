@@ -93,6 +93,7 @@ class ClusteredTensor:
         """Running statistics of batch norm: buffers, which no optimizer pulls together."""
         return not isinstance(self.tensor, nn.Parameter) and self.tensor.is_floating_point()
 
+    @torch.no_grad()
     def relative_deviation(self) -> float:
         """‖W − ΓW‖ / ‖W‖; 0 where nothing of it becomes equal."""
         if self.merged is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from csgd.centripetal import collapse_step, forecast, lengthening, strength_to_collapse
-from csgd.optim import CSGD, check_stability
+from csgd.optim import check_stability
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class _Recurrence:
         )
 
 
-def plan(optimizer: CSGD, timetable: Timetable) -> Plan:
-    """Forecasts a run of `optimizer`; InputError where it diverges (F6)."""
-    recurrences = [_Recurrence.of(group, timetable) for group in optimizer.clustered_groups()]
+def plan(groups: Sequence[dict], timetable: Timetable) -> Plan:
+    """Forecasts what a run does to the clustered parameter groups of a CSGD; InputError where it diverges (F6)."""
+    recurrences = [_Recurrence.of(group, timetable) for group in groups]
     for recurrence in recurrences:
         recurrence.check()
     factors = {r.name: r.factors() for r in recurrences}
@@ -103,12 +103,9 @@ def plan(optimizer: CSGD, timetable: Timetable) -> Plan:
     return ahead if ahead.collapses else replace(ahead, advice=_advice(ahead, recurrences, timetable))
 
 
-def strengths_by(optimizer: CSGD, timetable: Timetable, within: int) -> dict[str, float | None]:
+def strengths_by(groups: Sequence[dict], timetable: Timetable, within: int) -> dict[str, float | None]:
     """The smallest strength of each group that collapses within `within` steps, None where no stable one does (F4)."""
-    return {
-        group["name"]: _Recurrence.of(group, timetable).needed(timetable, within)
-        for group in optimizer.clustered_groups()
-    }
+    return {group["name"]: _Recurrence.of(group, timetable).needed(timetable, within) for group in groups}
 
 
 def _advice(ahead: Plan, recurrences: list[_Recurrence], timetable: Timetable) -> str:

@@ -16,8 +16,15 @@ class Tracker:
     starts its own.
     """
 
-    def __init__(self, output_dir: Path, *, mode: str, config: Mapping[str, Any], settings: Mapping[str, Any]):
-        self._file = (output_dir / "metrics.jsonl").open("a", buffering=1)
+    def __init__(
+        self, output_dir: Path, *, mode: str, config: Mapping[str, Any], settings: Mapping[str, Any], rows: int = 0
+    ):
+        """A run that is resumed keeps the first `rows` rows of metrics.jsonl; a new one starts an empty file."""
+        path = output_dir / "metrics.jsonl"
+        kept = path.read_text().splitlines(keepends=True)[:rows] if path.exists() else []
+        path.write_text("".join(kept))
+        self.rows = len(kept)
+        self._file = path.open("a", buffering=1)
         self._run = None
         if mode != "disabled":
             self._attempt(lambda: self._start(output_dir, mode, config, settings))
@@ -44,6 +51,7 @@ class Tracker:
 
     def log(self, row: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
+        self.rows += 1
         if self._run:
             self._attempt(lambda: self._run.log(dict(row)))
 

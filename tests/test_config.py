@@ -35,19 +35,19 @@ def test_the_groups_are_the_documented_ones():
         "model", "dataset", "deps", "clustering", "schedule", "wandb", "experiment",
     }  # fmt: skip
     assert [option for group, option in OPTIONS if group == "deps"] == [
-        "11_16", "13_16", "1_2", "1_4", "3_4", "3_8", "5_8",
+        "11_16", "13_16", "1_2", "1_4", "3_4", "3_8", "5_8", "staged_5_8",
     ]  # fmt: skip
 
 
 def test_the_fractions_are_what_their_names_say():
     for group, option in OPTIONS:
         if group == "deps":
-            above, below = map(int, option.split("_"))
+            above, below = map(int, option.removeprefix("staged_").split("_"))
             assert composed(f"deps={option}").deps.fraction == above / below
 
 
 def test_the_main_configuration_fits_a_screen():
-    assert len((CONF / "config.yaml").read_text().splitlines()) <= 50
+    assert len((CONF / "config.yaml").read_text().splitlines()) <= 52
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,11 @@ def test_the_papers_recipes():
         ("ramp=steep", "ramp must be constant, linear, quadratic or cosine, got 'steep'"),
         ("collapse_by=0", "collapse_by must be above 0 and at most 1, got 0.0"),
         ("collapse_by=1.5", "collapse_by must be above 0 and at most 1, got 1.5"),
+        ("deps.stages=[0.5,0.6]", "deps.stages must be falling fractions above 0 and at most 1, got [0.5, 0.6]"),
+        ("deps.stages=[]", "deps.stages must be falling fractions above 0 and at most 1, got []"),
+        ("deps.stages=[1.2,0.5]", "deps.stages must be falling fractions above 0 and at most 1"),
+        ("resume=always", "resume must be auto or never, got 'always'"),
+        ("checkpoint_every=0", "checkpoint_every must be 1 or more, or null, got 0"),
         ("trim_at=once", "trim_at must be collapse or end, got 'once'"),
         ("vector_ratio=-0.1", "vector_ratio must be 0 or more, got -0.1"),
         ("deps=9_8", "Could not find 'deps/9_8'"),

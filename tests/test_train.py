@@ -75,7 +75,7 @@ def test_csgd_in_the_same_loop_follows_its_plan_to_the_collapse():
     spaces = csgd.find_spaces(net, d.example)
     clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
     optimizer = CSGD(csgd.param_groups(net, spaces, clusters, centri_strength=8.0, vector_ratio=1.0), 0.05)
-    ahead = plan(optimizer, Timetable([0.05] * 60, [1.0] * 60, 1e-5))
+    ahead = plan(optimizer.clustered_groups(), Timetable([0.05] * 60, [1.0] * 60, 1e-5))
     assert ahead.collapses
     assert ahead.advice is None
     start = {group["name"]: float(optimizer.deviation(group)) for group in optimizer.clustered_groups()}
@@ -99,7 +99,7 @@ def test_a_plan_that_does_not_collapse_says_what_would():
 
     def ahead(strength, steps=400, ratio=0.1):
         groups = csgd.param_groups(net, spaces, clusters, centri_strength=strength, vector_ratio=ratio)
-        return plan(CSGD(groups, 0.05), Timetable([0.05] * steps, [1.0] * steps, 1e-5))
+        return plan(CSGD(groups, 0.05).clustered_groups(), Timetable([0.05] * steps, [1.0] * steps, 1e-5))
 
     weak = ahead(0.1)
     assert not weak.collapses
@@ -131,10 +131,10 @@ def test_a_ramped_run_follows_its_plan(shape):
     ramps = [ramp(step, length=60, shape=shape) for step in range(90)]
     timetable = Timetable([0.05] * 90, ramps, 1e-3)
     blank = CSGD(csgd.param_groups(net, spaces, clusters, centri_strength=0.0), 0.05)
-    solved = strengths_by(blank, timetable, 70)
+    solved = strengths_by(blank.clustered_groups(), timetable, 70)
     groups = csgd.param_groups(net, spaces, clusters, centri_strength=solved["kernels"], vector_ratio=1.0)
     optimizer = CSGD(groups, 0.05)
-    ahead = plan(optimizer, timetable)
+    ahead = plan(optimizer.clustered_groups(), timetable)
     assert ahead.collapse_step == pytest.approx(70, abs=2)
     start = {group["name"]: float(optimizer.deviation(group)) for group in optimizer.clustered_groups()}
     for epoch in train(net, optimizer, d, **options(steps=range(90), ramp_at=lambda step: ramps[step])):

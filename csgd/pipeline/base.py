@@ -20,14 +20,15 @@ from csgd.data import Data
 from csgd.errors import InputError
 from csgd.models import published_weights
 from csgd.pipeline.build import label, versions
-from csgd.pipeline.phase import log_epoch, phase_of
+from csgd.pipeline.journal import Journal
+from csgd.pipeline.phase import chunks, log_epoch, phase_of
 from csgd.tracking import Tracker
 from csgd.train import accuracy, predict, train
 
 log = logging.getLogger("csgd")
 
 
-def base_network(cfg: Any, model: nn.Module, data: Data, tracker: Tracker) -> dict[str, Any]:
+def base_network(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tracker) -> dict[str, Any]:
     """Loads the base network, from the file or the cache if it is there, or trains it."""
     pretrained = cfg.base.weights and _load(cfg, model)
     if pretrained:
@@ -38,10 +39,11 @@ def base_network(cfg: Any, model: nn.Module, data: Data, tracker: Tracker) -> di
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # the jobs of a parallel sweep wait for the first one
             if path.exists():
+                journal.take("base")
                 model.load_state_dict(load_weights(path))
                 log.info("base network: from the cache, %s", path)
             else:
-                _train(cfg, model, data, tracker)
+                _train(cfg, model, data, journal, tracker)
                 save_weights(path, model.state_dict())
         source = str(path)
     measured = accuracy(*predict(model, data))
@@ -49,7 +51,7 @@ def base_network(cfg: Any, model: nn.Module, data: Data, tracker: Tracker) -> di
     return {"accuracy": measured, "source": source}
 
 
-def _train(cfg: Any, model: nn.Module, data: Data, tracker: Tracker) -> None:
+def _train(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tracker) -> None:
     schedule = cfg.schedule
     constants = dict(lr=schedule.base.lr, weight_decay=schedule.weight_decay, fused=True)
     if schedule.base.optimizer == "adamw":
@@ -57,8 +59,19 @@ def _train(cfg: Any, model: nn.Module, data: Data, tracker: Tracker) -> None:
     else:
         inertia = dict(momentum=schedule.momentum, nesterov=schedule.nesterov)
         optimizer = torch.optim.SGD(model.parameters(), **constants, **inertia)
-    for epoch in train(model, optimizer, data, **phase_of(cfg, data, "base") | {"ramp_at": None}):
-        log_epoch("base", epoch, accuracy(*predict(model, data)), tracker, {"epoch": epoch.epoch})
+    phase = phase_of(cfg, data, "base") | {"ramp_at": None}
+    steps, random_state = phase.pop("steps"), None
+    if saved := journal.take("base"):
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        steps, random_state = range(saved["step"], steps.stop), saved["random_state"]
+    for part in chunks(steps, cfg.checkpoint_every):
+        for epoch in train(model, optimizer, data, **phase, steps=part, random_state=random_state):
+            if epoch.step % phase["steps_per_epoch"] == 0 or epoch.step == steps.stop:
+                row = {"epoch": epoch.step / phase["steps_per_epoch"]}
+                log_epoch("base", epoch, accuracy(*predict(model, data)), tracker, row)
+            journal.save("base", epoch.step, model, optimizer, tracker)
+        random_state = torch.get_rng_state()
 
 
 def _load(cfg: Any, model: nn.Module) -> bool:

@@ -38,13 +38,13 @@ def label(settings: dict[str, Any]) -> str:
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model._target_ must make a torch.nn.Module, got {type(model).__name__}")
     # On a CPU convs run about 1.4 times faster in channels-last layout.
     return model.to(device, memory_format=torch.channels_last) if device.type == "cpu" else model.to(device)
 
 
 def check_fit(model: nn.Module, data: Data) -> None:
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model._target_ must make a torch.nn.Module, got {type(model).__name__}")
     try:
         with torch.no_grad():
             outputs = logits_of(model.eval()(data.example))

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from csgd.data import Data
@@ -27,6 +28,14 @@ def phase_of(cfg: Any, data: Data, name: str) -> dict[str, Any]:
         label={"base": "base", "csgd": "C-SGD"}[name],
         progress=cfg.progress,
     )
+
+
+def chunks(steps: range, every: int | None) -> list[range]:
+    """`steps` in parts that end at multiples of `every`."""
+    if every is None:
+        return [steps]
+    stops = [*range((steps.start // every + 1) * every, steps.stop, every), steps.stop]
+    return [range(start, stop) for start, stop in pairwise([steps.start, *stops])]
 
 
 def _lr_at(phase: Any) -> Callable[..., float]:

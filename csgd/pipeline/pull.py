@@ -2,21 +2,21 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from csgd.checkpoint import save_checkpoint
+from csgd.clusters import Clusters
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 from csgd.optim import CSGD, check_stability, param_groups
-from csgd.pipeline.phase import log_epoch, phase_of
+from csgd.pipeline.journal import Journal
+from csgd.pipeline.phase import chunks, log_epoch, phase_of
 from csgd.plan import Plan, Timetable, plan, strengths_by
 from csgd.tracking import Tracker
-from csgd.train import accuracy, predict, train
+from csgd.train import Epoch, accuracy, predict, train
 from csgd.trim import statistics_momentum, trim
 from csgd.verify import Verdict, statistics_spread, verdict
 
@@ -38,19 +38,19 @@ def check_strengths(cfg: Any) -> None:
 
 @dataclass(frozen=True)
 class Pull:
-    """What the C-SGD phase is made of: its optimizer, its schedule, and what that will do to the deviation."""
+    """What the C-SGD phase is made of: its optimizer, its schedule, and what that will do to the deviation.
+
+    start  deviation of each clustered group before the first step
+    """
 
     optimizer: CSGD
     phase: dict[str, Any]
     ahead: Plan
-    strengths: dict[str, float]  # ε of each group
-    start: dict[str, float]  # deviation of each group before the first step
+    start: dict[str, float]
 
     @classmethod
-    def of(cls, cfg: Any, model: nn.Module, data: Data, spaces: list[ChannelSpace], clusters) -> "Pull":
-        schedule, phase = cfg.schedule, phase_of(cfg, data, "csgd")
-        rates, ramps = ([phase[at](step) for step in phase["steps"]] for at in ("lr_at", "ramp_at"))
-        timetable = Timetable(rates, ramps, cfg.tolerance.deviation, statistics_momentum(model))
+    def of(cls, cfg: Any, model: nn.Module, data: Data, spaces: list[ChannelSpace], clusters: Clusters) -> "Pull":
+        phase, timetable = _timetable(cfg, model, data)
 
         def optimizer(strength: float, ratio: float) -> CSGD:
             groups = param_groups(
@@ -59,36 +59,64 @@ class Pull:
                 clusters,
                 centri_strength=strength,
                 vector_ratio=ratio,
-                weight_decay=schedule.weight_decay,
-                weight_decay_vectors=schedule.weight_decay_vectors,
-                bias_lr_factor=schedule.bias_lr_factor,
+                weight_decay=cfg.schedule.weight_decay,
+                weight_decay_vectors=cfg.schedule.weight_decay_vectors,
+                bias_lr_factor=cfg.schedule.bias_lr_factor,
             )
-            return CSGD(groups, schedule.csgd.lr, schedule.momentum, schedule.nesterov)
+            return CSGD(groups, cfg.schedule.csgd.lr, cfg.schedule.momentum, cfg.schedule.nesterov)
 
         if cfg.centri_strength == "auto":
-            within = round(cfg.collapse_by * len(rates))
-            solved = strengths_by(optimizer(0.0, 0.0), timetable, within)
+            steps = len(timetable.learning_rates)
+            within = round(cfg.collapse_by * steps)
+            solved = strengths_by(optimizer(0.0, 0.0).clustered_groups(), timetable, within)
             if None in solved.values():
                 raise InputError(
-                    f"centri_strength=auto: no stable strength collapses the filters within {within} of {len(rates)} "
+                    f"centri_strength=auto: no stable strength collapses the filters within {within} of {steps} "
                     f"steps; a larger collapse_by than {cfg.collapse_by:g}, more epochs or a higher learning rate would"
                 )
             strength = solved.pop("kernels")
             made = optimizer(strength, max(solved.values(), default=strength) / strength)
         else:
             made = optimizer(cfg.centri_strength, cfg.vector_ratio)
-        groups = made.clustered_groups()
-        strengths = {group["name"]: group["centri_strength"] for group in groups}
-        return cls(made, phase, plan(made, timetable), strengths, {g["name"]: float(made.deviation(g)) for g in groups})
+        start = {group["name"]: float(made.deviation(group)) for group in made.clustered_groups()}
+        return cls(made, phase, plan(made.clustered_groups(), timetable), start)
+
+    @classmethod
+    def resumed(cls, cfg: Any, model: nn.Module, data: Data, saved: dict[str, Any]) -> "Pull":
+        """The phase as a checkpoint left it, before its cut or after it."""
+        phase, timetable = _timetable(cfg, model, data)
+        named = dict(model.named_parameters())
+        optimizer = CSGD([{"params": [named[name] for name in names]} for names in saved["groups"]], lr=0.0)
+        optimizer.load_state_dict(saved["optimizer"])
+        clustered = [group for group in optimizer.param_groups if group["name"] in saved["start"]]
+        return cls(optimizer, phase, plan(clustered, timetable), saved["start"])
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """ε of each clustered group."""
+        return {g["name"]: g["centri_strength"] for g in self.optimizer.param_groups if g["name"] in self.start}
 
     def foreseen(self, name: str, step: int) -> float:
         """The forecast deviation of a group after `step` steps."""
         return self.start[name] * self.ahead.factors[name][step - 1] ** 2
 
-    def curves(self) -> dict[str, list[tuple[int, float]]]:
-        return {
-            name: [(step + 1, self.foreseen(name, step + 1)) for step in self.phase["steps"]] for name in self.start
-        }
+    def curves(self, points: int) -> dict[str, list[tuple[int, float]]]:
+        """The forecast deviation of each group as (step, deviation), at about so many steps."""
+        steps = self.phase["steps"]
+        shown = range(1, steps.stop + 1, max(1, steps.stop // points))
+        return {name: [(step, self.foreseen(name, step)) for step in shown] for name in self.start}
+
+    def save(self, journal: Journal, phase: str, step: int, model: nn.Module, tracker: Tracker, clusters) -> None:
+        names = {p: name for name, p in model.named_parameters()}
+        groups = [[names[p] for p in group["params"]] for group in self.optimizer.param_groups]
+        more = dict(clusters=clusters, groups=groups, start=self.start)
+        journal.save(phase, step, model, self.optimizer, tracker, **more)
+
+
+def _timetable(cfg: Any, model: nn.Module, data: Data) -> tuple[dict[str, Any], Timetable]:
+    phase = phase_of(cfg, data, "csgd")
+    rates, ramps = ([phase[at](step) for step in phase["steps"]] for at in ("lr_at", "ramp_at"))
+    return phase, Timetable(rates, ramps, cfg.tolerance.deviation, statistics_momentum(model))
 
 
 def tell_plan(pull: Pull) -> None:
@@ -104,32 +132,63 @@ def tell_plan(pull: Pull) -> None:
             ahead.tolerance,
             ahead.advice,
         )
+    elif ahead.collapse_step is None:
+        log.warning(
+            "the filters will collapse, but the running statistics of batch norm, which follow them with a momentum "
+            "of %g, not before the end: the cut will not be lossless; a stronger pull or more epochs would do",
+            ahead.statistics_momentum,
+        )
 
 
-def until_collapse(cfg: Any, model: nn.Module, data: Data, clusters, pull: Pull, tracker, output_dir: Path) -> int:
-    """Trains the wide network up to the step at which it is to be cut, and returns that step."""
-    end = pull.phase["steps"].stop
-    foreseen = pull.ahead.collapse_step if cfg.trim_at == "collapse" else None
-    done = foreseen or end
-    train_csgd(cfg, model, data, clusters, pull, tracker, output_dir, range(done))
-    while foreseen and done < end and pull.optimizer.relative_deviation() > cfg.tolerance.deviation:
-        more = range(done, min(done + LOOK_EVERY, end))  # float32 was slower than the forecast
-        train_csgd(cfg, model, data, clusters, pull, tracker, output_dir, more)
-        done = more.stop
-    return done
+@dataclass(frozen=True)
+class Stage:
+    """One C-SGD phase on its way to one set of widths; `number` counts from 0."""
 
+    cfg: Any
+    model: nn.Module
+    data: Data
+    clusters: Clusters
+    pull: Pull
+    number: int
+    journal: Journal
+    tracker: Tracker
 
-def train_csgd(cfg, model, data, clusters, pull: Pull, tracker: Tracker, output_dir: Path, steps: range) -> None:
-    """Some steps of the C-SGD phase, wide or trimmed; a row of metrics and a checkpoint after each epoch of them."""
-    optimizer = pull.optimizer
-    for epoch in train(model, optimizer, data, **pull.phase | {"steps": steps, "random_state": torch.get_rng_state()}):
-        row = {"epoch": cfg.schedule.base.epochs + epoch.step / pull.phase["steps_per_epoch"]}
-        for group in optimizer.clustered_groups():
-            row[f"deviation/{group['name']}"] = float(optimizer.deviation(group))
-            row[f"forecast/{group['name']}"] = pull.foreseen(group["name"], epoch.step)
-        log_epoch("csgd", epoch, accuracy(*predict(model, data)), tracker, row)
-        state = {"epoch": epoch.epoch, "step": epoch.step, "model": model.state_dict(), "clusters": clusters}
-        save_checkpoint(output_dir / "checkpoints" / "last.pt", state | {"optimizer": optimizer.state_dict()})
+    def train_wide(self, done: int, random_state: Tensor | None) -> tuple[int, Tensor | None]:
+        """Trains the wide network from step `done` to its cut; the step of that, and the random state there."""
+        end = self.pull.phase["steps"].stop
+        foreseen = self.pull.ahead.collapse_step if self.cfg.trim_at == "collapse" else None
+        if done < (foreseen or end):
+            random_state = self.train("wide", range(done, foreseen or end), random_state)
+            done = foreseen or end
+        while foreseen and done < end and self.pull.optimizer.relative_deviation() > self.cfg.tolerance.deviation:
+            more = range(done, min(done + LOOK_EVERY, end))  # float32 was slower than the forecast
+            random_state = self.train("wide", more, random_state)
+            done = more.stop
+        return done, random_state
+
+    def train(self, phase: str, steps: range, random_state: Tensor | None) -> Tensor | None:
+        """Some steps, wide or trimmed: metrics at the end of each epoch and of `steps`, and checkpoints.
+
+        Takes and returns the random state of torch at the first and after the last step.
+        """
+        arguments, optimizer = self.pull.phase, self.pull.optimizer
+        for part in chunks(steps, self.cfg.checkpoint_every):
+            here = arguments | {"steps": part, "random_state": random_state}
+            for epoch in train(self.model, optimizer, self.data, **here):
+                if epoch.step % arguments["steps_per_epoch"] == 0 or epoch.step == steps.stop:
+                    self.log(epoch)
+                self.pull.save(self.journal, phase, epoch.step, self.model, self.tracker, self.clusters)
+            random_state = torch.get_rng_state()
+        return random_state
+
+    def log(self, epoch: Epoch) -> None:
+        schedule = self.cfg.schedule
+        before = schedule.base.epochs + self.number * schedule.csgd.epochs
+        row = {"epoch": before + epoch.step / self.pull.phase["steps_per_epoch"], "stage": self.number + 1}
+        for group in self.pull.optimizer.clustered_groups():
+            row[f"deviation/{group['name']}"] = float(self.pull.optimizer.deviation(group))
+            row[f"forecast/{group['name']}"] = self.pull.foreseen(group["name"], epoch.step)
+        log_epoch("csgd", epoch, accuracy(*predict(self.model, self.data)), self.tracker, row)
 
 
 def cut(cfg: Any, model: nn.Module, data: Data, spaces, clusters, optimizer: CSGD) -> Verdict:

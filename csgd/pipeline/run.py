@@ -1,10 +1,9 @@
 """One run: its stages in order, and what it leaves behind."""
 
-import json
 import logging
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,28 @@ from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 from csgd.pipeline.base import base_network
 from csgd.pipeline.build import build, check_fit, commit, device_name, device_of, label, placed, versions
-from csgd.pipeline.pull import Pull, check_strengths, cut, tell_plan, train_csgd, until_collapse
+from csgd.pipeline.journal import Journal, reserved
+from csgd.pipeline.pull import Pull, Stage, check_strengths, cut, tell_plan
 from csgd.tracking import Tracker
 from csgd.train import accuracy, predict
 from csgd.trial import find_spaces
+from csgd.trim import load_trimmed
 from csgd.verify import Verdict, count_macs, count_params
 from csgd.widths import target_widths
 
 log = logging.getLogger("csgd")
 
+FORECAST_POINTS = 400  # per stage and group, for the picture
+
 
 def run(cfg: Any, output_dir: Path) -> Verdict:
     """Trains, prunes and judges as `cfg` (an object of the schema in conf/) says; leaves its files in `output_dir`."""
-    seconds, started = {}, time.perf_counter()
+    with reserved(output_dir):
+        return _run(cfg, output_dir)
+
+
+def _run(cfg: Any, output_dir: Path) -> Verdict:
+    started = time.perf_counter()
     device = device_of(cfg)
     check_strengths(cfg)
     data = build("dataset", cfg.dataset, batch_size=cfg.schedule.batch_size, seed=cfg.seed, device=device)
@@ -39,45 +47,42 @@ def run(cfg: Any, output_dir: Path) -> Verdict:
     model = build("model", cfg.model, num_classes=data.num_classes, image_size=data.example.size(-1))
     model = placed(model, device)
     check_fit(model, data)
+    journal = Journal.of(cfg, output_dir)
+    record, seconds = journal.record, journal.record["seconds"]
+    before = seconds.get("total", 0.0)
     name = f"{label(cfg.model)}-{label(cfg.dataset)}-{cfg.deps.fraction:g}-s{cfg.seed}"
     settings = dict(project=cfg.wandb.project, entity=cfg.wandb.entity, group=cfg.wandb.group, tags=cfg.wandb.tags)
-    with Tracker(output_dir, mode=cfg.wandb.mode, config=asdict(cfg), settings=settings | {"name": name}) as tracker:
+    with Tracker(
+        output_dir,
+        mode=cfg.wandb.mode,
+        config=asdict(cfg),
+        settings=settings | {"name": name},
+        rows=journal.saved["rows"] if journal.saved else 0,
+    ) as tracker:
         with clocked(seconds, "cluster"):
             spaces = find_spaces(model, data.example)
-            widths = _widths(cfg, spaces)
-            _tell_spaces(spaces, widths)
+            stages = _stages(cfg, spaces)
+            _tell_spaces(spaces, stages[-1])
             # The forecast needs no weights: what will not do is said before the base network is trained.
-            tell_plan(Pull.of(cfg, model, data, spaces, cluster(model, spaces, widths, "even")))
-        with clocked(seconds, "base"):
-            base = base_network(cfg, model, data, tracker)
-        with clocked(seconds, "cluster"):
-            clusters = cluster(model, spaces, widths, cfg.clustering.method, cfg.seed)
-        write_json(output_dir / "clusters.json", clusters)
-        pull = Pull.of(cfg, model, data, spaces, clusters)
-        with clocked(seconds, "csgd_wide"):
-            cut_step = until_collapse(cfg, model, data, clusters, pull, tracker, output_dir)
-        cost = {"macs_before": count_macs(model, data.example), "params_before": count_params(model)}
-        with clocked(seconds, "trim"):
-            judged = cut(cfg, model, data, spaces, clusters, pull.optimizer)
-        cost |= {"macs_after": count_macs(model, data.example), "params_after": count_params(model)}
-        with clocked(seconds, "csgd_trimmed"):
-            rest = range(cut_step, pull.phase["steps"].stop)
-            train_csgd(cfg, model, data, clusters, pull, tracker, output_dir, rest)
-            judged = replace(judged, accuracy=accuracy(*predict(model, data)))
+            tell_plan(Pull.of(cfg, model, data, spaces, cluster(model, spaces, stages[0], "even")))
+        if "base" not in record:
+            with clocked(seconds, "base"):
+                record["base"] = base_network(cfg, model, data, journal, tracker)
+            record["cost"] = _cost(model, data, "before")
+        if saved := journal.take("between"):
+            load_trimmed(model, saved["model"])
+        for number in range(len(record.setdefault("stages", [])), len(stages)):
+            _stage(cfg, model, data, number, stages[number], journal, tracker, output_dir)
+            seconds["total"] = before + time.perf_counter() - started
+            journal.save("between", 0, model, None, tracker)
+        record["cost"] |= _cost(model, data, "after")
         seconds["csgd"] = seconds["csgd_wide"] + seconds["csgd_trimmed"]
-        seconds["total"] = time.perf_counter() - started
+        seconds["total"] = before + time.perf_counter() - started
+        judged = _together(record["stages"])
         summary = {
-            "base": base,
+            **{key: record[key] for key in ("base", "cost", "seconds", "stages")},
+            **{key: record["stages"][-1][key] for key in ("collapse", "strengths", "widths")},
             "verdict": asdict(judged),
-            "cost": cost,
-            "seconds": seconds,
-            "collapse": {
-                "step": cut_step,
-                "predicted_step": pull.ahead.collapse_step,
-                "fraction": cut_step / pull.phase["steps"].stop,
-            },
-            "strengths": pull.strengths,
-            "widths": widths,
             "seed": cfg.seed,
             "device": device_name(device),
             "commit": commit(),
@@ -85,21 +90,88 @@ def run(cfg: Any, output_dir: Path) -> Verdict:
             "config": asdict(cfg),
         }
         _leave(model, data, summary, output_dir)
-        _report(summary, pull.curves(), tracker, output_dir)
+        _report(summary, {space.name: space.size for space in spaces}, tracker, output_dir)
     return judged
 
 
-def _widths(cfg: Any, spaces: list[ChannelSpace]) -> dict[str, int]:
-    deps, options = cfg.deps.fraction, {}
-    if cfg.deps.widths is not None:
-        deps = cfg.deps.widths
+def _stages(cfg: Any, spaces: list[ChannelSpace]) -> list[dict[str, int]]:
+    """The widths of each stage: those of deps, or the fractions of deps.stages of the widths at the start."""
+    options = dict(min_width=cfg.deps.min_width, round_to=cfg.deps.round_to, keep=cfg.deps.keep)
+    if cfg.deps.stages is not None:
+        stages = [target_widths(spaces, fraction, **options) for fraction in cfg.deps.stages]
+    elif cfg.deps.widths is not None:
+        stages = [target_widths(spaces, cfg.deps.widths, **options)]
     elif cfg.deps.layers:
-        deps, options = cfg.deps.layers, {"rest": cfg.deps.fraction}
-    options |= dict(min_width=cfg.deps.min_width, round_to=cfg.deps.round_to, keep=cfg.deps.keep)
-    widths = target_widths(spaces, deps, **options)
-    if all(widths.get(space.name, space.size) == space.size for space in spaces):
+        stages = [target_widths(spaces, cfg.deps.layers, rest=cfg.deps.fraction, **options)]
+    else:
+        stages = [target_widths(spaces, cfg.deps.fraction, **options)]
+    if all(stages[0].get(space.name, space.size) == space.size for space in spaces):
         raise InputError("deps: nothing is left to trim, every layer keeps its width")
-    return widths
+    return stages
+
+
+def _stage(
+    cfg: Any,
+    model: nn.Module,
+    data: Data,
+    number: int,
+    widths: dict[str, int],
+    journal: Journal,
+    tracker: Tracker,
+    output_dir: Path,
+) -> None:
+    """Clusters, trains to the collapse, cuts, and trains on; starts in the middle of that where the journal says so."""
+    seconds, saved = journal.record["seconds"], journal.take("wide", "trimmed")
+    if saved:
+        load_trimmed(model, saved["model"])
+    spaces = find_spaces(model, data.example, trial=False)  # the trial has been made on the network before its cuts
+    if saved:
+        clusters, done, random_state = saved["clusters"], saved["step"], saved["random_state"]
+        pull = Pull.resumed(cfg, model, data, saved)
+    else:
+        with clocked(seconds, "cluster"):
+            clusters = cluster(model, spaces, widths, cfg.clustering.method, cfg.seed)
+        pull, done, random_state = Pull.of(cfg, model, data, spaces, clusters), 0, None
+    write_json(output_dir / "clusters.json", clusters)
+    stage = Stage(cfg, model, data, clusters, pull, number, journal, tracker)
+    if not saved or saved["phase"] == "wide":
+        with clocked(seconds, "csgd_wide"):
+            done, random_state = stage.train_wide(done, random_state)
+        with clocked(seconds, "trim"):
+            judged = cut(cfg, model, data, spaces, clusters, pull.optimizer)
+        journal.record["stage"] = {"cut_step": done, "verdict": asdict(judged)}
+        pull.save(journal, "trimmed", done, model, tracker, clusters)
+    with clocked(seconds, "csgd_trimmed"):
+        stage.train("trimmed", range(done, pull.phase["steps"].stop), random_state)
+    record, end = journal.record.pop("stage"), pull.phase["steps"].stop
+    journal.record["stages"].append(
+        {
+            "widths": widths,
+            "strengths": pull.strengths,
+            "collapse": {
+                "step": record["cut_step"],
+                "predicted_step": pull.ahead.collapse_step,
+                "fraction": record["cut_step"] / end,
+            },
+            "verdict": record["verdict"] | {"accuracy": accuracy(*predict(model, data))},
+            "forecast": {"steps": end, "curves": pull.curves(FORECAST_POINTS)},
+        }
+    )
+
+
+def _together(stages: list[dict[str, Any]]) -> Verdict:
+    """One verdict of all cuts: lossless if every one was, the largest changes, the accuracies around the last."""
+    verdicts = [stage["verdict"] for stage in stages]
+    largest = ("deviation", "relative_deviation", "max_logit_change", "relative_logit_change", "statistics_spread")
+    return Verdict(
+        **verdicts[-1]
+        | {key: all(v[key] for v in verdicts) for key in ("lossless", "collapsed")}
+        | {key: max(v[key] for v in verdicts) for key in largest}
+    )
+
+
+def _cost(model: nn.Module, data: Data, when: str) -> dict[str, int]:
+    return {f"macs_{when}": count_macs(model, data.example), f"params_{when}": count_params(model)}
 
 
 def _tell_spaces(spaces: list[ChannelSpace], widths: dict[str, int]) -> None:
@@ -122,30 +194,23 @@ def _leave(model: nn.Module, data: Data, summary: dict[str, Any], output_dir: Pa
     write_json(output_dir / "summary.json", summary)
 
 
-def _report(summary: dict[str, Any], foreseen, tracker: Tracker, output_dir: Path) -> None:
+def _report(summary: dict[str, Any], sizes: dict[str, int], tracker: Tracker, output_dir: Path) -> None:
     judged = summary["verdict"]
     tracker.summarise({f"{part}/{key}": value for part in ("verdict", "cost") for key, value in summary[part].items()})
     try:
-        tracker.log_image("report/curves", report.draw_curves(output_dir, foreseen, summary["collapse"]["step"]))
+        tracker.log_image("report/curves", report.draw_curves(output_dir))
     except Exception as error:  # a picture never loses a run
         log.warning("report/curves.png could not be drawn: %s", error)
-    layers = report.table(("layer", "width before", "width after"), _layer_rows(output_dir, summary["widths"]))
-    log.info("widths\n\n%s\n", layers)
+    rows = [(name, sizes[name], width) for name, width in summary["widths"].items()]
+    log.info("widths\n\n%s\n", report.table(("layer", "width before", "width after"), rows))
     log.info("%s\n\n%s\n", "LOSSLESS" if judged["lossless"] else "NOT LOSSLESS", report.verdict_table(summary))
     if not judged["lossless"]:
         lost = judged["accuracy_before_trim"] - judged["accuracy_after_trim"]
         why = "the cut changed the logits" if judged["collapsed"] else "the filters have not collapsed"
         log.warning("NOT LOSSLESS: %s; the cut cost %.4f of accuracy", why, lost)
     log.info("files: %s", output_dir)
-    if tracker.offline_dir:
-        log.info(
-            "W&B, offline: look with `wandb beta leet %s`, upload with `wandb sync %s`", *[tracker.offline_dir] * 2
-        )
-
-
-def _layer_rows(output_dir: Path, widths: dict[str, int]) -> list[tuple[str, int, int]]:
-    clusters = json.loads((output_dir / "clusters.json").read_text())
-    return [(name, sum(map(len, clusters[name])), width) for name, width in widths.items()]
+    if folder := tracker.offline_dir:
+        log.info("W&B, offline: look with `wandb beta leet %s`, upload with `wandb sync %s`", folder, folder)
 
 
 @contextmanager

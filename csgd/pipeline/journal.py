@@ -1,0 +1,111 @@
+"""The journal of a run: checkpoints from which it goes on where it was killed, and the lock of its folder."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from csgd.checkpoint import load_checkpoint, save_checkpoint
+from csgd.errors import InputError
+from csgd.pipeline.build import versions
+from csgd.tracking import Tracker
+
+log = logging.getLogger("csgd")
+
+# What may differ between a run and its continuation, since it does not change the result.
+FREE = ("wandb", "progress", "resume", "checkpoint_every", "base.cache")
+
+
+@contextmanager
+def reserved(output_dir: Path) -> Iterator[None]:
+    """Keeps a second process out of the folder; InputError if one is at work in it."""
+    lock = FileLock(output_dir / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"the output folder '{output_dir}' is in use by a run that is still alive") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass
+class Journal:
+    """Where a run is: `record` holds what is known so far (plain JSON), `saved` the checkpoint to go on from."""
+
+    path: Path
+    config: dict[str, Any]
+    record: dict[str, Any]
+    saved: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, cfg: Any, output_dir: Path) -> "Journal":
+        """The journal in `output_dir`, opened at its last checkpoint if cfg.resume is auto and there is one.
+
+        InputError if that is of a run whose result would not be this one's, with the differences.
+        """
+        path, config = output_dir / "checkpoints" / "last.pt", _flat(asdict(cfg))
+        config |= {f"versions.{name}": of for name, of in versions().items() if name == "torch"}
+        saved = load_checkpoint(path) if cfg.resume == "auto" else None
+        if saved is None:
+            return cls(path, config, {"seconds": {}}, None)
+        keys = sorted(config.keys() | saved["config"].keys())
+        differ = [
+            f"{key}: {saved['config'].get(key)!r} then, {config.get(key)!r} now"
+            for key in keys
+            if config.get(key) != saved["config"].get(key) and not key.startswith(FREE)
+        ]
+        if differ:
+            raise InputError(f"resume=auto: '{output_dir}' holds a run of another configuration ({'; '.join(differ)})")
+        log.info("resumed from %s: %s, step %d", path, saved["phase"], saved["step"])
+        return cls(path, config, saved["record"], saved)
+
+    def take(self, *phases: str) -> dict[str, Any] | None:
+        """The checkpoint if it is of one of `phases`, once."""
+        if self.saved is None or self.saved["phase"] not in phases:
+            return None
+        saved, self.saved = self.saved, None
+        return saved
+
+    def save(
+        self,
+        phase: str,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        tracker: Tracker,
+        **more: Any,
+    ) -> None:
+        """Writes a checkpoint: the model at its present widths, the optimizer, and everything that fixes the rest.
+
+        phase  base | between (two stages, with all that is known in `record`) | wide | trimmed
+        """
+        state = {
+            "phase": phase,
+            "step": step,
+            "model": model.state_dict(),
+            "optimizer": optimizer and optimizer.state_dict(),
+            "random_state": torch.get_rng_state(),
+            "rows": tracker.rows,
+            "record": self.record,
+            "config": self.config,
+        }
+        save_checkpoint(self.path, state | more)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{a: {b: 1}} → {a.b: 1}, lists and other leaves as text."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | None) else str(value)
+    return flat

@@ -1,0 +1,120 @@
+"""Runs that are killed at any moment and resumed end with the same bits as one that was left alone."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from csgd.checkpoint import load_weights
+
+ROOT = Path(__file__).parents[1]
+RUN = [
+    "experiment=smoke", "dataset.image_size=16", "deps.stages=[0.75,0.5]", "deps.fraction=0.5", "wandb=disabled",
+    "schedule.batch_size=16", "schedule.csgd={epochs: 3, lr: 0.05, max_steps: 50}", "checkpoint_every=7", "resume=auto",
+    "hydra.run.dir=out",
+]  # fmt: skip
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "run.py"), *RUN, f"base.cache={folder / 'base'}", *more]
+    with (folder / "log.txt").open("a") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+
+def finish(process: subprocess.Popen, folder: Path, status: int = 0) -> str:
+    code, text = process.wait(), (folder / "log.txt").read_text()
+    assert code == status, text[-3000:]
+    return text
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that is left alone, and the seconds it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    began = time.perf_counter()
+    finish(start(folder), folder)
+    return folder / "out", time.perf_counter() - began
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    states = [load_weights(out / "pruned.safetensors") for out in (a, b)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (a, b)]
+    for key in ("base", "verdict", "cost", "widths", "stages"):
+        one, other = (summary[key] for summary in summaries)
+        if key == "base":
+            one, other = one["accuracy"], other["accuracy"]
+        assert one == other, key
+    rows = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (a, b)]
+    assert [(r["phase"], r["step"]) for r in rows[0]] == [(r["phase"], r["step"]) for r in rows[1]]
+    assert [r.get("csgd/test_accuracy") for r in rows[0]] == [r.get("csgd/test_accuracy") for r in rows[1]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_run_goes_on_bit_by_bit(whole, tmp_path, seed):
+    out, seconds = whole
+    rng = random.Random(seed)
+    folder = tmp_path / "killed"
+    for _ in range(2):
+        process = start(folder)
+        time.sleep(rng.uniform(0.3, 0.9) * seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    text = finish(start(folder), folder)
+    assert "resumed from" in text
+    assert_same_run(out, folder / "out")
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole):
+    out, _ = whole
+    before = load_weights(out / "pruned.safetensors")
+    text = finish(start(out.parent), out.parent)
+    assert text.count("csgd epoch 1:") == 2, "no step was taken again"
+    after = load_weights(out / "pruned.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_another_configuration_is_refused_with_the_difference(whole):
+    out, _ = whole
+    text = finish(start(out.parent, "centri_strength=7", "schedule.csgd.lr=0.04"), out.parent, status=2)
+    last = text.splitlines()[-1]
+    assert last.startswith("error: resume=auto: ")
+    assert "centri_strength: 15.0 then, 7 now" in last
+    assert "schedule.csgd.lr: 0.05 then, 0.04 now" in last
+    assert "widths" not in last
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path):
+    folder = tmp_path / "damaged"
+    process = start(folder)
+    previous = folder / "out" / "checkpoints" / "last.pt.previous"
+    while not previous.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    last = folder / "out" / "checkpoints" / "last.pt"
+    if last.exists():
+        last.write_bytes(last.read_bytes()[:1000])
+    text = finish(start(folder), folder)
+    assert "is damaged" in text or "resumed from" in text
+    assert_same_run(whole[0], folder / "out")
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    folder = tmp_path / "busy"
+    (folder / "out").mkdir(parents=True)
+    with FileLock(folder / "out" / ".lock"):
+        text = finish(start(folder), folder, status=2)
+    assert "is in use by a run that is still alive" in text.splitlines()[-1]
