@@ -95,9 +95,13 @@ def test_the_main_job_leaves_its_files(main_job):
     assert collapse["step"] == collapse["predicted_step"] == wide[-1]["step"]
     clusters = json.loads((out / "clusters.json").read_text())
     assert sorted(slot for part in clusters["features.0"] for slot in part) == list(range(64))
-    checkpoint = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
-    assert checkpoint["step"] == 30
-    assert checkpoint["clusters"] == clusters
+    folder = out / "checkpoints"
+    done = torch.load(folder / "last.pt", weights_only=True)
+    assert done["phase"] == "between"
+    assert len(done["record"]["stages"]) == 1
+    last_step = torch.load(folder / "last.pt.previous", weights_only=True)
+    assert (last_step["phase"], last_step["step"]) == ("trimmed", 30)
+    assert last_step["clusters"] == clusters
     run_file = only(out.glob("wandb/offline-run-*/run-*.wandb"))
     content = run_file.read_bytes()
     for key in (b"deviation/kernels", b"forecast/vectors", b"csgd/test_accuracy", b"verdict/lossless"):
