@@ -191,6 +191,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 statistic.copy_(draw(statistic.shape, generator=generator) * scale + shift)
 
 
+@torch.no_grad()
 def relative_difference(before: list[Tensor], after: list[Tensor]) -> float:
     """Largest |a − b| over all pairs of tensors, relative to the largest |a| of the pair; inf if they do not fit."""
     if not before or len(before) != len(after) or any(a.shape != b.shape for a, b in zip(before, after, strict=False)):
