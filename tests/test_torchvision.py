@@ -21,7 +21,7 @@ FAMILIES = {  # name: image size; the first few run in CI, all of them with -m '
     "efficientnet_b0": 64,
     "resnext50_32x4d": 32,
     "resnet50": 64,
-    "wide_resnet50_2": 32,
+    "wide_resnet50_2": 64,
     "googlenet": 64,
     "inception_v3": 299,
     "vgg16_bn": 32,
