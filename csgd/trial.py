@@ -13,7 +13,7 @@ from csgd.graph import ChannelSpace, trace_spaces
 from csgd.graph.tracer import keep_random_state, tensors_in
 from csgd.trim import merge_equal, trim
 
-TOLERANCE = {True: 1e-6, False: 1e-3}  # relative change of an output above which a cut is not exact; True: in float64
+TOLERANCE = {True: 1e-8, False: 1e-3}  # relative change of an output above which a cut is not exact; True: in float64
 
 
 def find_spaces(model: nn.Module, example, trial: bool = True) -> list[ChannelSpace]:
