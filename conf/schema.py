@@ -118,8 +118,10 @@ class Deps:
 @dataclass
 class Clustering:
     method: str = MISSING
+    of: str = "pacesetter"  # k-means on its kernels, or on those of all producers of a space
 
     def __post_init__(self):
+        _require(self.of in ("pacesetter", "producers"), "clustering.of", "pacesetter or producers", self.of)
         allowed = ("kmeans", "even", "imbalanced")
         _require(self.method in allowed, "clustering.method", "kmeans, even or imbalanced", self.method)
 
@@ -161,6 +163,7 @@ class Config:
     ramp: str = MISSING
     collapse_by: float = MISSING
     trim_at: str = MISSING
+    after_trim: str = MISSING
     resume: str = MISSING
     checkpoint_every: int | None = None
     seed: int = MISSING
@@ -177,6 +180,7 @@ class Config:
         _require(0 < self.collapse_by <= 1, "collapse_by", "above 0 and at most 1", self.collapse_by)
         _require(_not_negative(self.vector_ratio), "vector_ratio", "0 or more", self.vector_ratio)
         _require(self.trim_at in ("collapse", "end"), "trim_at", "collapse or end", self.trim_at)
+        _require(self.after_trim in ("same_run", "plain"), "after_trim", "same_run or plain", self.after_trim)
         _require(self.resume in ("auto", "never"), "resume", "auto or never", self.resume)
         every = self.checkpoint_every
         _require(every is None or every >= 1, "checkpoint_every", "1 or more, or null", every)

@@ -15,14 +15,20 @@ from csgd.graph import ChannelSpace, Ref
 
 Clusters = Mapping[str, Sequence[Sequence[int]]]
 METHODS = ("kmeans", "even", "imbalanced")
+SOURCES = ("pacesetter", "producers")
 
 
 def cluster(
-    model: nn.Module, spaces: list[ChannelSpace], widths: Mapping[str, int], method: str = "kmeans", seed: int = 0
+    model: nn.Module,
+    spaces: list[ChannelSpace],
+    widths: Mapping[str, int],
+    method: str = "kmeans",
+    seed: int = 0,
+    of: str = "pacesetter",
 ) -> dict[str, list[list[int]]]:
     """Partitions the slots of each space into `widths[name]` clusters; the first slot of each is the one kept.
 
-    kmeans      k-means on the flattened kernels of the pacesetter (section 3.2)
+    kmeans      k-means on the flattened kernels, of the pacesetter (section 3.2) or of all producers: see `filters`
     even        contiguous runs of near-equal size
     imbalanced  one cluster of size − width + 1, the rest singletons
     """
@@ -37,7 +43,7 @@ def cluster(
         if not 1 <= width <= space.size:
             raise InputError(f"widths.{name} must be between 1 and {space.size}, got {width}")
         if method == "kmeans" and width < space.size:
-            labels = _kmeans(filters(model, space), width, seed, name)
+            labels = _kmeans(filters(model, space, of), width, seed, name)
         elif method == "imbalanced":
             labels = np.maximum(np.arange(space.size) - (space.size - width), 0)
         else:
@@ -49,12 +55,24 @@ def cluster(
     return clusters
 
 
-def filters(model: nn.Module, space: ChannelSpace) -> Tensor:
-    """The pacesetter's kernels as rows [slots, lanes × k]."""
-    ref = space.producers[0]
+def filters(model: nn.Module, space: ChannelSpace, of: str = "pacesetter") -> Tensor:
+    """Kernels as rows, one per slot.
+
+    pacesetter  those of the first producer, [slots, lanes × k] (section 3.2)
+    producers   those of every producer side by side, each kernel divided by its norm so that it counts as one
+    """
+    if of not in SOURCES:
+        raise InputError(f"clustering.of must be one of {', '.join(SOURCES)}, got {of!r}")
+    if of == "pacesetter":
+        return _rows(model, space.producers[0], space.size)
+    kernels = [_rows(model, ref, space.size) for ref in space.producers]
+    return torch.cat([rows / rows.norm().clamp(min=1e-30) for rows in kernels], 1)
+
+
+def _rows(model: nn.Module, ref: Ref, size: int) -> Tensor:
     weight = tensor_of(model, ref).detach()
     rows = weight.index_select(ref.dim, ref.index.reshape(-1).to(weight.device)).movedim(ref.dim, 0)
-    return rows.reshape(space.size, -1)
+    return rows.reshape(size, -1)
 
 
 def _kmeans(rows: Tensor, width: int, seed: int, name: str) -> np.ndarray:

@@ -137,6 +137,17 @@ class CSGD(torch.optim.Optimizer):
                 self._shared.pop(old, None)
             group["segments"], group["gradient_scales"] = segments, scales
 
+    @torch.no_grad()
+    def unscale(self) -> None:
+        """Leaves the trajectory of the wide network after a cut: gradients of the trimmed one count once, momentum goes
+        over into their units, and what follows is plain SGD."""
+        for group in self.param_groups:
+            for p, factors in zip(group["params"], group["gradient_scales"] or [], strict=False):
+                if factors is not None and "momentum_buffer" in self.state[p]:
+                    inverse = [(dim, 1 / vector) for dim, vector in factors]
+                    self.state[p]["momentum_buffer"] = scale_along(self.state[p]["momentum_buffer"], inverse)
+            group["gradient_scales"] = None
+
     def clustered_groups(self) -> list[dict]:
         """The groups that hold rows which become equal."""
         return [group for group in self.param_groups if any(shared for _, shared in self._clustered(group))]

@@ -80,6 +80,29 @@ def test_f7_without_the_scales_the_runs_part():
     assert parted[-1].abs().max() > 1e-3
 
 
+def test_unscaled_it_is_sgd_on_the_trimmed_network_with_its_own_momentum():
+    model, spaces, clusters, _ = collapsed(nets.Grouped)
+    groups = csgd.param_groups(model, spaces, clusters, centri_strength=0.3, weight_decay=0.0)
+    optimizer = CSGD(groups, 0.01)
+    csgd.trim(model, spaces, clusters, optimizer)
+    twin = copy.deepcopy(model)
+    plain = torch.optim.SGD(twin.parameters(), 0.0, 0.9, nesterov=True)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    take_step(model, optimizer, nets.Grouped, 0)  # fills the momenta, moves nothing
+    take_step(twin, plain, nets.Grouped, 0)
+    for kind in (optimizer, plain):
+        for group in kind.param_groups:
+            group["lr"] = 0.01
+    scaled = copy.deepcopy([optimizer.state[p]["momentum_buffer"] for p in model.parameters()])
+    optimizer.unscale()
+    own = [plain.state[p]["momentum_buffer"] for p in twin.parameters()]
+    assert not all(torch.allclose(a, b) for a, b in zip(scaled, own, strict=True))
+    for step in range(1, 20):
+        a, b = take_step(model, optimizer, nets.Grouped, step), take_step(twin, plain, nets.Grouped, step)
+        assert (a - b).abs().max() <= 1e-12 * a.abs().max().clamp(min=1)
+
+
 def test_the_optimizer_goes_on_with_the_new_parameters_and_comes_back_from_a_file(tmp_path):
     model, spaces, clusters, optimizer = collapsed(nets.Plain)
     csgd.trim(model, spaces, clusters, optimizer)

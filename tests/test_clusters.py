@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -41,6 +43,23 @@ def test_kmeans_finds_planted_clusters_also_in_a_transposed_conv():
     with torch.no_grad():
         model[0].weight.copy_(torch.randn(3, 2, 2, 2)[:, [0, 0, 1, 1, 0, 1]] + 1e-3 * torch.randn(3, 6, 2, 2))
     assert cluster(model, spaces, {"0": 2})["0"] == [[0, 1, 4], [2, 3, 5]]
+
+
+def test_clustering_of_all_producers_sees_what_the_pacesetter_does_not(resnet):
+    model, spaces, _ = resnet
+    model = copy.deepcopy(model)
+    space = max((s for s in spaces if s.trimmable), key=lambda s: len(s.producers))
+    assert len(space.producers) > 1
+    with torch.no_grad():
+        for ref in space.producers:
+            weight = csgd.clusters.tensor_of(model, ref)
+            weight.copy_(1e-3 * torch.randn_like(weight))
+        weight[::2] += 100.0  # the last producer tells even from odd filters, at whatever scale
+    parts = cluster(model, spaces, {space.name: 2}, of="producers")[space.name]
+    assert parts == [list(range(0, space.size, 2)), list(range(1, space.size, 2))]
+    assert cluster(model, spaces, {space.name: 2}, of="pacesetter")[space.name] != parts
+    with pytest.raises(InputError, match=r"clustering\.of must be one of pacesetter, producers"):
+        cluster(model, spaces, {space.name: 2}, of="consumers")
 
 
 def test_kmeans_is_seeded(resnet):

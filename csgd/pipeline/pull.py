@@ -200,6 +200,8 @@ def cut(cfg: Any, model: nn.Module, data: Data, spaces, clusters, optimizer: CSG
         statistics_spread=statistics_spread(model, spaces, clusters),
     )
     trim(model, spaces, clusters, optimizer)
+    if cfg.after_trim == "plain":
+        optimizer.unscale()
     after, _ = predict(model, data)
     tolerances = dict(deviation_tolerance=cfg.tolerance.deviation, logit_tolerance=cfg.tolerance.logits)
     return verdict(before, after, labels, **measured, **tolerances)

@@ -130,7 +130,7 @@ def _stage(
         pull = Pull.resumed(cfg, model, data, saved)
     else:
         with clocked(seconds, "cluster"):
-            clusters = cluster(model, spaces, widths, cfg.clustering.method, cfg.seed)
+            clusters = cluster(model, spaces, widths, cfg.clustering.method, cfg.seed, cfg.clustering.of)
         pull, done, random_state = Pull.of(cfg, model, data, spaces, clusters), 0, None
     write_json(output_dir / "clusters.json", clusters)
     stage = Stage(cfg, model, data, clusters, pull, number, journal, tracker)
