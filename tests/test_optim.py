@@ -5,6 +5,8 @@ from torch import nn
 
 import csgd
 from csgd import CSGD, InputError, decay_matrix, forecast, merge_matrix
+from csgd.optim import set_lr, set_ramp
+from csgd.schedule import RAMPS, learning_rate, ramp
 from tests.reference import ReferenceCSGD, random_partition, segments_of
 
 
@@ -142,6 +144,35 @@ def test_f2_forecast_and_measured_deviation_agree(nesterov):
         for group in optimizer.param_groups:
             foreseen = start[group["name"]] * expected[group["name"]][step] ** 2
             assert float(optimizer.deviation(group)) == pytest.approx(foreseen, rel=1e-8)
+
+
+@pytest.mark.parametrize("shape", RAMPS)
+@pytest.mark.parametrize("decay", [{"decay": "cosine", "warmup_epochs": 1.0}, {"decay": "step", "milestones": [2, 3]}])
+def test_f2_in_float32_the_forecast_holds_within_a_percent(decay, shape):
+    options = dict(centri_strength=1.5, vector_ratio=0.7, weight_decay=5e-4, weight_decay_vectors=0.0)
+    net, *_, groups = clustered_net(torch.float32, **options)
+    optimizer = CSGD(groups, 0.05)
+    start = {group["name"]: float(optimizer.deviation(group)) for group in optimizer.param_groups}
+    whole = {g["name"]: float(sum(p.square().sum() for p in g["params"])) for g in optimizer.param_groups}
+    steps = range(200)
+    rates = [learning_rate(step, steps_per_epoch=50, epochs=4, lr=0.05, **decay) for step in steps]
+    ramps = [ramp(step, length=100, shape=shape) for step in steps]
+    foreseen = {
+        g["name"]: forecast(rates, [g["centri_strength"] * r for r in ramps], g["weight_decay"])
+        for g in optimizer.param_groups
+    }
+    reached = 1.0
+    for step in steps:
+        set_lr(optimizer, rates[step])
+        set_ramp(optimizer, ramps[step])
+        backward(net, step)
+        optimizer.step()
+        for group in optimizer.clustered_groups():
+            name = group["name"]
+            expected, rounding = start[name] * foreseen[name][step] ** 2, 1e-12 * whole[name]
+            assert float(optimizer.deviation(group)) == pytest.approx(expected, rel=0.01, abs=rounding), step
+            reached = min(reached, expected / whole[name])
+    assert reached < 1e-11, "well below the tolerance of 1e-5 ‖W‖"
 
 
 def test_f3_the_mean_never_sees_the_strength():
