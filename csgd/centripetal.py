@@ -1,8 +1,8 @@
 """The equations of Centripetal SGD (Ding et al., CVPR 2019) on tensors and numbers.
 
-A tensor W is seen as one row per channel (c rows of k entries), G is the gradient of the loss, η the weight decay,
-ε the centripetal strength, τ the learning rate, μ the momentum, H(j) the cluster of row j.  Rows that become equal
-may lie along any dim; the `segments` of a tensor are a vector [c] with, for each position, the position of the
+A tensor W is seen as a matrix of one row per channel (c rows of k entries), G is the gradient of the loss, η the weight
+decay, ε the centripetal strength, τ the learning rate, μ the momentum, H(j) the cluster of row j.  Rows that become
+equal may lie along any dim; the `segments` of a tensor are a vector [c] with, for each position, the position of the
 representative of its cluster.
 """
 
@@ -13,6 +13,7 @@ from itertools import repeat
 from numbers import Real
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -39,72 +40,86 @@ def decay_matrix(
 
 
 @dataclass(frozen=True)
-class SharedRows:
-    """The rows of a tensor that lie in clusters of two or more.
+class Segments:
+    """The clusters of the rows of a matrix: Γ, sparse.
 
-    dim      the dim along which the rows lie
-    rows     [n] their positions, cluster after cluster
-    cluster  [n] number of the cluster of each, 0 … h − 1
-    sizes    [h] members of each cluster
+    order    [c] positions of the rows, cluster after cluster
+    offsets  [r] where in `order` each cluster begins
+    cluster  [c] number of the cluster of each row, 0 … r − 1
     """
 
-    dim: int
-    rows: Tensor
+    order: Tensor
+    offsets: Tensor
     cluster: Tensor
-    sizes: Tensor
 
     @classmethod
-    def of(cls, dim: int, segments: Tensor, device=None) -> "SharedRows":
-        segments = segments.to("cpu")
-        counts = torch.bincount(segments, minlength=len(segments))
-        shared = (counts[segments] > 1).nonzero().flatten()
-        rows = shared[segments[shared].argsort(stable=True)]
-        _, cluster = segments[rows].unique(return_inverse=True)
-        sizes = torch.bincount(cluster)
-        return cls(dim, *(t.to(device) for t in (rows, cluster, sizes)))
+    def of(cls, segments: Tensor, device=None) -> "Segments":
+        """From a vector that names one row, any, for each cluster."""
+        _, cluster, sizes = segments.cpu().unique(return_inverse=True, return_counts=True)
+        tensors = cluster.argsort(stable=True), sizes.cumsum(0) - sizes, cluster
+        return cls(*(tensor.to(device) for tensor in tensors))
 
-    def select(self, tensor: Tensor) -> Tensor:
-        """The shared rows as a matrix [n, k], a copy."""
-        return tensor.index_select(self.dim, self.rows).movedim(self.dim, 0).reshape(len(self.rows), -1)
+    @property
+    def shared(self) -> bool:
+        """Whether any cluster has two members."""
+        return len(self.offsets) < len(self.cluster)
 
     def means(self, rows: Tensor) -> Tensor:
-        """Cluster means [h, k] of shared rows [n, k].
+        """Cluster means [r, k] of rows [c, k].
 
-        Summed segment after segment, never by atomics: the same bits on every run and every rank (fact F10).
+        Summed row after row, never by atomics: the same bits on every run and every rank (fact F10).
         """
-        return torch.segment_reduce(rows, "mean", lengths=self.sizes, unsafe=True)
+        return F.embedding_bag(self.order, rows, self.offsets, mode="mean")
 
-    def replace(self, tensor: Tensor, rows: Tensor) -> Tensor:
-        """A copy of `tensor` with its shared rows replaced by `rows` [n, k]."""
-        moved = tensor.movedim(self.dim, 0)
-        rows = rows.view(len(rows), *moved.shape[1:]).movedim(0, self.dim)
-        return tensor.clone().index_copy_(self.dim, self.rows, rows)
+    def merge(self, rows: Tensor) -> Tensor:
+        """ΓW of rows [c, k]: each is replaced by the mean of its cluster; a row that is alone stays, bit by bit."""
+        return self.means(rows).index_select(0, self.cluster)
 
 
-def centripetal_direction(gradient: Tensor, weight: Tensor, shared: SharedRows, centri_strength: float) -> Tensor:
-    """The C-SGD direction without weight decay: Γ(G − εW) + εW, in the shape of `weight` (eq. 7).
+def centripetal_direction(gradient: Tensor, weight: Tensor, segments: Segments, centri_strength: float) -> Tensor:
+    """The C-SGD direction without weight decay, for rows [c, k]: Γ(G − εW) + εW (eq. 7).
 
-    Adding ηW gives ΓG + ΛW.  A row in a cluster of one gets its gradient G.
+    Adding ηW gives ΓG + ΛW.  A row that is alone in its cluster gets its gradient, up to rounding.
     """
-    w = shared.select(weight)
-    means = shared.means(shared.select(gradient).sub_(w, alpha=centri_strength))
-    return shared.replace(gradient, means.index_select(0, shared.cluster).add_(w, alpha=centri_strength))
+    means = segments.means(gradient).sub_(segments.means(weight), alpha=centri_strength)
+    return means.index_select(0, segments.cluster).add_(weight, alpha=centri_strength)
 
 
-def squared_deviation(weight: Tensor, shared: SharedRows) -> Tensor:
-    """Deviation ‖W − ΓW‖² as a scalar tensor."""
-    if len(shared.rows) == 0:
-        return weight.new_zeros(())
-    w = shared.select(weight)
-    return w.sub_(shared.means(w).index_select(0, shared.cluster)).square_().sum()
+def squared_deviation(weight: Tensor, segments: Segments) -> Tensor:
+    """Deviation ‖W − ΓW‖² of rows [c, k], as a scalar tensor."""
+    return segments.merge(weight).sub_(weight).square_().sum()
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """How a tensor of some shape and strides becomes a matrix of rows, without a copy where memory allows it.
+
+    dims   its dims, that of the rows first, the others from the largest stride to the smallest
+    shape  its sizes along these
+    """
+
+    dims: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor, dim: int) -> "RowOrder":
+        others = sorted((d for d in range(tensor.dim()) if d != dim), key=lambda d: -tensor.stride(d))
+        dims = (dim, *others)
+        return cls(dims, tuple(tensor.size(d) for d in dims))
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """tensor → [c, k]"""
+        return tensor.permute(self.dims).reshape(self.shape[0], -1)
+
+    def tensor(self, rows: Tensor) -> Tensor:
+        """[c, k] → a view in the shape of the tensor"""
+        return rows.view(self.shape).permute([self.dims.index(d) for d in range(len(self.dims))])
 
 
 def segment_mean(tensor: Tensor, dim: int, segments: Tensor) -> Tensor:
     """ΓW along `dim`: every row replaced by the mean of its cluster."""
-    shared = SharedRows.of(dim, segments, tensor.device)
-    if len(shared.rows) == 0:
-        return tensor.clone()
-    return shared.replace(tensor, shared.means(shared.select(tensor)).index_select(0, shared.cluster))
+    order = RowOrder.of(tensor, dim)
+    return order.tensor(Segments.of(segments, tensor.device).merge(order.rows(tensor)))
 
 
 def scale_along(tensor: Tensor, factors: Iterable[tuple[int, Tensor]]) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from csgd.centripetal import SharedRows, segment_mean, squared_deviation
+from csgd.centripetal import segment_mean
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Ref
 
@@ -116,9 +116,8 @@ class ClusteredTensor:
         """‖W − ΓW‖ / ‖W‖; 0 where nothing of it becomes equal."""
         if self.merged is None:
             return 0.0
-        shared = SharedRows.of(*self.merged, self.tensor.device)
-        left, whole = float(squared_deviation(self.tensor, shared)), float(self.tensor.square().sum())
-        return (left / whole) ** 0.5 if left else 0.0
+        left = (self.tensor - segment_mean(self.tensor, *self.merged)).norm()
+        return float(left / self.tensor.norm()) if left else 0.0
 
     def narrowed(self, tensor: Tensor, *, mean: bool) -> Tensor:
         """`tensor`, of the same shape as this one, after the cut: of each cluster the representative's row, or the

@@ -1,15 +1,50 @@
 """CSGD: stochastic gradient descent that pulls the filters of a cluster together."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from csgd.centripetal import SharedRows, centripetal_direction, scale_along, squared_deviation, stability_limit
+from csgd.centripetal import RowOrder, Segments, centripetal_direction, scale_along, squared_deviation, stability_limit
 from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
+
+STACKED = 2**16  # entries: parameters up to this size share an operation, larger ones are worth one each
+LINE = 64  # bytes, a line of the cache
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Parameters whose rows have the same length, seen as one matrix."""
+
+    params: list[Tensor]
+    orders: list[RowOrder]
+    segments: Segments
+
+    @classmethod
+    def of(cls, clustered: Sequence[tuple[Tensor, tuple[int, Tensor]]]) -> "_Stack":
+        orders = [RowOrder.of(p, dim) for p, (dim, _) in clustered]
+        joint, first = [], 0
+        for order, (_, (_, segments)) in zip(orders, clustered, strict=True):
+            joint.append(segments.cpu() + first)
+            first += order.shape[0]
+        params = [p for p, _ in clustered]
+        return cls(params, orders, Segments.of(torch.cat(joint), params[0].device))
+
+    def rows(self, tensors: Iterable[Tensor]) -> Tensor:
+        """One tensor for each parameter → [Σc, k]"""
+        parts = [order.rows(tensor) for order, tensor in zip(self.orders, tensors, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def directions(self, centri_strength: float) -> list[Tensor]:
+        gradient, weight = self.rows(p.grad for p in self.params), self.rows(self.params)
+        direction = centripetal_direction(gradient, weight, self.segments, centri_strength)
+        parts = direction.split([order.shape[0] for order in self.orders])
+        return [order.tensor(part) for order, part in zip(self.orders, parts, strict=True)]
 
 
 class CSGD(torch.optim.Optimizer):
@@ -49,7 +84,7 @@ class CSGD(torch.optim.Optimizer):
             gradient_scales=None,
             lr_factor=1.0,
         )
-        self._shared: dict[Tensor, SharedRows | None] = {}
+        self._stacks: dict[tuple[int, ...], tuple[list[_Stack], list[int]]] = {}
         super().__init__(params, defaults)
         for group in self.param_groups:
             check_stability(
@@ -62,17 +97,23 @@ class CSGD(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._shared = {}
+        self._stacks = {}
 
-    def _clustered(self, group: dict) -> list[tuple[Tensor, SharedRows | None]]:
-        """The parameters of a group, each with its shared rows, kept on the parameter's device."""
-        pairs = []
-        for p, segments in zip(group["params"], group["segments"] or [None] * len(group["params"]), strict=True):
-            if p not in self._shared:
-                shared = segments and SharedRows.of(*segments, p.device)
-                self._shared[p] = shared if shared and len(shared.rows) else None
-            pairs.append((p, self._shared[p]))
-        return pairs
+    def _stacked(self, group: dict, params: Sequence[Tensor]) -> tuple[list[_Stack], list[int]]:
+        """Some parameters of a group: those with rows that become equal, in stacks, and the positions of the others."""
+        key = tuple(map(id, params))
+        if key not in self._stacks:
+            segments = dict(zip(group["params"], group["segments"] or [None] * len(group["params"]), strict=True))
+            alike, others = defaultdict(list), []
+            for i, p in enumerate(params):
+                if segments[p] is None or not Segments.of(segments[p][1]).shared:
+                    others.append(i)
+                else:
+                    length = p.numel() // p.size(segments[p][0])
+                    alone = i if p.numel() > STACKED else None
+                    alike[length, p.device, p.dtype, alone].append((p, segments[p]))
+            self._stacks[key] = [_Stack.of(clustered) for clustered in alike.values()], others
+        return self._stacks[key]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -82,36 +123,48 @@ class CSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params, directions, buffers = [], [], []
             scales = group["gradient_scales"] or [None] * len(group["params"])
-            for (p, shared), factors in zip(self._clustered(group), scales, strict=True):
-                if p.grad is None:
-                    continue
-                direction = p.grad
-                if factors is not None:
-                    direction = scale_along(direction, factors)
-                if shared is not None:
-                    direction = centripetal_direction(direction, p, shared, group["centri_strength"] * group["ramp"])
-                params.append(p)
-                directions.append(direction)
-                buffers.append(self.state[p].get("momentum_buffer"))
-            if not params:
-                continue
-            sgd(
-                params,
-                directions,
-                buffers,
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"] * group["lr_factor"],
-                dampening=0.0,
-                nesterov=group["nesterov"],
-                maximize=False,  # fused=True rounds by position on the CPU: equal rows would drift apart (fact F10)
-            )
-            if group["momentum"]:
-                for p, buffer in zip(params, buffers, strict=True):
-                    self.state[p]["momentum_buffer"] = buffer
+            present = [(p, factors) for p, factors in zip(group["params"], scales, strict=True) if p.grad is not None]
+            stacks, others = self._stacked(group, [p for p, _ in present])
+            for stack in stacks:
+                directions = stack.directions(group["centri_strength"] * group["ramp"])
+                # torch's fused SGD rounds the odd entries behind its last whole vector in another way than the rest:
+                # rows of a tensor that has such entries would not stay equal (fact F10).
+                for fused in (True, False):
+                    chosen = [
+                        (p, d)
+                        for p, d in zip(stack.params, directions, strict=True)
+                        if (p.numel() * p.element_size() % LINE == 0) is fused
+                    ]
+                    self._update(group, chosen, fused)
+            rest = [present[i] for i in others]
+            self._update(group, [(p, scale_along(p.grad, factors) if factors else p.grad) for p, factors in rest], True)
         return loss
+
+    def _update(self, group: dict, pairs: Sequence[tuple[Tensor, Tensor]], fused: bool) -> None:
+        """torch's SGD with `group`'s constants, for (parameter, direction) pairs."""
+        if not pairs:
+            return
+        params = [p for p, _ in pairs]
+        directions = [_laid_out_like(p, direction) for p, direction in pairs]
+        buffers = [self.state[p].get("momentum_buffer") for p in params]
+        buffers = [b if b is None else _laid_out_like(p, b) for p, b in zip(params, buffers, strict=True)]
+        sgd(
+            params,
+            directions,
+            buffers,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"] * group["lr_factor"],
+            dampening=0.0,
+            nesterov=group["nesterov"],
+            maximize=False,
+            foreach=False,
+            fused=fused,
+        )
+        if group["momentum"]:
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
 
     @torch.no_grad()
     def carry_over(self, replaced: Mapping[Tensor, tuple[Tensor, ClusteredTensor]]) -> None:
@@ -134,8 +187,8 @@ class CSGD(torch.optim.Optimizer):
                     self.state[new] = {"momentum_buffer": touched.narrowed(state["momentum_buffer"], mean=True)}
                 group["params"][i], segments[i] = new, None
                 scales[i] = touched.gradient_scales(new.device, new.dtype)
-                self._shared.pop(old, None)
             group["segments"], group["gradient_scales"] = segments, scales
+        self._stacks = {}
 
     @torch.no_grad()
     def unscale(self) -> None:
@@ -150,15 +203,15 @@ class CSGD(torch.optim.Optimizer):
 
     def clustered_groups(self) -> list[dict]:
         """The groups that hold rows which become equal."""
-        return [group for group in self.param_groups if any(shared for _, shared in self._clustered(group))]
+        return [group for group in self.param_groups if self._stacked(group, group["params"])[0]]
 
     @torch.no_grad()
     def relative_deviation(self) -> float:
         """‖W − ΓW‖ / ‖W‖ over the clustered tensors of a group, the largest of any group."""
         ratios = [
-            self.deviation(group)
-            / sum(p.square().sum() for p, shared in self._clustered(group) if shared).clamp(min=1e-30)
-            for group in self.clustered_groups()
+            self.deviation(group) / sum(p.square().sum() for stack in stacks for p in stack.params).clamp(min=1e-30)
+            for group in self.param_groups
+            if (stacks := self._stacked(group, group["params"])[0])
         ]
         return float(torch.stack(ratios).max().sqrt()) if ratios else 0.0
 
@@ -166,12 +219,16 @@ class CSGD(torch.optim.Optimizer):
     def deviation(self, group: dict | None = None) -> Tensor:
         """Σ‖W − ΓW‖² over the clustered tensors (of one group), a scalar tensor that stays on the device."""
         terms = [
-            squared_deviation(p, shared)
+            squared_deviation(stack.rows(stack.params), stack.segments)
             for one in (self.param_groups if group is None else [group])
-            for p, shared in self._clustered(one)
-            if shared is not None
+            for stack in self._stacked(one, one["params"])[0]
         ]
         return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def _laid_out_like(p: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` with the strides of `p`, which the fused kernel takes for granted."""
+    return tensor if tensor.stride() == p.stride() else torch.empty_like(p).copy_(tensor)
 
 
 def param_groups(

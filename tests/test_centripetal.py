@@ -5,7 +5,8 @@ import torch
 
 from csgd import decay_matrix, forecast, merge_matrix
 from csgd.centripetal import (
-    SharedRows,
+    RowOrder,
+    Segments,
     centripetal_direction,
     collapse_step,
     lengthening,
@@ -60,8 +61,9 @@ def test_direction_is_the_dense_formula(shape, dim):
     weight = torch.randn(shape, generator=generator, dtype=torch.float64)
     gradient = torch.randn(shape, generator=generator, dtype=torch.float64)
     eta, eps = 0.02, 0.7
-    rows = SharedRows.of(dim, segments_of(clusters))
-    fast = centripetal_direction(gradient, weight, rows, eps) + eta * weight
+    order, segments = RowOrder.of(weight, dim), Segments.of(segments_of(clusters))
+    direction = centripetal_direction(order.rows(gradient), order.rows(weight), segments, eps)
+    fast = order.tensor(direction) + eta * weight
 
     def flat(tensor):
         return tensor.movedim(dim, 0).reshape(12, -1)
@@ -70,13 +72,13 @@ def test_direction_is_the_dense_formula(shape, dim):
     torch.testing.assert_close(flat(fast), dense, rtol=0, atol=1e-14)
     mean = merge_matrix(clusters) @ flat(weight)
     torch.testing.assert_close(flat(segment_mean(weight, dim, segments_of(clusters))), mean, rtol=0, atol=1e-15)
-    torch.testing.assert_close(squared_deviation(weight, rows), (flat(weight) - mean).square().sum())
+    torch.testing.assert_close(squared_deviation(order.rows(weight), segments), (flat(weight) - mean).square().sum())
 
 
 def test_direction_leaves_its_arguments_alone():
     weight, gradient = torch.randn(6, 4), torch.randn(6, 4)
     copies = weight.clone(), gradient.clone()
-    centripetal_direction(gradient, weight, SharedRows.of(0, segments_of(CLUSTERS)), 0.5)
+    centripetal_direction(gradient, weight, Segments.of(segments_of(CLUSTERS)), 0.5)
     assert torch.equal(weight, copies[0])
     assert torch.equal(gradient, copies[1])
 

@@ -75,13 +75,48 @@ def test_without_clusters_it_is_torch_sgd_bit_by_bit():
     nets = [Net(), Net()]
     nets[1].load_state_dict(nets[0].state_dict())
     ours = CSGD(nets[0].parameters(), lr=0.1, weight_decay=1e-3)
-    theirs = torch.optim.SGD(nets[1].parameters(), 0.1, 0.9, nesterov=True, weight_decay=1e-3)
+    theirs = torch.optim.SGD(nets[1].parameters(), 0.1, 0.9, nesterov=True, weight_decay=1e-3, fused=True)
     for step in range(10):
         for net, optimizer in zip(nets, (ours, theirs), strict=True):
             backward(net, step)
             optimizer.step()
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_filter_that_is_alone_takes_the_steps_of_sgd():
+    weight, gradient = torch.randn(16, 4, 2, 2), torch.randn(16, 4, 2, 2)
+    segments = torch.arange(16)
+    segments[3] = 0
+    ours, theirs = nn.Parameter(weight.clone()), nn.Parameter(weight.clone())
+    constants = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2)
+    optimizers = (
+        CSGD([{"params": [ours], "segments": [(0, segments)], "centri_strength": 0.7}], **constants),
+        torch.optim.SGD([theirs], **constants, fused=True),
+    )
+    for _ in range(5):
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.grad = gradient * p.detach()
+            optimizer.step()
+    alone = [row for row in range(16) if row not in (0, 3)]
+    torch.testing.assert_close(ours[alone], theirs[alone], rtol=1e-6, atol=1e-7)
+    assert (ours[[0, 3]] - theirs[[0, 3]]).abs().min() > 1e-4
+
+
+def test_layouts_of_gradients_and_momenta_do_not_matter():
+    nets = [clustered_net() for _ in range(2)]
+    optimizers = [CSGD(groups, 0.05) for *_, groups in nets]
+    nets[1][0].to(memory_format=torch.channels_last)
+    for step in range(5):
+        for (net, *_), optimizer in zip(nets, optimizers, strict=True):
+            backward(net, step)
+            optimizer.step()
+        for p in nets[1][0].parameters():
+            if p.dim() == 4:
+                buffer = optimizers[1].state[p]["momentum_buffer"]
+                optimizers[1].state[p]["momentum_buffer"] = buffer.contiguous(memory_format=torch.contiguous_format)
+    for a, b in zip(nets[0][0].parameters(), nets[1][0].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def test_gradients_are_not_written_to():
