@@ -119,7 +119,13 @@ class RowOrder:
 def segment_mean(tensor: Tensor, dim: int, segments: Tensor) -> Tensor:
     """ΓW along `dim`: every row replaced by the mean of its cluster."""
     order = RowOrder.of(tensor, dim)
-    return order.tensor(Segments.of(segments, tensor.device).merge(order.rows(tensor)))
+    merged = Segments.of(segments, tensor.device).merge(order.rows(tensor))
+    return laid_out_like(order.tensor(merged), tensor)
+
+
+def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor` with the strides of `other`, of the same shape."""
+    return tensor if tensor.stride() == other.stride() else torch.empty_like(other).copy_(tensor)
 
 
 def scale_along(tensor: Tensor, factors: Iterable[tuple[int, Tensor]]) -> Tensor:

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from csgd.centripetal import RowOrder, Segments, centripetal_direction, scale_along, squared_deviation, stability_limit
+from csgd.centripetal import (
+    RowOrder,
+    Segments,
+    centripetal_direction,
+    laid_out_like,
+    scale_along,
+    squared_deviation,
+    stability_limit,
+)
 from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
@@ -41,7 +49,7 @@ class _Stack:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def directions(self, centri_strength: float) -> list[Tensor]:
-        gradient, weight = self.rows(p.grad for p in self.params), self.rows(self.params)
+        gradient, weight = self.rows(p.grad for p in self.params), self.rows(p.detach() for p in self.params)
         direction = centripetal_direction(gradient, weight, self.segments, centri_strength)
         parts = direction.split([order.shape[0] for order in self.orders])
         return [order.tensor(part) for order, part in zip(self.orders, parts, strict=True)]
@@ -146,9 +154,10 @@ class CSGD(torch.optim.Optimizer):
         if not pairs:
             return
         params = [p for p, _ in pairs]
-        directions = [_laid_out_like(p, direction) for p, direction in pairs]
+        # The fused kernel takes it for granted that all strides are those of the parameter.
+        directions = [laid_out_like(direction, p) for p, direction in pairs]
         buffers = [self.state[p].get("momentum_buffer") for p in params]
-        buffers = [b if b is None else _laid_out_like(p, b) for p, b in zip(params, buffers, strict=True)]
+        buffers = [b if b is None else laid_out_like(b, p) for p, b in zip(params, buffers, strict=True)]
         sgd(
             params,
             directions,
@@ -224,11 +233,6 @@ class CSGD(torch.optim.Optimizer):
             for stack in self._stacked(one, one["params"])[0]
         ]
         return torch.stack(terms).sum() if terms else torch.zeros(())
-
-
-def _laid_out_like(p: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor` with the strides of `p`, which the fused kernel takes for granted."""
-    return tensor if tensor.stride() == p.stride() else torch.empty_like(p).copy_(tensor)
 
 
 def param_groups(
