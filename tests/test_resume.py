@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,16 @@ def test_another_configuration_is_refused_with_the_difference(whole):
     assert "centri_strength: 15.0 then, 7 now" in last
     assert "schedule.csgd.lr: 0.05 then, 0.04 now" in last
     assert "widths" not in last
+
+
+def test_a_checkpoint_of_other_code_is_refused(whole, tmp_path):
+    folder = tmp_path / "older"
+    shutil.copytree(whole[0].parent, folder)
+    for path in (folder / "out" / "checkpoints").iterdir():
+        saved = torch.load(path, weights_only=True)
+        saved["config"]["versions.csgd"] = "0123456789ab"
+        torch.save(saved, path)
+    assert "versions.csgd: '0123456789ab' then, " in finish(start(folder), folder, status=2).splitlines()[-1]
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path):

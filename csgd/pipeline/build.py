@@ -1,5 +1,6 @@
 """What the configuration names: dataset, network, device; and where a result comes from: versions, commit."""
 
+import hashlib
 import inspect
 import platform
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from hydra.utils import get_object
 from torch import nn
 
+import csgd
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.train import logits_of
@@ -72,6 +74,13 @@ def device_name(device: torch.device) -> str:
 def versions() -> dict[str, str]:
     packages = ("torch", "torchvision", "scikit-learn", "numpy", "hydra-core", "wandb")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def code() -> str:
+    """A hash of the package's own files: other code may give other bits."""
+    root = Path(csgd.__file__).parent
+    sources = [path.relative_to(root).as_posix().encode() + path.read_bytes() for path in sorted(root.rglob("*.py"))]
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 
 def commit() -> str | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from csgd.checkpoint import load_checkpoint, save_checkpoint
 from csgd.errors import InputError
-from csgd.pipeline.build import versions
+from csgd.pipeline.build import code, versions
 from csgd.tracking import Tracker
 
 log = logging.getLogger("csgd")
@@ -52,7 +52,7 @@ class Journal:
         InputError if that is of a run whose result would not be this one's, with the differences.
         """
         path, config = output_dir / "checkpoints" / "last.pt", _flat(asdict(cfg))
-        config |= {f"versions.{name}": of for name, of in versions().items() if name == "torch"}
+        config |= {"versions.torch": versions()["torch"], "versions.csgd": code()}
         saved = load_checkpoint(path) if cfg.resume == "auto" else None
         if saved is None:
             return cls(path, config, {"seconds": {}}, None)
@@ -63,7 +63,9 @@ class Journal:
             if config.get(key) != saved["config"].get(key) and not key.startswith(FREE)
         ]
         if differ:
-            raise InputError(f"resume=auto: '{output_dir}' holds a run of another configuration ({'; '.join(differ)})")
+            raise InputError(
+                f"resume=auto: '{output_dir}' holds a run of another configuration or version ({'; '.join(differ)})"
+            )
         log.info("resumed from %s: %s, step %d", path, saved["phase"], saved["step"])
         return cls(path, config, saved["record"], saved)
 
