@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from csgd import report
+from csgd.build import build, label
 from csgd.checkpoint import save_weights, write_json
 from csgd.clusters import cluster
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 from csgd.pipeline.base import base_network
-from csgd.pipeline.build import build, check_fit, commit, device_name, device_of, label, placed, versions
+from csgd.pipeline.build import check_fit, commit, device_name, device_of, placed, versions
 from csgd.pipeline.journal import Journal, reserved
 from csgd.pipeline.pull import Pull, Stage, check_strengths, cut, tell_plan
 from csgd.tracking import Tracker
