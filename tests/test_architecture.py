@@ -22,6 +22,7 @@ FLOORS = {
     "csgd.plan": 1,
     "csgd.train": 1,
     "csgd.checkpoint": 1,
+    "csgd.pruned": 1,
     "csgd.verify": 2,
     "csgd.report": 2,
     "csgd.tracking": 2,
