@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, get_type_hints
 
 from csgd.errors import InputError
 
@@ -14,6 +14,15 @@ def named(group: str, target: str) -> Any:
         return _found(target)
     except Exception as error:  # whatever importing a user's module raises
         raise InputError(f"{group}._target_ '{target}' cannot be imported: {error}") from None
+
+
+def makes(made: Any, kind: type) -> bool:
+    """Whether `made` is a subclass of `kind`, or a function annotated to return one."""
+    try:
+        returned = made if isinstance(made, type) else get_type_hints(made).get("return")
+    except Exception:  # whatever the annotations of a user's function raise
+        return False
+    return isinstance(returned, type) and issubclass(returned, kind)
 
 
 def build(group: str, settings: Mapping[str, Any], **offered: Any) -> Any:

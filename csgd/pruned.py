@@ -4,14 +4,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from csgd.build import build, named
+from csgd.build import build, makes, named
 from csgd.checkpoint import save_weights, write_json
 from csgd.errors import InputError
 from csgd.train import logits_of
@@ -106,7 +106,7 @@ def describe(folder: Path | str) -> dict[str, Any]:
 def _wide(described: Mapping[str, Any]) -> nn.Module:
     settings = described["model"]
     target = settings["_target_"]
-    if not _makes_a_network(named("model", target)):
+    if not makes(named("model", target), nn.Module):
         raise InputError(
             f"model._target_ '{target}' is not called: it is neither a torch.nn.Module nor a function annotated to "
             "return one; load_pruned(folder, model) takes a wide network of your own making"
@@ -117,14 +117,6 @@ def _wide(described: Mapping[str, Any]) -> nn.Module:
         raise
     except Exception as error:  # whatever a user's class raises on settings that it cannot take
         raise InputError(f"model._target_ '{target}' fails on the settings of {DESCRIPTION}: {error}") from None
-
-
-def _makes_a_network(made: Any) -> bool:
-    try:
-        kind = made if isinstance(made, type) else get_type_hints(made).get("return")
-    except Exception:  # whatever the annotations of a user's function raise
-        return False
-    return isinstance(kind, type) and issubclass(kind, nn.Module)
 
 
 def _check_widths(state: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:

@@ -25,15 +25,19 @@ FLOORS = {
     "csgd.pruned": 1,
     "csgd.verify": 2,
     "csgd.report": 2,
+    "csgd.card": 2,
+    "csgd.export": 2,
     "csgd.tracking": 2,
     "csgd.pipeline": 3,
+    "csgd.evaluate": 3,
     "run": 4,
 }
 ONLY_IN = {
     "wandb": {"csgd.tracking"},
     "matplotlib": {"csgd.report"},
-    "hydra": {"csgd.pipeline", "run"},
-    "omegaconf": {"csgd.pipeline", "run"},
+    "onnxruntime": {"csgd.export"},
+    "hydra": {"csgd.evaluate", "run"},
+    "omegaconf": {"csgd.evaluate", "run"},
     "sklearn": {"csgd.clusters", "csgd.data"},
 }
 

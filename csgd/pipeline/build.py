@@ -2,7 +2,8 @@
 
 import platform
 import subprocess
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,12 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "scikit-learn", "numpy", "hydra-core", "wandb")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    packages = ("torch", "torchvision", "scikit-learn", "numpy", "hydra-core", "wandb", "onnx", "onnxruntime")
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def commit() -> str | None:
