@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def _run(cfg) -> tuple[int, float]:
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN and cfg.wandb.group is None:
         cfg.wandb.group = hydra_config.sweep.dir
-    verdict = run(cfg, Path(hydra_config.runtime.output_dir))
+    overrides = [re.sub(r"^(\+{0,2}deps=)'(\d+_\d+)'$", r"\1\2", override) for override in hydra_config.overrides.task]
+    verdict = run(cfg, Path(hydra_config.runtime.output_dir), shlex.join(["python", "run.py", *overrides]))
     return 0 if verdict.lossless else 1, verdict.accuracy
 
 

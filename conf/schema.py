@@ -166,6 +166,7 @@ class Config:
     after_trim: str = MISSING
     resume: str = MISSING
     checkpoint_every: int | None = None
+    export: str | None = None
     seed: int = MISSING
     device: str = MISSING
     threads: int | None = None
@@ -184,6 +185,7 @@ class Config:
         _require(self.resume in ("auto", "never"), "resume", "auto or never", self.resume)
         every = self.checkpoint_every
         _require(every is None or every >= 1, "checkpoint_every", "1 or more, or null", every)
+        _require(self.export in (None, "onnx", "torch", "all"), "export", "onnx, torch, all or null", self.export)
         _require(0 <= self.seed < 2**31, "seed", "between 0 and 2147483647", self.seed)
         _require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
         _require(self.threads is None or self.threads >= 1, "threads", "1 or more, or null", self.threads)

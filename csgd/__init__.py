@@ -5,6 +5,7 @@ from csgd.clusters import cluster
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Ref
 from csgd.optim import CSGD, param_groups
+from csgd.pruned import load_pruned, save_pruned
 from csgd.trial import find_spaces, pin_failures
 from csgd.trim import load_trimmed, merge_equal, trim
 from csgd.widths import target_widths
@@ -18,11 +19,13 @@ __all__ = [
     "decay_matrix",
     "find_spaces",
     "forecast",
+    "load_pruned",
     "load_trimmed",
     "merge_equal",
     "merge_matrix",
     "param_groups",
     "pin_failures",
+    "save_pruned",
     "target_widths",
     "trim",
 ]

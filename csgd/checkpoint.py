@@ -49,13 +49,13 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
     os.replace(scratch, path)
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """A state_dict from a .safetensors or a torch file, bare or under the key 'state_dict'.
+def load_weights(path: Path, said: str = "base.weights") -> dict[str, Tensor]:
+    """A state_dict from a .safetensors or a torch file, bare or under the key 'state_dict'; errors begin with `said`.
 
     InputError if the file is not there, truncated, or a pickle of anything but tensors.
     """
     if not path.is_file():
-        raise InputError(f"base.weights '{path}' is not a file")
+        raise InputError(f"{said} '{path}' is not a file")
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -65,15 +65,15 @@ def load_weights(path: Path) -> dict[str, Tensor]:
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(
-            f"base.weights '{path}' is a pickle of more than tensors and is not loaded; save the state_dict alone"
+            f"{said} '{path}' is a pickle of more than tensors and is not loaded; save the state_dict alone"
         ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"base.weights '{path}' is damaged or of an unknown format: {first}") from None
+        raise InputError(f"{said} '{path}' is damaged or of an unknown format: {first}") from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"base.weights '{path}' does not hold a state_dict")
+        raise InputError(f"{said} '{path}' does not hold a state_dict")
     wrapped = "module."  # what DataParallel puts before every name
     if state and all(key.startswith(wrapped) for key in state):
         state = {key.removeprefix(wrapped): value for key, value in state.items()}

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from csgd.errors import told
+
 log = logging.getLogger(__name__)
 
 
@@ -46,7 +48,7 @@ class Tracker:
         try:
             action()
         except Exception as error:  # whatever W&B raises, training goes on
-            log.warning("W&B is left alone from here on: %s", error)
+            log.warning("W&B is left alone from here on: %s", told(error))
             self._run = None
 
     def log(self, row: Mapping[str, Any]) -> None:

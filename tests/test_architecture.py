@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "csgd.errors": 0,
+    "csgd.build": 0,
     "csgd.centripetal": 0,
     "csgd.graph": 0,
     "csgd.clusters": 0,
@@ -21,17 +22,22 @@ FLOORS = {
     "csgd.plan": 1,
     "csgd.train": 1,
     "csgd.checkpoint": 1,
+    "csgd.pruned": 1,
     "csgd.verify": 2,
     "csgd.report": 2,
+    "csgd.card": 2,
+    "csgd.export": 2,
     "csgd.tracking": 2,
     "csgd.pipeline": 3,
+    "csgd.evaluate": 3,
     "run": 4,
 }
 ONLY_IN = {
     "wandb": {"csgd.tracking"},
     "matplotlib": {"csgd.report"},
-    "hydra": {"csgd.pipeline", "run"},
-    "omegaconf": {"csgd.pipeline", "run"},
+    "onnxruntime": {"csgd.export"},
+    "hydra": {"csgd.evaluate", "run"},
+    "omegaconf": {"csgd.evaluate", "run"},
     "sklearn": {"csgd.clusters", "csgd.data"},
 }
 

@@ -15,11 +15,12 @@ from torch import nn
 import csgd.data
 import csgd.schedule
 import csgd.train
+from csgd.build import label
 from csgd.checkpoint import load_weights, save_weights
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.models import published_weights
-from csgd.pipeline.build import label, versions
+from csgd.pipeline.build import versions
 from csgd.pipeline.journal import Journal
 from csgd.pipeline.phase import chunks, log_epoch, phase_of
 from csgd.tracking import Tracker

@@ -1,42 +1,20 @@
-"""What the configuration names: dataset, network, device; and where a result comes from: versions, commit."""
+"""The device of a run and the network on it; and where a result comes from: versions, commit."""
 
 import hashlib
-import inspect
 import platform
 import subprocess
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_object
 from torch import nn
 
 import csgd
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.train import logits_of
-
-
-def build(group: str, settings: dict[str, Any], **offered: Any) -> Any:
-    """Calls settings._target_ with its own settings, and with what is offered as far as it takes it."""
-    target = settings["_target_"]
-    try:
-        made = get_object(target)
-    except Exception as error:  # whatever importing a user's module raises
-        raise InputError(f"{group}._target_ '{target}' cannot be imported: {error}") from None
-    own = {key: value for key, value in settings.items() if key != "_target_"}
-    parameters = inspect.signature(made).parameters
-    arguments = {key: value for key, value in offered.items() if key in parameters} | own
-    try:
-        inspect.signature(made).bind(**arguments)
-    except TypeError as error:
-        raise InputError(f"{group}: '{target}' does not fit its settings: {error}") from None
-    return made(**arguments)
-
-
-def label(settings: dict[str, Any]) -> str:
-    return str(settings.get("name") or settings["_target_"].rsplit(".", 1)[-1])
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
@@ -72,8 +50,12 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "scikit-learn", "numpy", "hydra-core", "wandb")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    packages = ("torch", "torchvision", "scikit-learn", "numpy", "hydra-core", "wandb", "onnx", "onnxruntime")
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def code() -> str:

@@ -11,15 +11,19 @@ import torch
 from torch import nn
 
 from csgd import report
-from csgd.checkpoint import save_weights, write_json
+from csgd.build import build, label
+from csgd.checkpoint import write_json
 from csgd.clusters import cluster
 from csgd.data import Data
-from csgd.errors import InputError
+from csgd.errors import InputError, told
+from csgd.export import check_packages
 from csgd.graph import ChannelSpace
 from csgd.pipeline.base import base_network
-from csgd.pipeline.build import build, check_fit, commit, device_name, device_of, label, placed, versions
+from csgd.pipeline.build import check_fit, commit, device_name, device_of, placed, versions
 from csgd.pipeline.journal import Journal, reserved
 from csgd.pipeline.pull import Pull, Stage, check_strengths, cut, tell_plan
+from csgd.pipeline.ship import ship
+from csgd.pruned import save_pruned
 from csgd.tracking import Tracker
 from csgd.train import accuracy, predict
 from csgd.trial import find_spaces
@@ -32,15 +36,17 @@ log = logging.getLogger("csgd")
 FORECAST_POINTS = 400  # per stage and group, for the picture
 
 
-def run(cfg: Any, output_dir: Path) -> Verdict:
+def run(cfg: Any, output_dir: Path, command: str | None = None) -> Verdict:
     """Trains, prunes and judges as `cfg` (an object of the schema in conf/) says; leaves its files in `output_dir`."""
     with reserved(output_dir):
-        return _run(cfg, output_dir)
+        return _run(cfg, output_dir, command)
 
 
-def _run(cfg: Any, output_dir: Path) -> Verdict:
+def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict:
     started = time.perf_counter()
     device = device_of(cfg)
+    if cfg.export:
+        check_packages(cfg.export)
     check_strengths(cfg)
     data = build("dataset", cfg.dataset, batch_size=cfg.schedule.batch_size, seed=cfg.seed, device=device)
     torch.manual_seed(cfg.seed)
@@ -83,6 +89,7 @@ def _run(cfg: Any, output_dir: Path) -> Verdict:
             **{key: record[key] for key in ("base", "cost", "seconds", "stages")},
             **{key: record["stages"][-1][key] for key in ("collapse", "strengths", "widths")},
             "verdict": asdict(judged),
+            "command": command,
             "seed": cfg.seed,
             "device": device_name(device),
             "commit": commit(),
@@ -90,7 +97,9 @@ def _run(cfg: Any, output_dir: Path) -> Verdict:
             "config": asdict(cfg),
         }
         _leave(model, data, summary, output_dir)
-        _report(summary, {space.name: space.size for space in spaces}, tracker, output_dir)
+        sizes = {space.name: space.size for space in spaces}
+        ship(cfg, data, summary, sizes, output_dir)
+        _report(summary, sizes, tracker, output_dir)
     return judged
 
 
@@ -183,14 +192,9 @@ def _tell_spaces(spaces: list[ChannelSpace], widths: dict[str, int]) -> None:
 
 def _leave(model: nn.Module, data: Data, summary: dict[str, Any], output_dir: Path) -> None:
     """The pruned network as safetensors and JSON, and the summary."""
-    save_weights(output_dir / "pruned.safetensors", model.state_dict())
-    described = {
-        "model": summary["config"]["model"],
-        "num_classes": data.num_classes,
-        "image_size": data.example.size(-1),
-        **{key: summary[key] for key in ("widths", "verdict", "cost", "versions", "commit")},
-    }
-    write_json(output_dir / "pruned.json", described)
+    facts = {key: summary[key] for key in ("widths", "verdict", "cost", "command", "versions", "commit")}
+    facts["dataset"] = summary["config"]["dataset"]
+    save_pruned(output_dir, model, summary["config"]["model"], data.example, data.num_classes, **facts)
     write_json(output_dir / "summary.json", summary)
 
 
@@ -200,7 +204,7 @@ def _report(summary: dict[str, Any], sizes: dict[str, int], tracker: Tracker, ou
     try:
         tracker.log_image("report/curves", report.draw_curves(output_dir))
     except Exception as error:  # a picture never loses a run
-        log.warning("report/curves.png could not be drawn: %s", error)
+        log.warning("report/curves.png could not be drawn: %s", told(error))
     rows = [(name, sizes[name], width) for name, width in summary["widths"].items()]
     log.info("widths\n\n%s\n", report.table(("layer", "width before", "width after"), rows))
     log.info("%s\n\n%s\n", "LOSSLESS" if judged["lossless"] else "NOT LOSSLESS", report.verdict_table(summary))
