@@ -69,6 +69,8 @@ def _run(cfg) -> tuple[int, float]:
     if hydra_config.mode == RunMode.MULTIRUN and cfg.wandb.group is None:
         cfg.wandb.group = hydra_config.sweep.dir
     verdict = run(cfg, Path(hydra_config.runtime.output_dir))
+    if verdict is None:  # plan_only
+        return 0, float("nan")
     return 0 if verdict.lossless else 1, verdict.accuracy
 
 
