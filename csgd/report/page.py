@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from csgd.report.tables import LAYER_HEADER, layer_rows, verdict_rows
+from csgd.report.tables import LAYER_HEADER, layer_rows, numeric, verdict_rows
 
 CAPTIONS = {
     "curves": "Accuracy and loss over the whole run; the deviation beside what was forecast before the first batch; "
@@ -25,7 +25,7 @@ h1, h2 { line-height: 1.2; font-weight: 600 } h2 { margin-top: 2.5rem }
 .lossless { color: #17603a; background: #e9f6ee } .lossy { color: #94231a; background: #fcecea }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #dde3e9; text-align: left; vertical-align: top }
-.wide { overflow-x: auto } td.number { text-align: right }
+.wide { overflow-x: auto } .number { text-align: right } td:first-child { white-space: nowrap }
 figure { margin: 1.5rem 0; break-inside: avoid } img { max-width: 100%; height: auto } figcaption { color: #51606e }
 pre { background: #f5f7f9; padding: 1rem; overflow-x: auto; font-size: .85rem; white-space: pre-wrap }
 @media print { body { margin: 0; max-width: none } pre { font-size: .7rem } }
@@ -87,13 +87,15 @@ def _figure(path: Path, caption: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    def cell(value: object) -> str:
-        number = ' class="number"' if str(value)[:1].isdigit() or value == "-" else ""
-        return f"<td{number}>{escape(str(value))}</td>"
+    kinds = [' class="number"' if right and any(header) else "" for right in numeric(header, rows)]
 
-    head = "".join(f"<th>{escape(name)}</th>" for name in header) if any(header) else ""
-    lines = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{lines}\n</table></div>'
+    def line(tag: str, row: Sequence[object]) -> str:
+        cells = (f"<{tag}{kind}>{escape(str(cell))}</{tag}>" for cell, kind in zip(row, kinds, strict=True))
+        return f"<tr>{''.join(cells)}</tr>"
+
+    head = [line("th", header)] if any(header) else []
+    lines = "\n".join(head + [line("td", row) for row in rows])
+    return f'<div class="wide"><table>\n{lines}\n</table></div>'
 
 
 def _origin(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

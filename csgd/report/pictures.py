@@ -15,6 +15,7 @@ PALE = "#d4dae1"
 ROWS = 40  # layers in a column of a picture
 SIZES = (("alone", 1, 1), ("2", 2, 2), ("3 to 4", 3, 4), ("5 to 8", 5, 8), ("9 or more", 9, math.inf))
 SHADES = ("#eef3f8", "#c6dbef", "#85b8dc", "#3d8bc2", "#0b4f94")
+WHEN = {"start": "at the start", "collapse": "at the collapse", "cut": "after the cut"}
 TILE = 24  # pixels of a filter's picture, at least
 
 
@@ -22,16 +23,17 @@ def draw_curves(output_dir: Path) -> Path:
     """Accuracy and loss over the whole run; over the C-SGD phase the deviation beside its forecast, and what a step
     costs; each cut marked.  report/curves.png"""
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    stages = _summary(output_dir)["stages"]
-    figure = _figure(10, 7)
+    summary = _summary(output_dir)
+    stages = summary["stages"]
+    figure = _figure(10, 7.4)
     (accuracy, loss), (deviation, cost) = figure.subplots(2, 2)
     for phase, color, name in (("base", GRAY, "base"), ("csgd", BLUE, "C-SGD")):
         here = [row for row in rows if row["phase"] == phase]
         if here:
             epochs = [row["epoch"] for row in here]
-            accuracy.plot(epochs, [row[f"{phase}/test_accuracy"] for row in here], "o-", color=color, label=name)
-            training = [row[f"{phase}/train_accuracy"] for row in here]
-            accuracy.plot(epochs, training, ":", color=color, label=f"{name}, training")
+            for on, line in (("test", "o-"), ("train", ".:")):
+                measured = [row[f"{phase}/{on}_accuracy"] for row in here]
+                accuracy.plot(epochs, measured, line, color=color, label=f"{name}, {on}")
             loss.plot(epochs, [row[f"{phase}/loss"] for row in here], "o-", color=color, label=name)
     first, lowest, edges, milliseconds = 0, 1.0, [0], []
     for number, stage in enumerate(stages, 1):
@@ -51,16 +53,21 @@ def draw_curves(output_dir: Path) -> Path:
             position = cut_epoch if axes in (accuracy, loss) else first + stage["collapse"]["step"]
             axes.axvline(position, color=RED, linestyle="--", linewidth=1, label="cut" if number == 1 else None)
         first += stage["forecast"]["steps"]
-    cost.stairs(milliseconds, edges, fill=True, color=PALE)
-    cost.stairs(milliseconds, edges, color=BLUE, label="a step, with its batch of images")
-    accuracy.set(xlabel="epoch", ylabel="accuracy", title="Accuracy on the test set")
-    loss.set(xlabel="epoch", ylabel="cross entropy", title="Training loss", ylim=(0, None))
+    cost.stairs(milliseconds, edges, fill=True, color=PALE, label="with loading the images")
+    cost.stairs(milliseconds, edges, color=BLUE)
+    wide, trimmed = (summary["seconds_per_step"].get(phase) for phase in ("wide", "trimmed"))
+    last = "last cut" if len(stages) > 1 else "cut"
+    saved = f"{1000 * wide:.3g} ms, {1000 * trimmed:.3g} ms after the {last}" if trimmed else f"{1000 * wide:.3g} ms"
+    accuracy.set(xlabel="epoch", ylabel="accuracy", title="Accuracy")
+    loss.set(xlabel="epoch", ylabel="cross entropy", title="Training loss", ylim=(0, 1.05 * loss.dataLim.y1))
     deviation.set(xlabel="C-SGD step", ylabel="‖W − ΓW‖²", title="Deviation", yscale="log")
     deviation.set_ylim(bottom=lowest / 10)
-    cost.set(xlabel="C-SGD step", ylabel="milliseconds", title="Cost of a step", ylim=(0, 1.15 * max(milliseconds)))
+    cost.set(xlabel="C-SGD step", ylabel="milliseconds", title=f"A step: {saved}", ylim=(0, 1.15 * max(milliseconds)))
     for axes in (accuracy, loss, deviation, cost):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3, frameon=False, fontsize=9)
         axes.grid(alpha=0.3)
+    for axes in (accuracy, loss):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     return _save(figure, output_dir, "curves")
 
 
@@ -97,7 +104,9 @@ def draw_sizes(output_dir: Path) -> Path:
                 axes.barh(y, share, left=left, color=shade, edgecolor=GRAY, linewidth=0.4, label=name)
                 left += share
             axes.text(1.02, y, f"{len(sizes)} clusters, largest {max(sizes)}", va="center", fontsize=8)
-        axes.set(xlim=(0, 1.6), xticks=(0, 0.5, 1), xticklabels=("0", "50 %", "100 %"), xlabel="share of the filters")
+        axes.set(xlim=(0, 1.6), xticks=(0, 0.5, 1), xticklabels=("0", "50 %", "100 %"))
+        axes.set_xlabel("share of the filters", loc="left")
+        axes.spines["bottom"].set_bounds(0, 1)
     which = f", at cut {len(stages)} of {len(stages)}" if len(stages) > 1 else ""
     _title(figure, f"Filters by the size of their cluster{which}")
     return _save(figure, output_dir, "sizes")
@@ -114,23 +123,27 @@ def draw_filters(output_dir: Path) -> Path | None:
         return None
     kept = load_file(output_dir / "filters.safetensors")
     stages = sorted({key.rsplit("/", 1)[0] for key in kept}, key=lambda prefix: int(prefix.split("/")[0]))
-    figure = _figure(12, 4.6 * len(stages))
-    for row, prefix in zip(figure.subplots(len(stages), 3, squeeze=False), stages, strict=True):
-        number, layer = prefix.split("/", 1)
+    arranged = []
+    for prefix in stages:
         of = kept[f"{prefix}/cluster"]
-        clusters = sorted((np.flatnonzero(of == c).tolist() for c in range(of.max() + 1)), key=len, reverse=True)
-        places, canvas = _places(clusters, kept[f"{prefix}/start"].shape[2:])
-        members = {"start": range(len(of)), "collapse": range(len(of)), "cut": sorted(part[0] for part in clusters)}
-        for axes, (when, slots) in zip(row, members.items(), strict=True):
+        clusters = [np.flatnonzero(of == c).tolist() for c in range(of.max() + 1)]
+        by_size = sorted(clusters, key=len, reverse=True)
+        arranged.append((clusters, *_places(by_size, kept[f"{prefix}/start"].shape[2:])))
+    figure = _figure(12, sum(0.6 + 4 * canvas.shape[0] / canvas.shape[1] for *_, canvas in arranged))
+    figure.get_layout_engine().set(wspace=0.06, h_pad=0.1)
+    rows = figure.subplots(len(stages), 3, squeeze=False)
+    for row, prefix, (clusters, places, canvas) in zip(rows, stages, arranged, strict=True):
+        number, layer = prefix.split("/", 1)
+        for axes, when in zip(row, WHEN, strict=True):
+            slots = [part[0] for part in clusters] if when == "cut" else range(len(places))
             picture = canvas.copy()
             for slot, tile in zip(slots, _tiles(kept[f"{prefix}/{when}"]), strict=True):
                 y, x = places[slot]
                 picture[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
             axes.imshow(picture, interpolation="nearest")
             axes.set_axis_off()
-            which = f"{layer}, " if len(stages) == 1 else f"{layer}, cut {number}, "
-            titles = {"start": "at the start", "collapse": "at the collapse", "cut": "after the cut"}
-            axes.set_title(f"{which}{titles[when]}: {len(slots)} filters", fontsize=11)
+            stage = f" (stage {number})" if len(stages) > 1 else ""
+            axes.set_title(f"{layer}{stage}, {WHEN[when]}: {len(slots)} filters", fontsize=11)
     return _save(figure, output_dir, "filters")
 
 
@@ -151,8 +164,8 @@ def _places(clusters: Sequence[Sequence[int]], shape: Sequence[int]) -> tuple[di
     """Where the filters go, {slot: (y, x)}, in lines of whole clusters; and the paper, each cluster a pale field."""
     border, gap = 2, 8
     height, width = (side * _zoom(shape) + 2 * border for side in shape)
-    count = sum(map(len, clusters))
-    line = max(round((1.4 * count) ** 0.5), min(4, count)) * (width + gap // 2)
+    count, longest = sum(map(len, clusters)), max(map(len, clusters))
+    line = max(round((1.4 * count) ** 0.5), min(longest, round(2 * count**0.5))) * (width + gap // 2)
     y = x = right = 0
     places, fields = {}, []
     for part in clusters:
@@ -165,7 +178,7 @@ def _places(clusters: Sequence[Sequence[int]], shape: Sequence[int]) -> tuple[di
             fields.append((y, x))
             x += width
             right = max(right, x)
-        x += gap
+        x += gap if len(part) * width <= line else line  # after a cluster of several lines, a new one
     canvas = np.ones((y + height, right, 3))
     for top, left in fields:
         canvas[top : top + height, left : left + width] = 0.88

@@ -10,7 +10,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table whose columns line up; numbers to the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    right = [all(row[i][:1].isdigit() or row[i][:1] in "-−" for row in cells) for i in range(len(header))]
+    right = numeric(header, rows)
 
     def line(row: Sequence[str]) -> str:
         padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
@@ -18,6 +18,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
     rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
     return "\n".join([line(header), rule, *map(line, cells)])
+
+
+def numeric(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[bool]:
+    """Of each column whether it holds nothing but numbers, and gaps in them."""
+    starts = [[str(cell)[:1] for cell in row] for row in rows]
+    return [all(row[i].isdigit() or row[i] in "-−" for row in starts) for i in range(len(header))]
 
 
 def verdict_table(summary: Mapping[str, Any]) -> str:
