@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 BLUE, GRAY, RED = "tab:blue", "tab:gray", "tab:red"
 GROUPS = {"kernels": BLUE, "vectors": "tab:orange"}
 PALE = "#d4dae1"
-ROWS = 40  # layers in a column of a picture
+ROWS = 40  # layers in a picture of one column; more make two
 SIZES = (("alone", 1, 1), ("2", 2, 2), ("3 to 4", 3, 4), ("5 to 8", 5, 8), ("9 or more", 9, math.inf))
 SHADES = ("#eef3f8", "#c6dbef", "#85b8dc", "#3d8bc2", "#0b4f94")
 WHEN = {"start": "at the start", "collapse": "at the collapse", "cut": "after the cut"}
@@ -77,15 +77,17 @@ def draw_widths(output_dir: Path) -> Path:
     figure = _figure(*_size(len(layers)))
     widest = max(layer["before"] for layer in layers)
     for axes, part in _columns(figure, layers, "name"):
+        pinned = [(y, layer["before"]) for y, layer in enumerate(part) if layer["pinned"]]
+        live = [(y, layer) for y, layer in enumerate(part) if not layer["pinned"]]
+        rows = [y for y, _ in live]
+        axes.barh(rows, [layer["before"] for _, layer in live], color=PALE, label="before")
+        axes.barh(rows, [layer["after"] for _, layer in live], color=BLUE, height=0.5, label="after")
+        axes.barh([y for y, _ in pinned], [width for _, width in pinned], color=GRAY, alpha=0.35, label="stays whole")
         for y, layer in enumerate(part):
             before, after = layer["before"], layer["after"]
-            kept = dict(color=GRAY, alpha=0.35, label="stays whole") if layer["pinned"] else dict(color=PALE)
-            axes.barh(y, before, **{"label": "before"} | kept)
-            if not layer["pinned"]:
-                axes.barh(y, after, color=BLUE, height=0.5, label="after")
             text = f" {before} → {after}" if before != after else f" {before}"
             axes.text(before, y, text, va="center", fontsize=8)
-        axes.set(xlim=(0, 1.25 * widest), xlabel="width")
+        axes.set(xlim=(0, 1.3 * widest), xlabel="width")
     _title(figure, "Widths before and after")
     return _save(figure, output_dir, "widths")
 
@@ -97,14 +99,16 @@ def draw_sizes(output_dir: Path) -> Path:
     figure = _figure(*_size(len(clusters)))
     layers = [{"name": name, "sizes": [len(part) for part in parts]} for name, parts in clusters.items()]
     for axes, part in _columns(figure, layers, "name"):
+        left = np.zeros(len(part))
+        for (name, least, most), shade in zip(SIZES, SHADES, strict=True):
+            held = [sum(size for size in layer["sizes"] if least <= size <= most) for layer in part]
+            share = np.array(held) / [sum(layer["sizes"]) for layer in part]
+            axes.barh(range(len(part)), share, left=left, color=shade, edgecolor=GRAY, linewidth=0.4, label=name)
+            left += share
         for y, layer in enumerate(part):
-            sizes, left = layer["sizes"], 0.0
-            for (name, least, most), shade in zip(SIZES, SHADES, strict=True):
-                share = sum(size for size in sizes if least <= size <= most) / sum(sizes)
-                axes.barh(y, share, left=left, color=shade, edgecolor=GRAY, linewidth=0.4, label=name)
-                left += share
-            axes.text(1.02, y, f"{len(sizes)} clusters, largest {max(sizes)}", va="center", fontsize=8)
-        axes.set(xlim=(0, 1.6), xticks=(0, 0.5, 1), xticklabels=("0", "50 %", "100 %"))
+            told = f"{len(layer['sizes'])} clusters, largest {max(layer['sizes'])}"
+            axes.text(1.02, y, told, va="center", fontsize=8)
+        axes.set(xlim=(0, 1.75), xticks=(0, 0.5, 1), xticklabels=("0", "50 %", "100 %"))
         axes.set_xlabel("share of the filters", loc="left")
         axes.spines["bottom"].set_bounds(0, 1)
     which = f", at cut {len(stages)} of {len(stages)}" if len(stages) > 1 else ""
@@ -196,17 +200,23 @@ def _figure(width: float, height: float):
 
 
 def _size(layers: int) -> tuple[float, float]:
-    return 5.5 * math.ceil(layers / ROWS) + 1.5, 0.19 * min(layers, ROWS) + 1.5
+    columns = _column_count(layers)
+    return 5.5 * columns + 1.5, 0.19 * math.ceil(layers / columns) + 1.5
+
+
+def _column_count(layers: int) -> int:
+    return 1 if layers <= ROWS else 2
 
 
 def _columns(figure, layers: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[Any, Sequence[Mapping]]]:
-    """Axes with the names of at most ROWS layers down their left side, and these layers."""
-    count = math.ceil(len(layers) / ROWS)
-    for axes, column in zip(figure.subplots(1, count, squeeze=False)[0], range(count), strict=True):
-        part = layers[column * ROWS : (column + 1) * ROWS]
+    """Axes with the names of some layers down their left side, and these layers."""
+    count = _column_count(len(layers))
+    rows = math.ceil(len(layers) / count)
+    for column, axes in enumerate(figure.subplots(1, count, squeeze=False)[0]):
+        part = layers[column * rows : (column + 1) * rows]
         yield axes, part
         axes.set_yticks(range(len(part)), [layer[name] for layer in part], fontsize=8)
-        axes.set_ylim(min(len(layers), ROWS) - 0.4, -0.6)
+        axes.set_ylim(rows - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
 
 
