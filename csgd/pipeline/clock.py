@@ -11,7 +11,8 @@ from tqdm import tqdm
 def bar_of(cfg: Any, label: str, steps: range) -> tqdm:
     """The bar of a phase over all of its steps, of which those before `steps` are done; none without a terminal."""
     shown = cfg.progress and not cfg.quiet
-    return tqdm(desc=label, total=steps.stop, initial=steps.start, leave=False, disable=None if shown else True)
+    where = dict(total=steps.stop, initial=steps.start, unit=" steps")
+    return tqdm(desc=label, **where, leave=False, disable=None if shown else True)
 
 
 class Clock:

@@ -146,6 +146,7 @@ def _stage(
                 _keep(album, model, "collapse")
                 judged = cut(cfg, model, data, spaces, clusters, pull.optimizer)
                 _keep(album, model, "cut")
+            bar.set_description(f"C-SGD, cut at {done}", refresh=False)
             journal.record["stage"] = {"cut_step": done, "verdict": asdict(judged)}
             pull.save(journal, "trimmed", done, model, tracker, clusters)
         with clocked(seconds, "csgd_trimmed"):
