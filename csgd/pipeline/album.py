@@ -13,8 +13,9 @@ from csgd.graph import ChannelSpace
 
 @dataclass(frozen=True)
 class Album:
-    """Where the filters of a stage are kept, under '<stage>/<layer>/<when>'; None of a stage without any to show.
+    """Where the filters of a stage are kept, under '<stage>/<layer>/<when>'.
 
+    cluster  [slots] the number of each slot's cluster
     rows  [slots] position of each slot's filter in the kernel;  cut_rows  [clusters] the same after the cut
     """
 
@@ -26,8 +27,10 @@ class Album:
     cut_rows: Tensor
 
     @classmethod
-    def of(cls, path: Path, number: int, model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters):
-        """The album of the first layer that is cut and has filters of more than one pixel."""
+    def of(
+        cls, path: Path, number: int, model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters
+    ) -> "Album | None":
+        """The album of the first layer that is cut and has filters of more than one pixel; None if there is none."""
         for space in spaces:
             parts = clusters.get(space.name, ())
             kernel = tensor_of(model, space.producers[0]) if 0 < len(parts) < space.size else None
