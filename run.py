@@ -71,6 +71,8 @@ def _run(cfg) -> tuple[int, float]:
         cfg.wandb.group = hydra_config.sweep.dir
     overrides = [re.sub(r"^(\+{0,2}deps=)'(\d+_\d+)'$", r"\1\2", override) for override in hydra_config.overrides.task]
     verdict = run(cfg, Path(hydra_config.runtime.output_dir), shlex.join(["python", "run.py", *overrides]))
+    if verdict is None:  # plan_only
+        return 0, float("nan")
     return 0 if verdict.lossless else 1, verdict.accuracy
 
 

@@ -171,6 +171,8 @@ class Config:
     device: str = MISSING
     threads: int | None = None
     progress: bool = True
+    quiet: bool = False
+    plan_only: bool = False
 
     def __post_init__(self):
         strength = self.centri_strength

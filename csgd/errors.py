@@ -2,7 +2,7 @@ class InputError(ValueError):
     """Input that cannot be used.  Its message is one line that names what is wrong and what is allowed."""
 
 
-def told(error: Exception) -> str:
+def line_of(error: Exception) -> str:
     """The first line of an error that does not end a run; of a missing package, what brings it."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     missing = error.name if isinstance(error, ModuleNotFoundError) else None

@@ -2,11 +2,11 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from csgd.errors import told
+from csgd.errors import line_of
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +41,16 @@ class Tracker:
             settings=wandb.Settings(silent=True, console="off"),
             **settings,
         )
-        self._run.define_metric("epoch")
+        # W&B makes a section of each prefix and sorts them by name: base, csgd, deviation, forecast, report.
         self._run.define_metric("*", step_metric="epoch")
+        for counter in ("epoch", "step", "stage"):
+            self._run.define_metric(counter, hidden=True)
 
     def _attempt(self, action) -> None:
         try:
             action()
         except Exception as error:  # whatever W&B raises, training goes on
-            log.warning("W&B is left alone from here on: %s", told(error))
+            log.warning("W&B is left alone from here on: %s", line_of(error))
             self._run = None
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -66,6 +68,14 @@ class Tracker:
             import wandb
 
             self._attempt(lambda: self._run.log({name: wandb.Image(str(path))}))
+
+    def log_table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        if self._run:
+            import wandb
+
+            self._attempt(
+                lambda: self._run.log({name: wandb.Table(columns=list(header), data=[list(r) for r in rows])})
+            )
 
     @property
     def offline_dir(self) -> Path | None:

@@ -27,7 +27,7 @@ class DivergedError(InputError):
 class Epoch:
     """What one epoch of training, or the part of it that was asked for, measured.
 
-    epoch  1, 2, …;  step  steps done since the start of the run;  seconds  of training alone
+    epoch  1, 2, …;  step  steps done since the start of the phase;  steps, seconds  of training alone, in this part
     """
 
     epoch: int
@@ -35,7 +35,12 @@ class Epoch:
     loss: float
     train_accuracy: float
     lr: float
+    steps: int
     seconds: float
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.seconds / self.steps
 
 
 def train(
@@ -49,8 +54,7 @@ def train(
     ramp_at: Callable[[int], float] | None = None,
     clip_norm: float | None = None,
     seed: int,
-    label: str,
-    progress: bool = True,
+    bar: tqdm | None = None,
     random_state: Tensor | None = None,
 ) -> Iterator[Epoch]:
     """Trains the steps of a run that `steps` names, and yields at the end of each epoch and of `steps`, so that the
@@ -58,7 +62,8 @@ def train(
 
     `lr_at` and `ramp_at` (of the strength of a CSGD) are functions of the step; `clip_norm` caps the norm of the
     gradient (fact F9: the forecast holds all the same).  Data and random state of an epoch are fixed by (seed, epoch);
-    where `steps` starts within one, `random_state` is that of torch at this step.  DivergedError names the step at
+    where `steps` starts within one, `random_state` is that of torch at this step.  `bar` is of the caller's, for more
+    than these steps.  DivergedError names the step at
     which the loss stopped being a number; the weights are then lost.
     """
     for epoch in range(steps.start // steps_per_epoch, -(-steps.stop // steps_per_epoch)):
@@ -72,14 +77,7 @@ def train(
                 torch.set_rng_state(random_state)
         model.train()
         losses, correct, seen = [], 0, 0
-        bar = tqdm(
-            islice(batches, last - first),
-            f"{label}, epoch {epoch + 1}",
-            last - first,
-            leave=False,
-            disable=None if progress else True,
-        )
-        for step, (images, labels) in enumerate(bar, first):
+        for step, (images, labels) in enumerate(islice(batches, last - first), first):
             outputs = model(images)
             loss = criterion(outputs, labels)
             loss.backward()
@@ -97,12 +95,16 @@ def train(
             seen += len(labels)
             if (step - first) % CHECK_EVERY == 0 or step == last - 1:
                 _check_losses(losses, first)
-                shown = {"loss": f"{losses[-1]:.3f}", "accuracy": f"{correct / seen:.3f}", "lr": f"{lr:.1e}"}
-                if isinstance(optimizer, CSGD) and not bar.disable:
-                    shown["deviation"] = f"{optimizer.deviation():.1e}"
-                bar.set_postfix(shown)
+                if bar is not None and not bar.disable:
+                    shown = {"loss": f"{losses[-1]:.3f}", "accuracy": f"{correct / seen:.3f}", "lr": f"{lr:.1e}"}
+                    if isinstance(optimizer, CSGD) and optimizer.clustered_groups():
+                        shown["deviation"] = f"{optimizer.deviation():.1e}"
+                    bar.set_postfix(shown, refresh=False)
+            if bar is not None:
+                bar.update()
         mean_loss = torch.stack(losses).mean().item()
-        yield Epoch(epoch + 1, last, mean_loss, float(correct / seen), lr, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        yield Epoch(epoch + 1, last, mean_loss, float(correct / seen), lr, last - first, seconds)
 
 
 def criterion(outputs, labels: Tensor) -> Tensor:

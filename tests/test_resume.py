@@ -48,9 +48,10 @@ def whole(tmp_path_factory):
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    states = [load_weights(out / "pruned.safetensors") for out in (a, b)]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    for name in ("pruned.safetensors", "filters.safetensors"):
+        states = [load_weights(out / name) for out in (a, b)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     summaries = [json.loads((out / "summary.json").read_text()) for out in (a, b)]
     for key in ("base", "verdict", "cost", "widths", "stages"):
         one, other = (summary[key] for summary in summaries)

@@ -27,10 +27,7 @@ def small_net():
 
 
 def options(**changes):
-    return (
-        dict(steps=range(18), steps_per_epoch=6, lr_at=lambda step: 0.05, seed=0, label="test", progress=False)
-        | changes
-    )
+    return dict(steps=range(18), steps_per_epoch=6, lr_at=lambda step: 0.05, seed=0) | changes
 
 
 def test_training_learns_and_can_be_repeated_bit_by_bit():

@@ -21,6 +21,7 @@ from csgd.data import Data
 from csgd.errors import InputError
 from csgd.models import published_weights
 from csgd.pipeline.build import versions
+from csgd.pipeline.clock import Clock, bar_of
 from csgd.pipeline.journal import Journal
 from csgd.pipeline.phase import chunks, log_epoch, phase_of
 from csgd.tracking import Tracker
@@ -29,14 +30,15 @@ from csgd.train import accuracy, predict, train
 log = logging.getLogger("csgd")
 
 
-def base_network(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tracker) -> dict[str, Any]:
+def base_network(
+    cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tracker, clock: Clock
+) -> dict[str, Any]:
     """Loads the base network, from the file or the cache if it is there, or trains it."""
     pretrained = cfg.base.weights and _load(cfg, model)
     if pretrained:
         source = cfg.base.weights
     else:
-        key = _key(cfg, model)
-        path = Path(cfg.base.cache) / f"{label(cfg.model)}-{label(cfg.dataset)}-s{cfg.seed}-{key}.safetensors"
+        path = cached(cfg, model)
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # the jobs of a parallel sweep wait for the first one
             if path.exists():
@@ -44,7 +46,7 @@ def base_network(cfg: Any, model: nn.Module, data: Data, journal: Journal, track
                 model.load_state_dict(load_weights(path))
                 log.info("base network: from the cache, %s", path)
             else:
-                _train(cfg, model, data, journal, tracker)
+                _train(cfg, model, data, journal, tracker, clock)
                 save_weights(path, model.state_dict())
         source = str(path)
     measured = accuracy(*predict(model, data))
@@ -52,7 +54,23 @@ def base_network(cfg: Any, model: nn.Module, data: Data, journal: Journal, track
     return {"accuracy": measured, "source": source}
 
 
-def _train(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tracker) -> None:
+def weights_at_hand(cfg: Any, model: nn.Module) -> bool:
+    """Loads the base network if that takes neither training nor a download; whether it did."""
+    if cfg.base.weights:
+        return not _published(cfg.base.weights) and _load(cfg, model)
+    if (path := cached(cfg, model)).exists():
+        model.load_state_dict(load_weights(path))
+        return True
+    return False
+
+
+def cached(cfg: Any, model: nn.Module) -> Path:
+    """Where a base network that was trained is kept."""
+    name = f"{label(cfg.model)}-{label(cfg.dataset)}-s{cfg.seed}-{_key(cfg, model)}.safetensors"
+    return Path(cfg.base.cache) / name
+
+
+def _train(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tracker, clock: Clock) -> None:
     schedule = cfg.schedule
     constants = dict(lr=schedule.base.lr, weight_decay=schedule.weight_decay, fused=True)
     if schedule.base.optimizer == "adamw":
@@ -66,20 +84,25 @@ def _train(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tr
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         steps, random_state = range(saved["step"], steps.stop), saved["random_state"]
-    for part in chunks(steps, cfg.checkpoint_every):
-        for epoch in train(model, optimizer, data, **phase, steps=part, random_state=random_state):
-            if epoch.step % phase["steps_per_epoch"] == 0 or epoch.step == steps.stop:
-                row = {"epoch": epoch.step / phase["steps_per_epoch"]}
-                log_epoch("base", epoch, accuracy(*predict(model, data)), tracker, row)
-            journal.save("base", epoch.step, model, optimizer, tracker)
-        random_state = torch.get_rng_state()
+    clock.start(steps.start)
+    with bar_of(cfg, "base", steps) as bar:
+        for part in chunks(steps, cfg.checkpoint_every):
+            for epoch in train(model, optimizer, data, **phase, steps=part, bar=bar, random_state=random_state):
+                measured = epoch.step % phase["steps_per_epoch"] == 0 or epoch.step == steps.stop
+                test_accuracy = accuracy(*predict(model, data)) if measured else None
+                clock.tick(epoch.step)
+                bar.set_description(f"base, {clock.ends()}", refresh=False)
+                if measured:
+                    row = {"epoch": epoch.step / phase["steps_per_epoch"]}
+                    log_epoch("base", epoch, test_accuracy, tracker, row, clock.seconds_left)
+                journal.save("base", epoch.step, model, optimizer, tracker)
+            random_state = torch.get_rng_state()
 
 
 def _load(cfg: Any, model: nn.Module) -> bool:
     """Loads base.weights; True if they are all the network needs, False if its head has to be trained first."""
-    weights, path = cfg.base.weights, Path(cfg.base.weights)
-    published = not path.exists() and path.suffix == "" and path.parent == Path()
-    state = published_weights(label(cfg.model), weights) if published else load_weights(path)
+    weights, published = cfg.base.weights, _published(cfg.base.weights)
+    state = published_weights(label(cfg.model), weights) if published else load_weights(Path(weights))
     own = model.state_dict()
     other = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
     odd = sorted(own.keys() ^ state.keys())
@@ -98,6 +121,12 @@ def _load(cfg: Any, model: nn.Module) -> bool:
         "base network: the head of %s does not fit %d classes and is trained anew", weights, own[other[-1]].size(0)
     )
     return False
+
+
+def _published(weights: str) -> bool:
+    """Whether base.weights is a name of published weights; a path otherwise."""
+    path = Path(weights)
+    return not path.exists() and path.suffix == "" and path.parent == Path()
 
 
 def _key(cfg: Any, model: nn.Module) -> str:

@@ -19,7 +19,7 @@ from csgd.tracking import Tracker
 log = logging.getLogger("csgd")
 
 # What may differ between a run and its continuation, since it does not change the result.
-FREE = ("wandb", "progress", "resume", "checkpoint_every", "base.cache", "export")
+FREE = ("wandb", "progress", "quiet", "plan_only", "resume", "checkpoint_every", "base.cache", "export")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from csgd.data import Data
+from csgd.report import duration
 from csgd.schedule import learning_rate, ramp
 from csgd.tracking import Tracker
 from csgd.train import Epoch
@@ -25,8 +26,6 @@ def phase_of(cfg: Any, data: Data, name: str) -> dict[str, Any]:
         lr_at=partial(_lr_at(phase), steps_per_epoch=steps_per_epoch),
         ramp_at=partial(ramp, length=round(cfg.collapse_by * phase.epochs * steps_per_epoch), shape=cfg.ramp),
         seed=cfg.seed,
-        label={"base": "base", "csgd": "C-SGD"}[name],
-        progress=cfg.progress,
     )
 
 
@@ -50,20 +49,23 @@ def _lr_at(phase: Any) -> Callable[..., float]:
     )
 
 
-def log_epoch(phase: str, epoch: Epoch, test_accuracy: float, tracker: Tracker, row: dict[str, Any]) -> None:
+def log_epoch(
+    phase: str, epoch: Epoch, test_accuracy: float, tracker: Tracker, row: dict[str, Any], seconds_left: float
+) -> None:
     values = {
         "loss": epoch.loss,
         "train_accuracy": epoch.train_accuracy,
         "test_accuracy": test_accuracy,
         "lr": epoch.lr,
         "seconds": epoch.seconds,
+        "seconds_per_step": epoch.seconds_per_step,
     }
     tracker.log({"phase": phase, "step": epoch.step} | {f"{phase}/{k}": v for k, v in values.items()} | row)
     deviations = "".join(
         f", deviation of {k.split('/')[1]} {v:.1e}" for k, v in row.items() if k.startswith("deviation/")
     )
     log.info(
-        "%s epoch %d: loss %.4f, test accuracy %.4f, lr %.2g%s, %.1f s",
+        "%s epoch %d: loss %.4f, test accuracy %.4f, lr %.2g%s, %.1f s (%.3g ms a step), %s to go",
         phase,
         epoch.epoch,
         epoch.loss,
@@ -71,4 +73,6 @@ def log_epoch(phase: str, epoch: Epoch, test_accuracy: float, tracker: Tracker, 
         epoch.lr,
         deviations,
         epoch.seconds,
+        1000 * epoch.seconds_per_step,
+        duration(seconds_left),
     )

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from csgd.clusters import Clusters
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 from csgd.optim import CSGD, check_stability, param_groups
+from csgd.pipeline.clock import Clock
 from csgd.pipeline.journal import Journal
 from csgd.pipeline.phase import chunks, log_epoch, phase_of
 from csgd.plan import Plan, Timetable, plan, strengths_by
@@ -152,6 +154,8 @@ class Stage:
     number: int
     journal: Journal
     tracker: Tracker
+    clock: Clock
+    bar: tqdm
 
     def train_wide(self, done: int, random_state: Tensor | None) -> tuple[int, Tensor | None]:
         """Trains the wide network from step `done` to its cut; the step of that, and the random state there."""
@@ -172,23 +176,44 @@ class Stage:
         Takes and returns the random state of torch at the first and after the last step.
         """
         arguments, optimizer = self.pull.phase, self.pull.optimizer
+        self.clock.start(self.position(steps.start))
         for part in chunks(steps, self.cfg.checkpoint_every):
-            here = arguments | {"steps": part, "random_state": random_state}
+            here = arguments | {"steps": part, "bar": self.bar, "random_state": random_state}
             for epoch in train(self.model, optimizer, self.data, **here):
-                if epoch.step % arguments["steps_per_epoch"] == 0 or epoch.step == steps.stop:
-                    self.log(epoch)
+                measured = epoch.step % arguments["steps_per_epoch"] == 0 or epoch.step == steps.stop
+                test_accuracy = accuracy(*predict(self.model, self.data)) if measured else None
+                self.clock.tick(self.position(epoch.step))
+                self.tell_pace(phase, epoch)
+                if measured:
+                    self.log(epoch, test_accuracy)
                 self.pull.save(self.journal, phase, epoch.step, self.model, self.tracker, self.clusters)
             random_state = torch.get_rng_state()
         return random_state
 
-    def log(self, epoch: Epoch) -> None:
+    def position(self, step: int) -> int:
+        """The same step, counted from the start of the run."""
+        base = phase_of(self.cfg, self.data, "base")["steps"].stop
+        return base + self.number * self.pull.phase["steps"].stop + step
+
+    def tell_pace(self, phase: str, epoch: Epoch) -> None:
+        """Adds to what the steps of this stage have taken, wide and trimmed, and shows it in the bar."""
+        pace = self.journal.record["pace"]
+        seconds, steps = pace.get(phase, (0.0, 0))
+        pace[phase] = seconds + epoch.seconds, steps + epoch.steps
+        now = ""
+        if phase == "trimmed":
+            wide, trimmed = (1000 * seconds / steps for seconds, steps in (pace["wide"], pace["trimmed"]))
+            now = f", cut at {self.journal.record['stage']['cut_step']}: {wide:.3g} → {trimmed:.3g} ms a step"
+        self.bar.set_description(f"C-SGD{now}, {self.clock.ends()}", refresh=False)
+
+    def log(self, epoch: Epoch, test_accuracy: float) -> None:
         schedule = self.cfg.schedule
         before = schedule.base.epochs + self.number * schedule.csgd.epochs
         row = {"epoch": before + epoch.step / self.pull.phase["steps_per_epoch"], "stage": self.number + 1}
         for group in self.pull.optimizer.clustered_groups():
             row[f"deviation/{group['name']}"] = float(self.pull.optimizer.deviation(group))
             row[f"forecast/{group['name']}"] = self.pull.foreseen(group["name"], epoch.step)
-        log_epoch("csgd", epoch, accuracy(*predict(self.model, self.data)), self.tracker, row)
+        log_epoch("csgd", epoch, test_accuracy, self.tracker, row, self.clock.seconds_left)
 
 
 def cut(cfg: Any, model: nn.Module, data: Data, spaces, clusters, optimizer: CSGD) -> Verdict:

@@ -1,5 +1,6 @@
 """One run: its stages in order, and what it leaves behind."""
 
+import json
 import logging
 import time
 from contextlib import contextmanager
@@ -15,11 +16,14 @@ from csgd.build import build, label
 from csgd.checkpoint import write_json
 from csgd.clusters import cluster
 from csgd.data import Data
-from csgd.errors import InputError, told
+from csgd.errors import line_of
 from csgd.export import check_packages
-from csgd.graph import ChannelSpace
+from csgd.pipeline.ahead import clock_of, costs_after, described, plan_only, stages_of, tell_spaces
+from csgd.pipeline.album import Album
 from csgd.pipeline.base import base_network
 from csgd.pipeline.build import check_fit, commit, device_name, device_of, placed, versions
+from csgd.pipeline.clock import Clock, bar_of
+from csgd.pipeline.console import console, headline
 from csgd.pipeline.journal import Journal, reserved
 from csgd.pipeline.pull import Pull, Stage, check_strengths, cut, tell_plan
 from csgd.pipeline.ship import ship
@@ -29,20 +33,22 @@ from csgd.train import accuracy, predict
 from csgd.trial import find_spaces
 from csgd.trim import load_trimmed
 from csgd.verify import Verdict, count_macs, count_params
-from csgd.widths import target_widths
 
 log = logging.getLogger("csgd")
 
 FORECAST_POINTS = 400  # per stage and group, for the picture
 
 
-def run(cfg: Any, output_dir: Path, command: str | None = None) -> Verdict:
-    """Trains, prunes and judges as `cfg` (an object of the schema in conf/) says; leaves its files in `output_dir`."""
-    with reserved(output_dir):
+def run(cfg: Any, output_dir: Path, command: str | None = None) -> Verdict | None:
+    """Trains, prunes and judges as `cfg` (an object of the schema in conf/) says; leaves its files in `output_dir`.
+
+    With cfg.plan_only it writes down what that would be, and there is no verdict.
+    """
+    with reserved(output_dir), console(cfg.quiet):
         return _run(cfg, output_dir, command)
 
 
-def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict:
+def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
     started = time.perf_counter()
     device = device_of(cfg)
     if cfg.export:
@@ -53,6 +59,8 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict:
     model = build("model", cfg.model, num_classes=data.num_classes, image_size=data.example.size(-1))
     model = placed(model, device)
     check_fit(model, data)
+    if cfg.plan_only:
+        return plan_only(cfg, model, data, output_dir)
     journal = Journal.of(cfg, output_dir)
     record, seconds = journal.record, journal.record["seconds"]
     before = seconds.get("total", 0.0)
@@ -67,18 +75,20 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict:
     ) as tracker:
         with clocked(seconds, "cluster"):
             spaces = find_spaces(model, data.example)
-            stages = _stages(cfg, spaces)
-            _tell_spaces(spaces, stages[-1])
+            stages = stages_of(cfg, spaces)
+            tell_spaces(spaces, stages[-1])
             # The forecast needs no weights: what will not do is said before the base network is trained.
-            tell_plan(Pull.of(cfg, model, data, spaces, cluster(model, spaces, stages[0], "even")))
+            pull = Pull.of(cfg, model, data, spaces, cluster(model, spaces, stages[0], "even"))
+            tell_plan(pull)
+            clock = clock_of(cfg, data, pull, count_macs(model, data.example), costs_after(model, data, spaces, stages))
         if "base" not in record:
             with clocked(seconds, "base"):
-                record["base"] = base_network(cfg, model, data, journal, tracker)
+                record["base"] = base_network(cfg, model, data, journal, tracker, clock)
             record["cost"] = _cost(model, data, "before")
         if saved := journal.take("between"):
             load_trimmed(model, saved["model"])
         for number in range(len(record.setdefault("stages", [])), len(stages)):
-            _stage(cfg, model, data, number, stages[number], journal, tracker, output_dir)
+            _stage(cfg, model, data, number, stages[number], journal, tracker, clock, output_dir)
             seconds["total"] = before + time.perf_counter() - started
             journal.save("between", 0, model, None, tracker)
         record["cost"] |= _cost(model, data, "after")
@@ -89,6 +99,8 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict:
             **{key: record[key] for key in ("base", "cost", "seconds", "stages")},
             **{key: record["stages"][-1][key] for key in ("collapse", "strengths", "widths")},
             "verdict": asdict(judged),
+            "layers": described(spaces, stages[-1]),
+            "seconds_per_step": {phase: seconds / steps for phase, (seconds, steps) in record["pace"].items()},
             "command": command,
             "seed": cfg.seed,
             "device": device_name(device),
@@ -97,26 +109,9 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict:
             "config": asdict(cfg),
         }
         _leave(model, data, summary, output_dir)
-        sizes = {space.name: space.size for space in spaces}
-        ship(cfg, data, summary, sizes, output_dir)
-        _report(summary, sizes, tracker, output_dir)
+        ship(cfg, data, summary, {space.name: space.size for space in spaces}, output_dir)
+        _report(summary, tracker, output_dir)
     return judged
-
-
-def _stages(cfg: Any, spaces: list[ChannelSpace]) -> list[dict[str, int]]:
-    """The widths of each stage: those of deps, or the fractions of deps.stages of the widths at the start."""
-    options = dict(min_width=cfg.deps.min_width, round_to=cfg.deps.round_to, keep=cfg.deps.keep)
-    if cfg.deps.stages is not None:
-        stages = [target_widths(spaces, fraction, **options) for fraction in cfg.deps.stages]
-    elif cfg.deps.widths is not None:
-        stages = [target_widths(spaces, cfg.deps.widths, **options)]
-    elif cfg.deps.layers:
-        stages = [target_widths(spaces, cfg.deps.layers, rest=cfg.deps.fraction, **options)]
-    else:
-        stages = [target_widths(spaces, cfg.deps.fraction, **options)]
-    if all(stages[0].get(space.name, space.size) == space.size for space in spaces):
-        raise InputError("deps: nothing is left to trim, every layer keeps its width")
-    return stages
 
 
 def _stage(
@@ -127,6 +122,7 @@ def _stage(
     widths: dict[str, int],
     journal: Journal,
     tracker: Tracker,
+    clock: Clock,
     output_dir: Path,
 ) -> None:
     """Clusters, trains to the collapse, cuts, and trains on; starts in the middle of that where the journal says so."""
@@ -141,18 +137,30 @@ def _stage(
         with clocked(seconds, "cluster"):
             clusters = cluster(model, spaces, widths, cfg.clustering.method, cfg.seed, cfg.clustering.of)
         pull, done, random_state = Pull.of(cfg, model, data, spaces, clusters), 0, None
+        journal.record["pace"] = {}
     write_json(output_dir / "clusters.json", clusters)
-    stage = Stage(cfg, model, data, clusters, pull, number, journal, tracker)
-    if not saved or saved["phase"] == "wide":
-        with clocked(seconds, "csgd_wide"):
-            done, random_state = stage.train_wide(done, random_state)
-        with clocked(seconds, "trim"):
-            judged = cut(cfg, model, data, spaces, clusters, pull.optimizer)
-        journal.record["stage"] = {"cut_step": done, "verdict": asdict(judged)}
-        pull.save(journal, "trimmed", done, model, tracker, clusters)
-    with clocked(seconds, "csgd_trimmed"):
-        stage.train("trimmed", range(done, pull.phase["steps"].stop), random_state)
-    record, end = journal.record.pop("stage"), pull.phase["steps"].stop
+    album, wide = None, not saved or saved["phase"] == "wide"
+    if wide:
+        with spared("the filters for their picture"):
+            album = Album.of(output_dir / "filters.safetensors", number, model, spaces, clusters)
+    if not saved:
+        _keep(album, model, "start")
+    end = pull.phase["steps"].stop
+    with bar_of(cfg, "C-SGD", range(done, end)) as bar:
+        stage = Stage(cfg, model, data, clusters, pull, number, journal, tracker, clock, bar)
+        if wide:
+            with clocked(seconds, "csgd_wide"):
+                done, random_state = stage.train_wide(done, random_state)
+            with clocked(seconds, "trim"):
+                _keep(album, model, "collapse")
+                judged = cut(cfg, model, data, spaces, clusters, pull.optimizer)
+                _keep(album, model, "cut")
+            bar.set_description(f"C-SGD, cut at {done}", refresh=False)
+            journal.record["stage"] = {"cut_step": done, "verdict": asdict(judged)}
+            pull.save(journal, "trimmed", done, model, tracker, clusters)
+        with clocked(seconds, "csgd_trimmed"):
+            stage.train("trimmed", range(done, end), random_state)
+    record = journal.record.pop("stage")
     journal.record["stages"].append(
         {
             "widths": widths,
@@ -166,6 +174,12 @@ def _stage(
             "forecast": {"steps": end, "curves": pull.curves(FORECAST_POINTS)},
         }
     )
+
+
+def _keep(album: Album | None, model: nn.Module, when: str) -> None:
+    with spared("the filters for their picture"):
+        if album is not None:
+            album.keep(model, when)
 
 
 def _together(stages: list[dict[str, Any]]) -> Verdict:
@@ -183,13 +197,6 @@ def _cost(model: nn.Module, data: Data, when: str) -> dict[str, int]:
     return {f"macs_{when}": count_macs(model, data.example), f"params_{when}": count_params(model)}
 
 
-def _tell_spaces(spaces: list[ChannelSpace], widths: dict[str, int]) -> None:
-    log.info("%d channel spaces, %d of them can be trimmed", len(spaces), len(widths))
-    for space in spaces:
-        if space.pinned:
-            log.info("  %s stays whole: %s", space.name, "; ".join(space.pinned))
-
-
 def _leave(model: nn.Module, data: Data, summary: dict[str, Any], output_dir: Path) -> None:
     """The pruned network as safetensors and JSON, and the summary."""
     facts = {key: summary[key] for key in ("widths", "verdict", "cost", "command", "versions", "commit")}
@@ -198,16 +205,21 @@ def _leave(model: nn.Module, data: Data, summary: dict[str, Any], output_dir: Pa
     write_json(output_dir / "summary.json", summary)
 
 
-def _report(summary: dict[str, Any], sizes: dict[str, int], tracker: Tracker, output_dir: Path) -> None:
+def _report(summary: dict[str, Any], tracker: Tracker, output_dir: Path) -> None:
     judged = summary["verdict"]
     tracker.summarise({f"{part}/{key}": value for part in ("verdict", "cost") for key, value in summary[part].items()})
-    try:
-        tracker.log_image("report/curves", report.draw_curves(output_dir))
-    except Exception as error:  # a picture never loses a run
-        log.warning("report/curves.png could not be drawn: %s", told(error))
-    rows = [(name, sizes[name], width) for name, width in summary["widths"].items()]
-    log.info("widths\n\n%s\n", report.table(("layer", "width before", "width after"), rows))
-    log.info("%s\n\n%s\n", "LOSSLESS" if judged["lossless"] else "NOT LOSSLESS", report.verdict_table(summary))
+    rows = report.layer_rows(summary["layers"], json.loads((output_dir / "clusters.json").read_text()))
+    tracker.log_table("report/layers", report.LAYER_HEADER, rows)
+    started = time.perf_counter()
+    for draw in (report.draw_curves, report.draw_filters, report.draw_widths, report.draw_sizes):
+        with spared(draw.__name__):
+            if path := draw(output_dir):
+                tracker.log_image(f"report/{path.stem}", path)
+    with spared("report.html"):
+        report.write_page(output_dir)
+    log.info("report: drawn in %.1f s", time.perf_counter() - started)
+    log.info("layers\n\n%s\n", report.table(report.LAYER_HEADER, rows))
+    headline.info("%s\n\n%s\n", "LOSSLESS" if judged["lossless"] else "NOT LOSSLESS", report.verdict_table(summary))
     if not judged["lossless"]:
         lost = judged["accuracy_before_trim"] - judged["accuracy_after_trim"]
         why = "the cut changed the logits" if judged["collapsed"] else "the filters have not collapsed"
@@ -215,6 +227,15 @@ def _report(summary: dict[str, Any], sizes: dict[str, int], tracker: Tracker, ou
     log.info("files: %s", output_dir)
     if folder := tracker.offline_dir:
         log.info("W&B, offline: look with `wandb beta leet %s`, upload with `wandb sync %s`", folder, folder)
+
+
+@contextmanager
+def spared(what: str):
+    """Reports what fails on the way to a picture: it never loses a run."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s could not be drawn: %s", what, line_of(error))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from csgd import card, export
 from csgd.build import build
 from csgd.checkpoint import write_json
 from csgd.data import Data
-from csgd.errors import told
+from csgd.errors import line_of
 from csgd.pipeline.build import device_name, placed
 from csgd.pruned import load_pruned
 
@@ -30,11 +30,11 @@ def ship(cfg: Any, data: Data, summary: dict[str, Any], sizes: dict[str, int], o
             write_json(output_dir / "summary.json", summary)
             log.info("export\n\n%s\n", card.export_table(summary["export"]))
         except Exception as error:  # whatever a network of the user's raises when it is built anew
-            log.warning("export=%s failed: %s", cfg.export, told(error))
+            log.warning("export=%s failed: %s", cfg.export, line_of(error))
     try:
         (output_dir / "pruned.md").write_text(card.card(summary, sizes))
     except Exception as error:  # a card never loses a run
-        log.warning("pruned.md could not be written: %s", told(error))
+        log.warning("pruned.md could not be written: %s", line_of(error))
 
 
 def _exported(cfg: Any, data: Data, output_dir: Path) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def _exported(cfg: Any, data: Data, output_dir: Path) -> dict[str, Any]:
         try:
             change = export.export(kind, pruned, data.example.cpu(), path)
         except Exception as error:  # whatever the exporters raise
-            log.warning("%s could not be exported: %s", path.name, told(error))
+            log.warning("%s could not be exported: %s", path.name, line_of(error))
             continue
         parts = output_dir.glob(f"{path.name}*")  # the weights of large networks lie in a file of their own
         files[path.name] = {"bytes": sum(part.stat().st_size for part in parts), "relative_change": change}

@@ -1,0 +1,352 @@
+"""What a run shows: its pictures, its page, its dashboard, its lines, and the plan of a run that is not made."""
+
+import base64
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from csgd import cluster, find_spaces, report, trim
+from csgd.checkpoint import load_weights, save_weights
+from csgd.clusters import tensor_of
+from csgd.pipeline.album import Album
+from csgd.pipeline.clock import Clock
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ["experiment=smoke", "dataset.image_size=16", "hydra.run.dir=out", "base.cache=base"]
+PICTURES = ("curves", "filters", "sizes", "widths")
+
+
+def run(folder, *arguments, status=0, **streams):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "COLUMNS": "170"}
+    command = [sys.executable, str(ROOT / "run.py"), *SMOKE, *arguments]
+    streams = streams or {"stderr": subprocess.PIPE}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=False, **streams
+    )
+    assert done.returncode == status, done.stdout[-3000:] + str(done.stderr)[-3000:]
+    return done.stdout
+
+
+def shown_on_terminal(folder, *arguments) -> tuple[str, str]:
+    """The standard output of a run, and what it writes to a standard error that is a terminal."""
+    ours, theirs = pty.openpty()
+    pieces = []
+
+    def read():
+        while True:
+            try:
+                pieces.append(os.read(ours, 65536))
+            except OSError:  # the other end is closed
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        stdout = run(folder, *arguments, stderr=theirs)
+    finally:
+        os.close(theirs)
+        reader.join()
+        os.close(ours)
+    return stdout, b"".join(pieces).decode()
+
+
+@pytest.fixture(scope="module")
+def looked(tmp_path_factory):
+    """A run with its terminal: folder, standard output, bars."""
+    folder = tmp_path_factory.mktemp("looked")
+    stdout, bars = shown_on_terminal(folder)
+    return folder, stdout, bars
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text())
+
+
+def picture(path: Path) -> np.ndarray:
+    from matplotlib.image import imread
+
+    return imread(path)[..., :3]
+
+
+def test_every_picture_is_there_on_white_paper_with_something_on_it(looked):
+    folder, stdout, _ = looked
+    assert sorted(path.stem for path in (folder / "out" / "report").glob("*.png")) == sorted(PICTURES)
+    for name in PICTURES:
+        pixels = picture(folder / "out" / "report" / f"{name}.png")
+        assert (pixels[0, 0] == 1).all(), name
+        assert pixels.mean() > 0.7, f"{name} is dark"
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50, f"{name} is empty"
+    assert "could not be drawn" not in stdout
+    assert float(re.search(r"report: drawn in ([\d.]+) s", stdout).group(1)) < 10
+
+
+def test_pictures_are_drawn_from_the_files_alone(looked, tmp_path):
+    out = looked[0] / "out"
+    for name in ("metrics.jsonl", "summary.json", "clusters.json", "filters.safetensors"):
+        shutil.copy(out / name, tmp_path)
+    for draw in (report.draw_curves, report.draw_filters, report.draw_sizes, report.draw_widths):
+        path = draw(tmp_path)
+        assert path.read_bytes() == (out / "report" / path.name).read_bytes()
+
+
+def test_a_run_of_which_no_filters_are_kept_has_no_picture_of_them(tmp_path):
+    assert report.draw_filters(tmp_path) is None
+
+
+def test_the_filters_of_the_first_layer_collapse_and_are_cut(looked):
+    out = looked[0] / "out"
+    kept = load_weights(out / "filters.safetensors")
+    assert kept.keys() == {f"1/conv1/{when}" for when in ("cluster", "start", "collapse", "cut")}
+    start, collapse, cut = (kept[f"1/conv1/{when}"] for when in ("start", "collapse", "cut"))
+    assert (start.shape, collapse.shape, cut.shape) == ((16, 3, 3, 3), (16, 3, 3, 3), (10, 3, 3, 3))
+    clusters = read_json(out / "clusters.json")["conv1"]
+    for c, members in enumerate(clusters):
+        assert kept["1/conv1/cluster"][members].tolist() == [c] * len(members)
+        torch.testing.assert_close(collapse[members], cut[c].expand(len(members), -1, -1, -1), atol=1e-5, rtol=0)
+    together = next(members for members in clusters if len(members) > 1)
+    assert (start[together] - start[together[0]]).abs().max() > 0.01
+
+
+def test_rows_say_what_a_step_costs(looked):
+    out = looked[0] / "out"
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = {}
+    for row in rows:
+        phase = row["phase"]
+        taken = row["step"] - steps.get(phase, 0)
+        assert row[f"{phase}/seconds_per_step"] * taken == pytest.approx(row[f"{phase}/seconds"])
+        steps[phase] = row["step"]
+    costs = read_json(out / "summary.json")["seconds_per_step"]
+    wide = [row for row in rows if "deviation/kernels" in row]
+    expected = sum(row["csgd/seconds"] for row in wide) / wide[-1]["step"]
+    assert costs["wide"] == pytest.approx(expected)
+    assert costs["trimmed"] == pytest.approx(rows[-1]["csgd/seconds_per_step"])
+    assert f"{1000 * costs['wide']:.0f} before the cut" in looked[1]
+
+
+class Page(HTMLParser):
+    """What a browser finds in a page: text, images, and whether every element is closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.text, self.attributes = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.attributes += attributes
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_holds_everything_and_needs_no_network(looked):
+    out = looked[0] / "out"
+    html = (out / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert page.open == []
+    assert "://" not in html
+    images = [value for key, value in page.attributes if key == "src"]
+    assert all(image.startswith("data:image/png;base64,") for image in images)
+    shown = {base64.b64decode(image.split(",")[1]) for image in images}
+    assert shown == {(out / "report" / f"{name}.png").read_bytes() for name in PICTURES}
+    text = " ".join(page.text)
+    for told in ("resnet20 on digits", "LOSSLESS", "60.7% less than 10,203,776", "layer3.2.conv1", "network output"):
+        assert told in text, told
+    for line in ('_target_: "csgd.models.resnet20"', "vector_ratio: 1.0", "centri_strength: 15.0"):
+        assert line in text, line
+
+
+def test_the_page_escapes_what_it_is_given(looked, tmp_path):
+    out = looked[0] / "out"
+    summary = read_json(out / "summary.json")
+    summary["config"]["model"]["name"] = "<script>alert(1)</script>"
+    summary["layers"][0]["pinned"] = ["a < b & c"]
+    summary["verdict"] |= {"lossless": False, "collapsed": False}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    shutil.copy(out / "clusters.json", tmp_path)
+    html = report.write_page(tmp_path).read_text(encoding="utf-8")
+    page = Page(html)
+    assert "<script" not in html
+    assert "a &lt; b &amp; c" in html
+    assert "NOT LOSSLESS: the filters had not collapsed" in " ".join(page.text)
+    assert "<img" not in html, "pictures that are not there are left out"
+
+
+def test_the_dashboard_tells_the_story_in_order(looked):
+    folder = looked[0]
+    (offline,) = (folder / "out" / "wandb").glob("offline-run-*")
+    media = {path.parent.name: path for path in offline.rglob("media/*/report/*")}
+    images = sorted(path.name.split("_")[0] for path in offline.rglob("media/images/report/*.png"))
+    assert images == sorted(PICTURES), media
+    (path,) = offline.rglob("media/table/report/*.json")
+    logged = read_json(path)
+    assert logged["columns"] == list(report.LAYER_HEADER)
+    assert ["layer1.0.conv1", 16, 10] in [row[:3] for row in logged["data"]]
+    content = next(offline.glob("run-*.wandb")).read_bytes()
+    keys = set(re.findall(rb"(?:base|csgd|deviation|forecast|report)/[a-z_]+", content))
+    sections = [key.split(b"/")[0] for key in sorted(keys)]
+    assert list(dict.fromkeys(sections)) == [b"base", b"csgd", b"deviation", b"forecast", b"report"]
+    rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    known = {"base", "csgd", "deviation", "forecast"}
+    assert {key.split("/")[0] for row in rows for key in row} - {"phase", "step", "stage", "epoch"} == known
+
+
+def test_lines_and_bars_give_the_time_to_the_end_and_show_the_cut(looked):
+    _, stdout, bars = looked
+    left = re.findall(r"epoch \d+: .* s \(([\d.]+) ms a step\), (\d+) s to go", stdout)
+    assert len(left) == 4
+    seconds = [int(to_go) for _, to_go in left]
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[-1] == 0
+    assert re.search(r"base: .* 0/60 ", bars), "one bar for all steps of the phase"
+    assert re.search(r"C-SGD: .* 0/130 ", bars)
+    assert re.search(r"C-SGD, run ends \d\d:\d\d: .* 65/130 ", bars)
+    assert "C-SGD, cut at 111" in bars
+    assert "epoch" not in bars
+
+
+def test_a_quiet_run_says_its_verdict_and_its_log_everything(looked, tmp_path):
+    stdout, bars = shown_on_terminal(
+        tmp_path, f"base.cache={looked[0] / 'base'}", "quiet=true", "wandb=disabled", "deps=3_4"
+    )
+    assert bars == ""
+    lines = [line for line in stdout.splitlines() if line.startswith("[")]
+    assert [line.split(" - ")[1] for line in lines] == ["LOSSLESS"]
+    assert "multiply-accumulates" in stdout
+    log = (tmp_path / "out" / "run.log").read_text()
+    assert "csgd epoch 2: loss" in log
+    assert "LOSSLESS" in log
+
+
+def test_pictures_that_fail_are_reported_and_lose_nothing(looked, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report").write_text("in the way")
+    cached = f"base.cache={looked[0] / 'base'}"
+    (tmp_path / "out" / "filters.safetensors").mkdir()
+    stdout = run(tmp_path, cached, "quiet=true", "wandb=disabled", "centri_strength=0.5", status=1)
+    warnings = [line for line in stdout.splitlines() if "[WARNING]" in line]
+    for name in ("draw_curves", "draw_widths", "draw_sizes", "the filters for their picture"):
+        assert any(f"{name} could not be drawn: " in line for line in warnings), name
+    assert any("the filters will not collapse" in line for line in warnings)
+    assert "[INFO] - NOT LOSSLESS" in stdout
+    assert (tmp_path / "out" / "summary.json").exists()
+    Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_plan_is_what_the_run_will_be(looked, tmp_path):
+    folder, _, _ = looked
+    stdout = run(tmp_path, f"base.cache={folder / 'base'}", "plan_only=true")
+    plan, summary = read_json(tmp_path / "out" / "plan.json"), read_json(folder / "out" / "summary.json")
+    clusters = read_json(folder / "out" / "clusters.json")
+    assert plan["layers"] == summary["layers"]
+    assert plan["widths"] == [summary["widths"]]
+    assert [cost["macs"] for cost in plan["cost"]] == [summary["cost"][f"macs_{when}"] for when in ("before", "after")]
+    assert [cost["params"] for cost in plan["cost"]] == [
+        summary["cost"][f"params_{when}"] for when in ("before", "after")
+    ]
+    assert plan["clusters"] == {name: [len(part) for part in parts] for name, parts in clusters.items()}
+    assert plan["forecast"]["collapse_step"] == summary["collapse"]["predicted_step"]
+    spent = summary["seconds"]["csgd"]
+    assert spent / 10 < plan["estimate"]["seconds"] < spent * 10, "the base network is in the cache"
+    weights = 4 * summary["cost"]["params_before"]
+    activations = 8 * 4 * 19 * 16 * 16 * 16  # images × float32 × conv outputs, the largest of them
+    assert 3 * weights < plan["estimate"]["bytes"] < 3 * weights + 10 * activations
+    for told in ("network output", "collapsed at step 111", "4,011,920 (−60.7%)", "of memory", "nothing was trained"):
+        assert told in stdout, told
+
+
+def test_a_plan_trains_nothing_and_leaves_a_plan(tmp_path):
+    stdout = run(tmp_path, "plan_only=true", "deps.stages=[0.75,0.5]", "centri_strength=0.5")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".hydra", ".lock", "plan.json", "run.log"}
+    assert not (tmp_path / "base").exists()
+    plan = read_json(tmp_path / "out" / "plan.json")
+    assert plan["clusters"] == {}, "k-means needs the weights"
+    assert "clusters: found from the weights of the base network, which are not at hand" in stdout
+    assert plan["forecast"]["collapses"] is False
+    assert "would do" in plan["forecast"]["advice"] + stdout
+    assert len(plan["cost"]) == 3
+    assert plan["cost"][0]["macs"] > plan["cost"][1]["macs"] > plan["cost"][2]["macs"]
+
+
+def test_a_plan_clusters_the_weights_of_a_file(tmp_path):
+    from csgd.models import resnet20
+
+    torch.manual_seed(7)
+    model = resnet20(10)
+    save_weights(tmp_path / "base.safetensors", model.state_dict())
+    run(tmp_path, "plan_only=true", "base.weights=base.safetensors")
+    plan = read_json(tmp_path / "out" / "plan.json")
+    expected = cluster(model, find_spaces(model, torch.randn(2, 3, 16, 16), trial=False), plan["widths"][0])
+    assert plan["clusters"] == {name: [len(part) for part in parts] for name, parts in expected.items()}
+
+
+def test_the_clock_weighs_steps_by_their_cost():
+    clock = Clock([(10, 1.0), (5, 1.0), (5, 0.4), (8, 0.4), (2, 0.1)])
+    assert clock.work(0, 30) == pytest.approx(10 + 5 + 2 + 3.2 + 0.2)
+    assert clock.work(8, 17) == pytest.approx(2 + 5 + 0.8)
+    assert clock.work(29, 30) == pytest.approx(0.1)
+    clock.start(10)
+    time.sleep(0.2)
+    clock.tick(15)
+    assert clock.seconds_left == pytest.approx(0.2 * (2 + 3.2 + 0.2) / 5, rel=0.2)
+    clock.start(20)
+    clock.tick(30)
+    assert clock.seconds_left == 0
+
+
+@pytest.mark.parametrize(
+    "seconds, told", [(7.4, "7 s"), (140, "2 min"), (12_000, "3 h 20 min"), (180_000, "2 days 2 h")]
+)
+def test_durations(seconds, told):
+    assert report.duration(seconds) == told
+
+
+def test_the_album_follows_channels_through_groups(tmp_path):
+    """The first layer to be cut is of one pixel, the next has two groups: its filters are the first group's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=2), nn.ReLU(), nn.Conv2d(12, 4, 3), nn.Flatten()
+    )  # fmt: skip
+    example = torch.randn(2, 3, 8, 8)
+    spaces = find_spaces(model, example)
+    clusters = {"0": [[0, 2], [1], [3]], "2": [[0, 1], [2], [3, 4, 5]]}
+    clusters = {s.name: clusters[s.name] for s in spaces if s.name in clusters and s.trimmable}
+    assert [s.size for s in spaces if s.name in clusters] == [4, 6]
+    album = Album.of(tmp_path / "filters.safetensors", 0, model, spaces, clusters)
+    for when in ("start", "collapse"):
+        album.keep(model, when)
+    trim(model, spaces, clusters)
+    album.keep(model, "cut")
+    kept = load_weights(tmp_path / "filters.safetensors")
+    (space,) = (s for s in find_spaces(model, example) if s.name == "2")
+    ref = space.producers[0]
+    assert torch.equal(kept["1/2/cut"], tensor_of(model, ref).detach()[ref.index[:, 0]])
+    assert kept["1/2/cut"].shape[0] == 3
+    assert kept["1/2/start"].shape[0] == 6
+    assert picture(report.draw_filters(tmp_path)).std() > 0.1
+
+
+def test_an_album_of_a_network_without_pictures_is_none(tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 2))
+    spaces = find_spaces(model, torch.randn(2, 3, 2, 2))
+    clusters = cluster(model, spaces, {"1": 4})
+    assert Album.of(tmp_path / "filters.safetensors", 0, model, spaces, clusters) is None
