@@ -24,12 +24,14 @@ FLOORS = {
     "csgd.verify": 2,
     "csgd.report": 2,
     "csgd.tracking": 2,
+    "csgd.sweep": 2,
     "csgd.pipeline": 3,
     "run": 4,
 }
 ONLY_IN = {
     "wandb": {"csgd.tracking"},
-    "matplotlib": {"csgd.report"},
+    "matplotlib": {"csgd.report", "csgd.sweep"},
+    "yaml": {"csgd.sweep"},
     "hydra": {"csgd.pipeline", "run"},
     "omegaconf": {"csgd.pipeline", "run"},
     "sklearn": {"csgd.clusters", "csgd.data"},
