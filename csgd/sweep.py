@@ -2,6 +2,8 @@
 
 import csv
 import json
+import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from csgd.report import table
+
+log = logging.getLogger("csgd")
 
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 
@@ -73,7 +77,11 @@ def leave(sweep_dir: Path, jobs: list[Job]) -> str:
     if any("seed" in job.settings for job in finished(jobs)):
         tables.append(means_table(jobs))
     tables += [f"job {job.folder.name} {job.status}: {job.failure}" for job in jobs if job.failure]
-    text, drawn = "\n\n".join(tables), draw(sweep_dir, jobs)
+    text, drawn = "\n\n".join(tables), []
+    try:
+        drawn = draw(sweep_dir, jobs)
+    except Exception as error:  # a picture never loses a sweep
+        log.warning("the pictures could not be drawn: %s", error)
     origin = {key: summary[key] for summary in (job.summary for job in finished(jobs)) for key in ("device", "commit")}
     facts = [f"{len(jobs)} jobs", *(str(fact) for fact in origin.values() if fact)]
     images = "".join(f"\n![{path.stem.replace('_', ' ')}]({path.name})\n" for path in drawn)
@@ -107,12 +115,16 @@ def means_table(jobs: list[Job]) -> str:
     for label, group in grouped(finished(jobs), "seed").items():
         base, final = ([job.summary[a][b] for job in group] for a, b in (("base", "accuracy"), ("verdict", "accuracy")))
         lossless = sum(job.status == "lossless" for job in group)
-        rows.append((label or "all", f"{_spread(base)}", _spread(final), len(group), lossless))
+        rows.append((label or "all", _spread(base), _spread(final), len(group), lossless))
     return table(("mean over seeds", "base", "accuracy", "n", "lossless"), rows)
 
 
 def _spread(values: list[float]) -> str:
-    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+    return f"{mean(values):.4f}" + (f" ± {_std(values):.4f}" if len(values) > 1 else "")
+
+
+def _std(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def grouped(jobs: Iterable[Job], *keys: str) -> dict[str, list[Job]]:
@@ -156,8 +168,9 @@ def _picture(path: Path, of: Callable, jobs: list[Job]) -> Path:
     of(axes, jobs)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    handles = len(axes.get_legend_handles_labels()[0])
-    figure.legend(loc="outside lower center", ncols=2 if handles > 3 else handles, frameon=False)
+    entries = len(axes.get_legend_handles_labels()[0])
+    figure.set_figheight(4.3 + 0.22 * math.ceil(entries / 2))
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
     return path
 
@@ -169,11 +182,12 @@ def _accuracy_macs(axes: Any, jobs: list[Job]) -> None:
 
 def _accuracy_strength(axes: Any, jobs: list[Job]) -> None:
     _accuracies(axes, jobs, ("seed", "centri_strength"), _strength)
-    positive = min(strength for job in jobs if (strength := _strength(job)) > 0)
-    if all(_strength(job) > 0 for job in jobs):
-        axes.set_xscale("log")
-    else:
-        axes.set_xscale("symlog", linthresh=positive)
+    strengths = sorted({_strength(job) for job in jobs})
+    positive = next(strength for strength in strengths if strength > 0)
+    axes.set_xscale("symlog", linthresh=positive) if strengths[0] == 0 else axes.set_xscale("log")
+    if len(strengths) <= 9:
+        axes.set_xticks(strengths, [f"{strength:.3g}" for strength in strengths])
+        axes.minorticks_off()
     axes.set(xlabel="centripetal strength ε", title="Accuracy against centripetal strength")
 
 
@@ -184,14 +198,18 @@ def _strength(job: Job) -> float:
 def _accuracies(axes: Any, jobs: list[Job], within: Sequence[str], at: Callable[[Job], float]) -> None:
     """A line for the jobs that differ in nothing but `within`, through means over seeds; each base network as a line.
 
-    Filled points are lossless, in every seed; hollow ones are not.
+    Filled points are lossless, in every seed; hollow ones are not.  Lines are moved apart by a few pixels.
     """
-    for bases, style in zip(_bases(jobs).items(), ("--", ":", "-."), strict=False):
-        accuracies = [job.summary["base"]["accuracy"] for job in bases[1]]
-        axes.axhline(mean(accuracies), color="tab:gray", linestyle=style, label=bases[0])
-        spread = stdev(accuracies) if len(accuracies) > 1 else 0.0
-        axes.axhspan(mean(accuracies) - spread, mean(accuracies) + spread, color="tab:gray", alpha=0.12, linewidth=0)
-    for number, (label, series) in enumerate(grouped(jobs, *within).items()):
+    from matplotlib.transforms import ScaledTranslation
+
+    for number, (label, accuracies) in enumerate(_bases(jobs).items()):
+        middle, spread = mean(accuracies), _std(accuracies)
+        axes.axhline(middle, color="tab:gray", linestyle=("--", ":", "-.")[number % 3], label=label)
+        axes.axhspan(middle - spread, middle + spread, color="tab:gray", alpha=0.12, linewidth=0)
+    lines = grouped(jobs, *within)
+    for number, (label, series) in enumerate(lines.items()):
+        inches = (number - (len(lines) - 1) / 2) / max(12, 4 * len(lines))
+        aside = axes.transData + ScaledTranslation(inches, 0, axes.figure.dpi_scale_trans)
         color, points = COLORS[number % len(COLORS)], []
         for group in grouped(series, "seed").values():
             accuracies = [job.summary["verdict"]["accuracy"] for job in group]
@@ -199,50 +217,55 @@ def _accuracies(axes: Any, jobs: list[Job], within: Sequence[str], at: Callable[
             points.append((mean(map(at, group)), mean(accuracies), _std(accuracies), lossless))
         points.sort()
         x, y, spread, lossless = zip(*points, strict=True)
-        axes.errorbar(x, y, spread, color=color, capsize=4, linewidth=1.4, label=label or "csgd")
-        axes.scatter(x, y, s=42, zorder=3, edgecolors=color, facecolors=[color if one else "white" for one in lossless])
+        axes.errorbar(x, y, spread, color=color, capsize=4, linewidth=1.4, label=label or "csgd", transform=aside)
+        for sign in (-1, 1):  # the limits of the axes do not follow what is drawn aside
+            axes.update_datalim([(at_x, at_y + sign * std) for at_x, at_y, std in zip(x, y, spread, strict=True)])
+        faces = [color if one else "white" for one in lossless]
+        axes.scatter(x, y, s=42, zorder=3, edgecolors=color, facecolors=faces, transform=aside)
     if any(job.status != "lossless" for job in jobs):
         axes.scatter([], [], s=42, edgecolors="black", facecolors="white", label="not lossless")
+    axes.autoscale_view()
+    axes.margins(0.08)
     axes.set(ylabel="test accuracy")
 
 
-def _std(values: list[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
-
-
-def _bases(jobs: list[Job]) -> dict[str, list[Job]]:
-    """One job for each base network, those that differ in their seed alone together."""
-    first = {job.summary["base"]["source"]: job for job in jobs}
-    groups = grouped(first.values(), "seed", "deps", "centri_strength", "vector_ratio", "clustering")
-    return {f"base, {label}" if label else "base": group for label, group in groups.items()}
+def _bases(jobs: list[Job]) -> dict[str, list[float]]:
+    """The accuracies of the base networks over their seeds, under what all jobs on such a base have in common."""
+    sources: dict[str, list[Job]] = {}
+    for job in jobs:
+        sources.setdefault(job.summary["base"]["source"], []).append(job)
+    accuracies: dict[str, list[float]] = {}
+    for first, *others in sources.values():
+        common = [f"{k}={v}" for k, v in first.settings.items() if all(job.settings.get(k) == v for job in others)]
+        label = ", ".join(["base", *(one for one in common if not one.startswith("seed="))])
+        accuracies.setdefault(label, []).append(first.summary["base"]["accuracy"])
+    return accuracies
 
 
 def _deviation(axes: Any, jobs: list[Job]) -> None:
-    """The deviation of the kernels as a share of that at the start: forecast as a line, measured as points."""
-    lowest = 1.0
+    """The deviation of the kernels: the forecast of the first seed as a line, what every seed measured as points."""
+    lowest = math.inf
     for number, (label, series) in enumerate(grouped(jobs, "seed", "deps").items()):
         color, name = COLORS[number % len(COLORS)], label or "csgd"
         for job in series:
-            first, rows = 0, _rows(job)
+            first, rows, foremost = 0, _rows(job), job in [group[0] for group in grouped(series, "seed").values()]
             for stage, told in enumerate(job.summary["stages"], 1):
                 group, curve = next(iter(told["forecast"]["curves"].items()))
-                steps, expected = zip(*curve, strict=True)
-                line = [deviation / expected[0] for deviation in expected]
-                axes.plot([first + step for step in steps], line, color=color, linewidth=1.2, alpha=0.7, label=name)
-                measured = [
-                    (first + row["step"], row[f"deviation/{group}"] / expected[0])
-                    for row in rows
-                    if row.get("stage") == stage and f"deviation/{group}" in row
-                ]
-                axes.scatter(*zip(*measured, strict=True), s=14, color=color, zorder=3)
-                lowest = min(lowest, *(deviation for _, deviation in measured if deviation > 0))
-                first, name = first + told["forecast"]["steps"], None
+                here = [row for row in rows if row.get("stage") == stage and row.get(f"deviation/{group}", 0) > 0]
+                if foremost:
+                    steps, expected = zip(*curve, strict=True)
+                    steps = [first + step for step in steps]
+                    axes.plot(steps, expected, color=color, linewidth=1.2, alpha=0.7, label=name)
+                    name = None
+                measured = [row[f"deviation/{group}"] for row in here]
+                axes.scatter([first + row["step"] for row in here], measured, s=14, color=color, zorder=3)
+                lowest = min([lowest, *measured])
+                first += told["forecast"]["steps"]
     axes.scatter([], [], s=14, color="black", label="measured")
     axes.plot([], [], color="black", linewidth=1.2, alpha=0.7, label="forecast")
-    axes.set(
-        xlabel="C-SGD step", ylabel="‖W − ΓW‖² / that at the start", title="Deviation of the kernels", yscale="log"
-    )
-    axes.set_ylim(lowest / 10, 10)
+    axes.set(xlabel="C-SGD step", ylabel="‖W − ΓW‖²", title="Deviation of the kernels", yscale="log")
+    if lowest < math.inf:
+        axes.set_ylim(bottom=lowest / 10)
 
 
 def _rows(job: Job) -> list[dict[str, Any]]:
