@@ -19,19 +19,21 @@ from csgd import sweep
 
 ROOT = Path(__file__).parents[1]
 TINY = [
-    "model=resnet20", "dataset=synthetic", "dataset.image_size=16", "dataset.train_size=64", "dataset.test_size=32",
+    "model._target_=nets.Plain", "dataset=synthetic", "dataset.num_classes=5", "dataset.image_size=8",
+    "dataset.train_size=64", "dataset.test_size=32",
     "schedule=smoke", "schedule.base.max_steps=2", "schedule.csgd.max_steps=4", "hydra.sweep.dir=sweep",
 ]  # fmt: skip
+
+NETS = str(Path(__file__).parent)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": NETS, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
 
 
 def command(*arguments):
     return [sys.executable, str(ROOT / "run.py"), *arguments]
 
 
-def launch(folder, *arguments, status=0, threads="1", **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "WANDB_SILENT": "true", **environment}
-    if threads is None:
-        del environment["OMP_NUM_THREADS"]
+def launch(folder, *arguments, status=0, **environment):
+    environment = {key: value for key, value in (ENVIRONMENT | environment).items() if value is not None}
     done = subprocess.run(
         command(*arguments), cwd=folder, env=environment, capture_output=True, text=True, check=False,
         stdin=subprocess.DEVNULL,
@@ -106,11 +108,11 @@ def test_wandb_sync_takes_every_offline_run_of_a_sweep(swept):
 
 
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
-    arguments = ["-m", *TINY, "schedule.csgd.max_steps=60", "dataset.train_size=480", "deps=5_8,1_2", "wandb=disabled",
-                 "resume=auto", "checkpoint_every=5"]  # fmt: skip
-    process = subprocess.Popen(
-        command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    arguments = [
+        "-m", *TINY, "schedule.csgd.epochs=6", "schedule.csgd.max_steps=60", "dataset.train_size=480", "deps=5_8,1_2",
+        "wandb=disabled", "resume=auto", "checkpoint_every=5",
+    ]  # fmt: skip
+    process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
     while not (tmp_path / "sweep" / "1" / "checkpoints" / "last.pt.previous").exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -129,7 +131,7 @@ def test_jobs_side_by_side_share_one_base_and_the_cores(tmp_path, launcher, besi
     arguments = ["-m", *TINY, "centri_strength=12,11,1e5", "wandb=disabled", f"hydra/launcher={launcher}"]
     if launcher == "joblib":
         arguments.append("hydra.launcher.n_jobs=2")
-    done = launch(tmp_path, *arguments, status=2, threads=None)
+    done = launch(tmp_path, *arguments, status=2, OMP_NUM_THREADS=None)
     jobs = sweep.read_jobs(tmp_path / "sweep")
     assert [job.status for job in jobs] == ["not lossless", "not lossless", "failed"]
     assert {job.summary["device"] for job in jobs[:2]} == {f"cpu, {max(1, cpu_count() // beside)} threads"}
