@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -91,12 +92,12 @@ class Sweep(Callback):
         try:
             jobs = _jobs(config)
             _refuse_other(config, jobs)
+            _divide_cores(config.hydra.launcher, len(jobs))
         except Exception as error:
             if not _is_input(error):
                 raise
             print(f"error: {_one_line(error)}", file=sys.stderr)
             raise SystemExit(2) from None
-        _divide_cores(config.hydra.launcher, len(jobs))
 
     def on_multirun_end(self, config, **_):
         from csgd import sweep
@@ -154,8 +155,14 @@ def _divide_cores(launcher, jobs: int) -> None:
         threads = cpu_count() // min(at_once, jobs or at_once)
     elif kind == "LocalLauncher":  # submitit starts all jobs at once
         threads = launcher.cpus_per_task or cpu_count() // (jobs or cpu_count())
-    else:
+    elif kind == "SlurmLauncher":
+        if shutil.which("srun") is None:
+            raise ConfigError(
+                "hydra/launcher=submitit_slurm: there is no srun here; submitit_local and joblib need none"
+            )
         threads = launcher.cpus_per_task
+    else:
+        threads = None
     if threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]

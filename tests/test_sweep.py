@@ -142,11 +142,21 @@ def test_jobs_side_by_side_share_one_base_and_the_cores(tmp_path, launcher, besi
     assert (tmp_path / "sweep" / "accuracy_strength.png").exists()
 
 
-def test_a_launcher_that_is_not_there_is_said_how_to_get(tmp_path):
-    done = launch(tmp_path, "-m", *TINY, "hydra/launcher=joblub", status=2)
+@pytest.mark.parametrize(
+    "launcher, message",
+    [
+        ("joblub", "Could not find 'hydra/launcher/joblub'"),
+        ("joblub", "pip install '.[sweeps]'"),
+        ("submitit_slurm", "hydra/launcher=submitit_slurm: there is no srun here"),
+    ],
+)
+def test_a_launcher_that_cannot_be_used_is_one_clear_line(tmp_path, launcher, message):
+    if launcher == "submitit_slurm":
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    done = launch(tmp_path, "-m", *TINY, f"hydra/launcher={launcher}", status=2, PATH=str(Path(sys.executable).parent))
     (line,) = done.stderr.splitlines()
-    assert "Could not find 'hydra/launcher/joblub'" in line
-    assert "pip install '.[sweeps]'" in line
+    assert line.startswith("error: ")
+    assert message in line
 
 
 def test_wandb_online_without_a_key_is_said_before_training(tmp_path):
