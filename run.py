@@ -4,14 +4,19 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import ConfigError, register
@@ -29,7 +34,7 @@ def quote_fractions(arguments: list[str]) -> list[str]:
 
 def main() -> int:
     """0 if the cut was lossless, 1 if it was not, 2 for input that cannot be used; of a sweep, 2 if a job failed."""
-    statuses = []
+    statuses = []  # of a single run: a sweep is there to show what fails to be lossless, and may run elsewhere
 
     @hydra.main(config_path="conf", config_name="config", version_base="1.3")
     def job(cfg):
@@ -44,7 +49,8 @@ def main() -> int:
             print(f"error: {_one_line(error)}", file=sys.stderr)
             (Path(HydraConfig.get().runtime.output_dir) / "failed.txt").write_text(_one_line(error) + "\n")
             status, accuracy = 2, float("nan")
-        statuses.append(status)
+        if HydraConfig.get().mode == RunMode.RUN:
+            statuses.append(status)
         return accuracy
 
     register()
@@ -58,22 +64,113 @@ def main() -> int:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
-    if len(statuses) > 1:  # a sweep is there to show what fails to be lossless
-        return 2 if 2 in statuses else 0
     return max(statuses, default=0)
 
 
 def _run(cfg) -> tuple[int, float]:
-    from csgd.pipeline import run  # torch is imported once the configuration is known to be good
+    from csgd.pipeline import finished, run  # torch is imported once the configuration is known to be good
 
     hydra_config = HydraConfig.get()
-    if hydra_config.mode == RunMode.MULTIRUN and cfg.wandb.group is None:
-        cfg.wandb.group = hydra_config.sweep.dir
+    output_dir = Path(hydra_config.runtime.output_dir)
+    (output_dir / "failed.txt").unlink(missing_ok=True)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        if summary := finished(cfg, output_dir):
+            log.info("finished before: %s", output_dir)
+            return 0 if summary["verdict"]["lossless"] else 1, summary["verdict"]["accuracy"]
+        cfg.wandb.group = cfg.wandb.group or hydra_config.sweep.dir
+        cfg.progress = cfg.progress and _kind(hydra_config.launcher) == "BasicLauncher"
     overrides = [re.sub(r"^(\+{0,2}deps=)'(\d+_\d+)'$", r"\1\2", override) for override in hydra_config.overrides.task]
-    verdict = run(cfg, Path(hydra_config.runtime.output_dir), shlex.join(["python", "run.py", *overrides]))
+    verdict = run(cfg, output_dir, shlex.join(["python", "run.py", *overrides]))
     if verdict is None:  # plan_only
         return 0, float("nan")
     return 0 if verdict.lossless else 1, verdict.accuracy
+
+
+class Sweep(Callback):
+    """Before a sweep: refuses a folder that holds another one, divides the cores.  After it: tables and pictures.
+
+    Leaves by SystemExit, since Hydra does no more than warn of an Exception in a callback.
+    """
+
+    def on_multirun_start(self, config, **_):
+        try:
+            jobs = _jobs(config)
+            _refuse_other(config, jobs)
+            _divide_cores(config.hydra.launcher, len(jobs))
+        except Exception as error:
+            if not _is_input(error):
+                raise
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    def on_multirun_end(self, config, **_):
+        from csgd import sweep
+
+        folder = Path(config.hydra.sweep.dir)
+        jobs = sweep.read_jobs(folder)
+        print(f"\n{sweep.leave(folder, jobs)}\n\nfiles: {folder}/sweep.csv, sweep.md, *.png")
+        if any(folder.glob("*/wandb/offline-run-*")):
+            print(f"W&B, offline: upload every run with `wandb sync {folder}/*/wandb/offline-run-*`")
+        if any(job.status in ("failed", "killed") for job in jobs):
+            print(f"what is missing or failed runs again with the same command and hydra.sweep.dir={folder}")
+            raise SystemExit(2)
+
+
+def _kind(launcher) -> str:
+    return launcher._target_.rsplit(".", 1)[-1]
+
+
+def _jobs(config) -> list[list[str]]:
+    """The overrides of each job, as Hydra's own sweeper will number them; none with another sweeper."""
+    sweeper = config.hydra.sweeper
+    if _kind(sweeper) != "BasicSweeper":
+        return []
+    given = [*(f"{key}={value}" for key, value in (sweeper.params or {}).items()), *config.hydra.overrides.task]
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    return BasicSweeper.split_arguments(parser.parse_overrides(given), None)[0]
+
+
+def _refuse_other(config, jobs: list[list[str]]) -> None:
+    """InputError before anything is overwritten, if a job would find the result of another configuration."""
+    folder = Path(config.hydra.sweep.dir)
+    if not any(folder.glob("*/summary.json")):
+        return
+    from csgd.pipeline import finished
+
+    for number, overrides in enumerate(jobs):
+        cfg = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
+        with open_dict(cfg):
+            cfg.hydra.job.num = number
+            output_dir = folder / cfg.hydra.sweep.subdir
+            del cfg["hydra"]
+        if (output_dir / "summary.json").exists():
+            finished(OmegaConf.to_object(cfg), output_dir)
+
+
+def _divide_cores(launcher, jobs: int) -> None:
+    """Sets OMP_NUM_THREADS, where it is not set, for jobs in processes of their own, and lets them find this file."""
+    kind = _kind(launcher)
+    if kind == "BasicLauncher":
+        return
+    from joblib import cpu_count, effective_n_jobs  # comes with scikit-learn
+
+    if kind == "JoblibLauncher":
+        at_once = effective_n_jobs(launcher.n_jobs)
+        threads = cpu_count() // min(at_once, jobs or at_once)
+    elif kind == "LocalLauncher":  # submitit starts all jobs at once
+        threads = launcher.cpus_per_task or cpu_count() // (jobs or cpu_count())
+    elif kind == "SlurmLauncher":
+        if shutil.which("srun") is None:
+            raise ConfigError(
+                "hydra/launcher=submitit_slurm: there is no srun here; submitit_local and joblib need none"
+            )
+        threads = launcher.cpus_per_task
+    else:
+        threads = None
+    if threads is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def _is_input(error: Exception) -> bool:
@@ -86,6 +183,8 @@ def _one_line(error: Exception) -> str:
     text = str(error).split("Config search path")[0]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         text += f": {error.__cause__}"
+    if "'hydra/launcher/" in text:
+        text += "; pip install '.[sweeps]' brings joblib, submitit_local and submitit_slurm"
     return " ".join(text.split())
 
 

@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from csgd.errors import line_of
+=======
+from csgd.errors import InputError
+>>>>>>> sweep
 
 log = logging.getLogger(__name__)
 
@@ -21,19 +25,23 @@ class Tracker:
     def __init__(
         self, output_dir: Path, *, mode: str, config: Mapping[str, Any], settings: Mapping[str, Any], rows: int = 0
     ):
-        """A run that is resumed keeps the first `rows` rows of metrics.jsonl; a new one starts an empty file."""
+        """A run that is resumed keeps the first `rows` rows of metrics.jsonl; a new one starts an empty file.
+
+        InputError, before there is a file, if W&B cannot start for want of a key.
+        """
+        self._run = None
+        if mode != "disabled":
+            self._attempt(lambda: self._start(output_dir, mode, config, settings))
         path = output_dir / "metrics.jsonl"
         kept = path.read_text().splitlines(keepends=True)[:rows] if path.exists() else []
         path.write_text("".join(kept))
         self.rows = len(kept)
         self._file = path.open("a", buffering=1)
-        self._run = None
-        if mode != "disabled":
-            self._attempt(lambda: self._start(output_dir, mode, config, settings))
 
     def _start(self, output_dir: Path, mode: str, config, settings) -> None:
         import wandb
 
+<<<<<<< HEAD
         self._run = wandb.init(
             dir=output_dir,
             mode=mode,
@@ -42,6 +50,19 @@ class Tracker:
             **settings,
         )
         # W&B makes a section of each prefix and sorts them by name: base, csgd, deviation, forecast, report.
+=======
+        try:
+            self._run = wandb.init(
+                dir=output_dir,
+                mode=mode,
+                config=dict(config),
+                settings=wandb.Settings(silent=True, console="off"),
+                **settings,
+            )
+        except wandb.errors.UsageError as error:  # no key, a name that is not allowed: better said before training
+            raise InputError(f"wandb={mode}: {str(error).rstrip('.')}; wandb=offline needs no account") from None
+        self._run.define_metric("epoch")
+>>>>>>> sweep
         self._run.define_metric("*", step_metric="epoch")
         for counter in ("epoch", "step", "stage"):
             self._run.define_metric(counter, hidden=True)
@@ -49,6 +70,8 @@ class Tracker:
     def _attempt(self, action) -> None:
         try:
             action()
+        except InputError:
+            raise
         except Exception as error:  # whatever W&B raises, training goes on
             log.warning("W&B is left alone from here on: %s", line_of(error))
             self._run = None

@@ -28,13 +28,15 @@ FLOORS = {
     "csgd.card": 2,
     "csgd.export": 2,
     "csgd.tracking": 2,
+    "csgd.sweep": 2,
     "csgd.pipeline": 3,
     "csgd.evaluate": 3,
     "run": 4,
 }
 ONLY_IN = {
     "wandb": {"csgd.tracking"},
-    "matplotlib": {"csgd.report"},
+    "matplotlib": {"csgd.report", "csgd.sweep"},
+    "yaml": {"csgd.sweep"},
     "onnxruntime": {"csgd.export"},
     "hydra": {"csgd.evaluate", "run"},
     "omegaconf": {"csgd.evaluate", "run"},

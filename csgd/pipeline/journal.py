@@ -1,5 +1,6 @@
 """The journal of a run: checkpoints from which it goes on where it was killed, and the lock of its folder."""
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ class Journal:
         saved = load_checkpoint(path) if cfg.resume == "auto" else None
         if saved is None:
             return cls(path, config, {"seconds": {}}, None)
+<<<<<<< HEAD
         keys = sorted(config.keys() | saved["config"].keys())
         differ = [
             f"{key}: {saved['config'].get(key)!r} then, {config.get(key)!r} now"
@@ -66,6 +68,9 @@ class Journal:
             raise InputError(
                 f"resume=auto: '{output_dir}' holds a run of another configuration or version ({'; '.join(differ)})"
             )
+=======
+        _refuse_other("resume=auto", output_dir, saved["config"], config)
+>>>>>>> sweep
         log.info("resumed from %s: %s, step %d", path, saved["phase"], saved["step"])
         return cls(path, config, saved["record"], saved)
 
@@ -100,6 +105,27 @@ class Journal:
             "config": self.config,
         }
         save_checkpoint(self.path, state | more)
+
+
+def finished(cfg: Any, output_dir: Path) -> dict[str, Any] | None:
+    """The summary of a run that has come to its end in `output_dir`; InputError if it is of another configuration."""
+    path = output_dir / "summary.json"
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    _refuse_other("hydra.sweep.dir", output_dir, _flat(summary["config"]), _flat(asdict(cfg)))
+    return summary
+
+
+def _refuse_other(key: str, output_dir: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """InputError with the differences between two flat configurations that change the result."""
+    differ = [
+        f"{name}: {then.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name) and not name.startswith(FREE)
+    ]
+    if differ:
+        raise InputError(f"{key}: '{output_dir}' holds a run of another configuration ({'; '.join(differ)})")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""A network of Hugging Face's timm, its pretrained weights included.
+
+python experiments/examples/timm_network.py resnet18 300      (name, steps)
+"""
+
+import sys
+
+import timm
+import torch
+from torch import nn
+
+import csgd
+
+
+def main(name: str, steps: int, pretrained: bool = False) -> float:
+    model = timm.create_model(name, pretrained=pretrained, num_classes=10)
+    data = torch.Generator().manual_seed(0)
+    images = torch.randn(64, 3, 64, 64, generator=data)  # in place of your data
+    labels = torch.randint(10, (64,), generator=data)
+
+    spaces = csgd.find_spaces(model, images[:2])
+    for space in spaces:
+        if space.pinned:
+            print(f"{space.name} stays whole: {'; '.join(space.pinned)}")
+    clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 0.75), method="even")
+    groups = csgd.param_groups(model, spaces, clusters, centri_strength=40.0, vector_ratio=1.0)
+    optimizer = csgd.CSGD(groups, lr=0.01)
+
+    model.train()
+    for step in range(steps):
+        part = torch.arange(8 * step, 8 * step + 8) % 64
+        nn.functional.cross_entropy(model(images[part]), labels[part]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"relative deviation {optimizer.relative_deviation():.1e} after {steps} steps")
+
+    model.eval()
+    with torch.no_grad():
+        before, params = model(images), sum(p.numel() for p in model.parameters())
+        csgd.trim(model, spaces, clusters)
+        change = float((model(images) - before).abs().max() / before.abs().max())
+    print(f"{params:,} parameters, {sum(p.numel() for p in model.parameters()):,} after the cut")
+    print(f"the logits changed by {change:.1e} of the largest")
+    return change
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), pretrained=True) if len(sys.argv) == 3 else main("resnet18", 300)

@@ -1,0 +1,82 @@
+"""Other people's loops: the examples, and the package without the libraries of the experiments."""
+
+import runpy
+import subprocess
+import sys
+from importlib.metadata import Distribution
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "experiments" / "examples"
+
+
+def run_main(name, *arguments):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](*arguments)
+
+
+def test_an_example_fits_a_screen():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert len(lengths) == 5
+    assert max(lengths.values()) < 60, lengths
+
+
+@pytest.mark.parametrize(
+    "name, length", [("plain_loop", 6), ("accumulate_and_clip", 120), ("torch_schedule", 150), ("hidden_widths", 120)]
+)
+def test_an_example_is_lossless(name, length):
+    changes = run_main(name, length)
+    for change in changes if isinstance(changes, list) else [changes]:
+        assert 0 <= change < 1e-5
+
+
+def test_the_forecast_of_an_example_is_what_it_measures(capsys):
+    run_main("torch_schedule", 100)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "by the forecast" in line)
+    left, expected = line.split()[2], line.split()[-4]
+    assert float(left) == pytest.approx(float(expected), rel=1e-2)
+    assert 0 < float(expected) < 0.5
+
+
+def test_a_network_of_timm():
+    pytest.importorskip("timm")
+    assert 0 <= run_main("timm_network", "test_resnet", 80) < 1e-4
+
+
+def test_the_library_needs_none_of_the_experiments_libraries():
+    """The main idea end to end, with everything that run.py needs out of reach."""
+    blocked = ("hydra", "omegaconf", "wandb", "matplotlib", "torchvision", "safetensors", "tqdm", "yaml", "timm")
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({blocked}))
+import torch, csgd
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+spaces = csgd.find_spaces(model, torch.randn(2, 4))
+clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 1 / 2))
+optimizer = csgd.CSGD(csgd.param_groups(model, spaces, clusters, centri_strength=1.0), lr=0.01)
+csgd.merge_equal(model, spaces, clusters)
+csgd.trim(model, spaces, clusters, optimizer)
+print(model[0].out_features)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "4\n", done.stderr
+
+
+def test_what_pip_installs(tmp_path):
+    """The package alone, with the three libraries that it needs; the others are extras."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    copy = tmp_path / "source"  # pip builds in the tree that it is given
+    copy.mkdir()
+    for name in ("csgd", "pyproject.toml", "README.md", "LICENSE"):
+        (copy / name).symlink_to(ROOT / name)
+    done = subprocess.run(
+        [*command, "--target", str(tmp_path / "site"), str(copy)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (metadata,) = (tmp_path / "site").glob("csgd-*.dist-info")
+    installed = Distribution.at(metadata)
+    needed = {line.split(">")[0] for line in installed.requires if "extra ==" not in line}
+    assert needed == {"torch", "scikit-learn", "numpy"}
+    assert set(installed.metadata.get_all("Provides-Extra")) == {"experiments", "sweeps", "examples"}
+    assert {path.parts[0] for path in installed.files} == {"csgd", metadata.name}

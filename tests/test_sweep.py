@@ -1,0 +1,258 @@
+"""Sweeps from the command line, in processes of their own, and what is read back from their folders."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from joblib import cpu_count
+from matplotlib.figure import Figure
+from test_config import composed
+
+from csgd import sweep
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "model._target_=nets.Plain", "dataset=synthetic", "dataset.num_classes=5", "dataset.image_size=8",
+    "dataset.train_size=64", "dataset.test_size=32",
+    "schedule=smoke", "schedule.base.max_steps=2", "schedule.csgd.max_steps=4", "hydra.sweep.dir=sweep",
+]  # fmt: skip
+
+NETS = str(Path(__file__).parent)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": NETS, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "run.py"), *arguments]
+
+
+def launch(folder, *arguments, status=0, **environment):
+    environment = {key: value for key, value in (ENVIRONMENT | environment).items() if value is not None}
+    done = subprocess.run(
+        command(*arguments), cwd=folder, env=environment, capture_output=True, text=True, check=False,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+SWEPT = ["-m", *TINY, "deps=5_8", "seed=0,1", "centri_strength=12,1e5"]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """Two seeds that come to their end, and two jobs whose strength is refused."""
+    folder = tmp_path_factory.mktemp("swept")
+    return folder, launch(folder, *SWEPT, status=2)
+
+
+def test_a_sweep_tells_what_came_out(swept):
+    folder, done = swept
+    assert "| job | seed | centri_strength | cut " in done.stdout
+    assert "job 1 failed: centri_strength 100000 diverges at learning rate" in done.stdout
+    with (folder / "sweep" / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["job"], row["seed"], row["centri_strength"], row["status"]) for row in rows] == [
+        ("0", "0", "12", "not lossless"),
+        ("1", "0", "100000.0", "failed"),
+        ("2", "1", "12", "not lossless"),
+        ("3", "1", "100000.0", "failed"),
+    ]
+    summary = json.loads((folder / "sweep" / "2" / "summary.json").read_text())
+    assert float(rows[2]["accuracy"]) == summary["verdict"]["accuracy"]
+    assert int(rows[2]["macs_after"]) == summary["cost"]["macs_after"]
+    assert "Traceback" not in done.stderr
+    text = (folder / "sweep" / "sweep.md").read_text()
+    assert sweep.jobs_table(sweep.read_jobs(folder / "sweep")) in text
+    for name in ("accuracy_macs", "deviation"):
+        assert f"({name}.png)" in text
+        assert (folder / "sweep" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (folder / "sweep" / "accuracy_strength.png").exists(), "one strength came to its end"
+
+
+def test_the_same_command_runs_only_what_is_missing(swept):
+    folder, _ = swept
+    kept = {n: (folder / "sweep" / n / "summary.json").stat().st_mtime_ns for n in ("0", "2")}
+    done = launch(folder, *SWEPT, status=2)
+    assert done.stdout.count("finished before") == 2
+    assert done.stderr.count("error: centri_strength 100000 diverges") == 2
+    assert "csgd epoch" not in done.stdout
+    assert kept == {n: (folder / "sweep" / n / "summary.json").stat().st_mtime_ns for n in kept}
+    assert "| not lossless |" in done.stdout
+
+
+def test_the_folder_of_another_sweep_is_refused_before_it_is_touched(swept):
+    folder, _ = swept
+    before = {path: path.stat().st_mtime_ns for path in (folder / "sweep").rglob("*")}
+    done = launch(folder, *SWEPT, "schedule.csgd.lr=0.04", "clustering=even", "wandb=disabled", status=2)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: hydra.sweep.dir: 'sweep/0' holds a run of another configuration (")
+    assert "(clustering.method: 'kmeans' then, 'even' now; schedule.csgd.lr: 0.05 then, 0.04 now)" in line
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "sweep").rglob("*")}
+
+
+def test_wandb_sync_takes_every_offline_run_of_a_sweep(swept):
+    folder, done = swept
+    assert "wandb sync sweep/*/wandb/offline-run-*" in done.stdout
+    taken = subprocess.run(
+        f"{Path(sys.executable).parent / 'wandb'} sync --dry-run sweep/*/wandb/offline-run-*",
+        shell=True, cwd=folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "Would sync 2 run(s)" in taken.stdout + taken.stderr
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
+    arguments = [
+        "-m", *TINY, "schedule.csgd.epochs=6", "schedule.csgd.max_steps=60", "dataset.train_size=480", "deps=5_8,1_2",
+        "wandb=disabled", "resume=auto", "checkpoint_every=5",
+    ]  # fmt: skip
+    process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+    while not (tmp_path / "sweep" / "1" / "checkpoints" / "last.pt.previous").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [job.status == "killed" for job in sweep.read_jobs(tmp_path / "sweep")] == [False, True]
+    done = launch(tmp_path, *arguments)
+    assert done.stdout.count("finished before") == 1
+    assert "resumed from sweep/1/checkpoints/last.pt" in done.stdout.replace(f"{tmp_path}/", "")
+    assert [job.status == "killed" for job in sweep.read_jobs(tmp_path / "sweep")] == [False, False]
+
+
+@pytest.mark.parametrize("launcher, beside", [("joblib", 2), ("submitit_local", 3)])
+def test_jobs_side_by_side_share_one_base_and_the_cores(tmp_path, launcher, beside):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
+    arguments = ["-m", *TINY, "centri_strength=12,11,1e5", "wandb=disabled", f"hydra/launcher={launcher}"]
+    if launcher == "joblib":
+        arguments.append("hydra.launcher.n_jobs=2")
+    done = launch(tmp_path, *arguments, status=2, OMP_NUM_THREADS=None)
+    jobs = sweep.read_jobs(tmp_path / "sweep")
+    assert [job.status for job in jobs] == ["not lossless", "not lossless", "failed"]
+    assert {job.summary["device"] for job in jobs[:2]} == {f"cpu, {max(1, cpu_count() // beside)} threads"}
+    logs = [(job.folder / "run.log").read_text() for job in jobs[:2]]
+    assert sum("base network: from the cache" in log for log in logs) == 1
+    assert sum("base epoch 1" in log for log in logs) == 1
+    assert "| centri_strength | cut " in done.stdout
+    assert (tmp_path / "sweep" / "accuracy_strength.png").exists()
+
+
+@pytest.mark.parametrize(
+    "launcher, message",
+    [
+        ("joblub", "Could not find 'hydra/launcher/joblub'"),
+        ("joblub", "pip install '.[sweeps]'"),
+        ("submitit_slurm", "hydra/launcher=submitit_slurm: there is no srun here"),
+    ],
+)
+def test_a_launcher_that_cannot_be_used_is_one_clear_line(tmp_path, launcher, message):
+    if launcher == "submitit_slurm":
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    done = launch(tmp_path, "-m", *TINY, f"hydra/launcher={launcher}", status=2, PATH=str(Path(sys.executable).parent))
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_wandb_online_without_a_key_is_said_before_training(tmp_path):
+    environment = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc")}
+    done = launch(tmp_path, *TINY, "hydra.run.dir=out", "wandb=online", status=2, **environment)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: wandb=online: No API key configured. Use `wandb login`")
+    assert line.endswith("wandb=offline needs no account")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert not (tmp_path / "outputs").exists(), "no base network was trained"
+
+
+def written(folder, number, *, seed, deps, accuracy, macs, lossless=True, strength=1.0):
+    """The files of a job, as a run leaves them."""
+    path = folder / str(number)
+    (path / ".hydra").mkdir(parents=True)
+    overrides = ["model=resnet20", f"deps='{deps}'", f"centri_strength={strength}", f"seed={seed}"]
+    (path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+    summary = {
+        "base": {"accuracy": 0.9 + seed / 50, "source": f"base-s{seed}"},
+        "verdict": {
+            "lossless": lossless, "accuracy": accuracy, "relative_logit_change": 1e-6, "relative_deviation": 1e-7,
+        },
+        "cost": {"macs_before": 4_000_000, "macs_after": macs},
+        "strengths": {"kernels": strength, "vectors": strength / 10},
+        "collapse": {"step": 5},
+        "seconds": {"total": 3.0},
+    }  # fmt: skip
+    (path / "summary.json").write_text(json.dumps(summary))
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    written(tmp_path, 10, seed=1, deps="1_2", accuracy=0.5, macs=1_000_000, lossless=False)
+    written(tmp_path, 9, seed=0, deps="1_2", accuracy=0.7, macs=1_000_000)
+    written(tmp_path, 2, seed=1, deps="5_8", accuracy=0.8, macs=2_000_000)
+    written(tmp_path, 1, seed=0, deps="5_8", accuracy=0.9, macs=2_000_000)
+    return sweep.read_jobs(tmp_path)
+
+
+def test_jobs_are_in_order_and_told_apart_by_what_was_swept(jobs):
+    assert [job.folder.name for job in jobs] == ["1", "2", "9", "10"]
+    assert [job.settings for job in jobs] == [
+        {"deps": deps, "seed": seed} for deps in ("5_8", "1_2") for seed in ("0", "1")
+    ]
+
+
+def test_means_over_seeds(jobs):
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in sweep.means_table(jobs).splitlines()[2:]]
+    assert rows == [
+        ["deps=5_8", "0.9100 ± 0.0141", "0.8500 ± 0.0707", "2", "2"],
+        ["deps=1_2", "0.9100 ± 0.0141", "0.6000 ± 0.1414", "2", "1"],
+    ]
+
+
+def test_the_picture_shows_means_spread_and_base(jobs):
+    axes = Figure().subplots()
+    sweep._accuracy_macs(axes, jobs)
+    (line,) = [container for container in axes.containers if container.get_label() == "csgd"]
+    data, _, (bars,) = line.lines
+    assert data.get_xydata().ravel().tolist() == pytest.approx([1, 0.6, 2, 0.85])
+    spreads = [(segment[1, 1] - segment[0, 1]) / 2 for segment in bars.get_segments()]
+    assert spreads == pytest.approx([0.1414, 0.0707], abs=1e-4)
+    (base,) = [one for one in axes.get_lines() if one.get_label() == "base"]
+    assert base.get_ydata()[0] == pytest.approx(0.91)
+    hollow = [one.get_facecolors() for one in axes.collections if len(one.get_offsets()) == 2][-1]
+    assert hollow[0, :3].tolist() == [1, 1, 1], "one of its seeds is not lossless"
+    assert hollow[1, :3].tolist() != [1, 1, 1]
+
+
+SWEEP_FILES = sorted((ROOT / "experiments" / "wandb").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SWEEP_FILES, ids=lambda path: path.stem)
+def test_the_arguments_of_a_wandb_sweep_compose(path):
+    """Each value of each parameter, by the builder that `wandb agent` uses."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    config = yaml.safe_load(path.read_text())
+    assert config["method"] in ("grid", "bayes")
+    assert config["metric"] == {"name": "verdict/accuracy", "goal": "maximize"}
+    values = {
+        key: one.get("values") or ([one["value"]] if "value" in one else [one["min"], one["max"]])
+        for key, one in config["parameters"].items()
+    }
+    for turn in range(max(map(len, values.values()))):
+        job = {key: {"value": of[turn % len(of)]} for key, of in values.items()}
+        variables = {**create_sweep_command_args({"args": job}), "env": [], "interpreter": [], "program": []}
+        arguments = [
+            argument
+            for chunk in create_sweep_command(list(config["command"]))
+            for argument in (variables[chunk[2:-1]] if chunk.startswith("${") else [chunk])
+        ]
+        cfg = composed(*arguments)
+        assert cfg.wandb.mode == "online"
+        assert cfg.centri_strength == job["centri_strength"]["value"]
+        above, below = map(int, job["deps"]["value"].split("_"))
+        assert cfg.deps.fraction == above / below
+    assert [path.stem for path in SWEEP_FILES] == ["bayes", "grid"]
