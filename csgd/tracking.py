@@ -6,11 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from csgd.errors import line_of
-=======
-from csgd.errors import InputError
->>>>>>> sweep
+from csgd.errors import InputError, line_of
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +37,6 @@ class Tracker:
     def _start(self, output_dir: Path, mode: str, config, settings) -> None:
         import wandb
 
-<<<<<<< HEAD
-        self._run = wandb.init(
-            dir=output_dir,
-            mode=mode,
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
-            **settings,
-        )
-        # W&B makes a section of each prefix and sorts them by name: base, csgd, deviation, forecast, report.
-=======
         try:
             self._run = wandb.init(
                 dir=output_dir,
@@ -61,8 +47,7 @@ class Tracker:
             )
         except wandb.errors.UsageError as error:  # no key, a name that is not allowed: better said before training
             raise InputError(f"wandb={mode}: {str(error).rstrip('.')}; wandb=offline needs no account") from None
-        self._run.define_metric("epoch")
->>>>>>> sweep
+        # W&B makes a section of each prefix and sorts them by name: base, csgd, deviation, forecast, report.
         self._run.define_metric("*", step_metric="epoch")
         for counter in ("epoch", "step", "stage"):
             self._run.define_metric(counter, hidden=True)

@@ -57,20 +57,7 @@ class Journal:
         saved = load_checkpoint(path) if cfg.resume == "auto" else None
         if saved is None:
             return cls(path, config, {"seconds": {}}, None)
-<<<<<<< HEAD
-        keys = sorted(config.keys() | saved["config"].keys())
-        differ = [
-            f"{key}: {saved['config'].get(key)!r} then, {config.get(key)!r} now"
-            for key in keys
-            if config.get(key) != saved["config"].get(key) and not key.startswith(FREE)
-        ]
-        if differ:
-            raise InputError(
-                f"resume=auto: '{output_dir}' holds a run of another configuration or version ({'; '.join(differ)})"
-            )
-=======
         _refuse_other("resume=auto", output_dir, saved["config"], config)
->>>>>>> sweep
         log.info("resumed from %s: %s, step %d", path, saved["phase"], saved["step"])
         return cls(path, config, saved["record"], saved)
 
@@ -125,7 +112,7 @@ def _refuse_other(key: str, output_dir: Path, then: Mapping[str, Any], now: Mapp
         if then.get(name) != now.get(name) and not name.startswith(FREE)
     ]
     if differ:
-        raise InputError(f"{key}: '{output_dir}' holds a run of another configuration ({'; '.join(differ)})")
+        raise InputError(f"{key}: '{output_dir}' holds another configuration or version: {'; '.join(differ)}")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
