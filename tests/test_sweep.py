@@ -92,8 +92,8 @@ def test_the_folder_of_another_sweep_is_refused_before_it_is_touched(swept):
     before = {path: path.stat().st_mtime_ns for path in (folder / "sweep").rglob("*")}
     done = launch(folder, *SWEPT, "schedule.csgd.lr=0.04", "clustering=even", "wandb=disabled", status=2)
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: hydra.sweep.dir: 'sweep/0' holds a run of another configuration (")
-    assert "(clustering.method: 'kmeans' then, 'even' now; schedule.csgd.lr: 0.05 then, 0.04 now)" in line
+    assert line.startswith("error: hydra.sweep.dir: 'sweep/0' holds another configuration or version: ")
+    assert "clustering.method: 'kmeans' then, 'even' now; schedule.csgd.lr: 0.05 then, 0.04 now" in line
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "sweep").rglob("*")}
 
 
