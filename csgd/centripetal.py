@@ -81,8 +81,9 @@ def centripetal_direction(gradient: Tensor, weight: Tensor, segments: Segments, 
 
     Adding ηW gives ΓG + ΛW.  A row that is alone in its cluster gets its gradient, up to rounding.
     """
-    means = segments.means(gradient).sub_(segments.means(weight), alpha=centri_strength)
-    return means.index_select(0, segments.cluster).add_(weight, alpha=centri_strength)
+    direction = torch.sub(gradient, weight, alpha=centri_strength)
+    means = segments.means(direction)
+    return torch.index_select(means, 0, segments.cluster, out=direction).add_(weight, alpha=centri_strength)
 
 
 def squared_deviation(weight: Tensor, segments: Segments) -> Tensor:
