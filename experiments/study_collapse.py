@@ -111,7 +111,7 @@ def rate(lr: float, steps: int, step: int) -> float:
 def advance(model, optimizer, data, steps: range, lr_at, *, seed: int, ramp_at=None) -> float:
     """Trains for some steps; CPU seconds."""
     started = time.process_time()
-    fixed = dict(steps_per_epoch=STEPS_PER_EPOCH, lr_at=lr_at, ramp_at=ramp_at, seed=seed, label="", progress=False)
+    fixed = dict(steps_per_epoch=STEPS_PER_EPOCH, lr_at=lr_at, ramp_at=ramp_at, seed=seed)
     for _ in train(model, optimizer, data, steps=steps, **fixed):
         pass
     return time.process_time() - started
