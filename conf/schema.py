@@ -74,8 +74,9 @@ class Schedule:
     weight_decay: float = MISSING
     weight_decay_vectors: float = 0.0
     bias_lr_factor: float = 1.0
-    centri_strength: float = MISSING
+    centri_strength: Any = MISSING
     vector_ratio: float = MISSING
+    ramp: str = "constant"
     base: Phase = MISSING
     csgd: Phase = MISSING
 
@@ -160,7 +161,7 @@ class Config:
     tolerance: Tolerance = MISSING
     centri_strength: Any = II("schedule.centri_strength")
     vector_ratio: float = II("schedule.vector_ratio")
-    ramp: str = MISSING
+    ramp: str = II("schedule.ramp")
     collapse_by: float = MISSING
     trim_at: str = MISSING
     after_trim: str = MISSING

@@ -19,6 +19,7 @@ SHORT = [  # the main job's own path, on fewer steps
     "schedule.base={epochs: 1, lr: 3e-4, warmup_epochs: 0, max_steps: 3}",
     "schedule.csgd={epochs: 2, lr: 0.01, warmup_epochs: 0, max_steps: 15, decay: constant}",
     "centri_strength=60",
+    "ramp=constant",
 ]
 
 
@@ -179,7 +180,7 @@ def test_other_models_and_a_network_of_ones_own(tmp_path):
     )
     short = ["schedule=smoke", "dataset.image_size=16", "wandb=disabled"]
     run(tmp_path, "model._target_=mynet.Net", *short, "hydra.run.dir=own", PYTHONPATH=str(tmp_path))
-    gentle = ["schedule.base.lr=0.01", "schedule.csgd.lr=0.01", "centri_strength=60", "wandb=disabled"]
+    gentle = ["schedule.base.lr=0.01", "schedule.csgd.lr=0.01", "centri_strength=60", "ramp=constant", "wandb=disabled"]
     named = ["model=torchvision", "model.name=squeezenet1_1", "deps=3_4", "schedule=smoke"]
     run(tmp_path, *named, *gentle, "hydra.run.dir=squeezenet")
     for name in ("own", "squeezenet"):
