@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from csgd.errors import line_of
 from csgd.report import table
 
 log = logging.getLogger("csgd")
@@ -81,7 +82,7 @@ def leave(sweep_dir: Path, jobs: list[Job]) -> str:
     try:
         drawn = draw(sweep_dir, jobs)
     except Exception as error:  # a picture never loses a sweep
-        log.warning("the pictures could not be drawn: %s", error)
+        log.warning("the pictures could not be drawn: %s", line_of(error))
     origin = {key: summary[key] for summary in (job.summary for job in finished(jobs)) for key in ("device", "commit")}
     facts = [f"{len(jobs)} jobs", *(str(fact) for fact in origin.values() if fact)]
     images = "".join(f"\n![{path.stem.replace('_', ' ')}]({path.name})\n" for path in drawn)

@@ -5,15 +5,18 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.optim import CSGD, set_lr, set_ramp
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 CHECK_EVERY = 16  # steps between two looks at the losses; a look waits for the device
 AUXILIARY_WEIGHT = 0.3  # of the loss of an auxiliary head (Szegedy et al., 2015)
@@ -54,7 +57,7 @@ def train(
     ramp_at: Callable[[int], float] | None = None,
     clip_norm: float | None = None,
     seed: int,
-    bar: tqdm | None = None,
+    bar: "tqdm | None" = None,
     random_state: Tensor | None = None,
 ) -> Iterator[Epoch]:
     """Trains the steps of a run that `steps` names, and yields at the end of each epoch and of `steps`, so that the
@@ -63,8 +66,7 @@ def train(
     `lr_at` and `ramp_at` (of the strength of a CSGD) are functions of the step; `clip_norm` caps the norm of the
     gradient (fact F9: the forecast holds all the same).  Data and random state of an epoch are fixed by (seed, epoch);
     where `steps` starts within one, `random_state` is that of torch at this step.  `bar` is of the caller's, for more
-    than these steps.  DivergedError names the step at
-    which the loss stopped being a number; the weights are then lost.
+    than these steps.  DivergedError names the step at which the loss stopped being a number; the weights are then lost.
     """
     for epoch in range(steps.start // steps_per_epoch, -(-steps.stop // steps_per_epoch)):
         started = time.perf_counter()

@@ -244,7 +244,7 @@ def test_pictures_that_fail_are_reported_and_lose_nothing(looked, tmp_path):
     (tmp_path / "out" / "filters.safetensors").mkdir()
     stdout = run(tmp_path, cached, "quiet=true", "wandb=disabled", "centri_strength=0.5", status=1)
     warnings = [line for line in stdout.splitlines() if "[WARNING]" in line]
-    for name in ("draw_curves", "draw_widths", "draw_sizes", "the filters for their picture"):
+    for name in ("report/curves.png", "report/widths.png", "report/sizes.png", "the filters for their picture"):
         assert any(f"{name} could not be drawn: " in line for line in warnings), name
     assert any("the filters will not collapse" in line for line in warnings)
     assert "[INFO] - NOT LOSSLESS" in stdout

@@ -212,7 +212,7 @@ def _report(summary: dict[str, Any], tracker: Tracker, output_dir: Path) -> None
     tracker.log_table("report/layers", report.LAYER_HEADER, rows)
     started = time.perf_counter()
     for draw in (report.draw_curves, report.draw_filters, report.draw_widths, report.draw_sizes):
-        with spared(draw.__name__):
+        with spared(f"report/{draw.__name__.removeprefix('draw_')}.png"):
             if path := draw(output_dir):
                 tracker.log_image(f"report/{path.stem}", path)
     with spared("report.html"):
