@@ -205,6 +205,8 @@ def strength_to_collapse(
     fastest = max((rate * r for rate, r in zip(learning_rates, ramp, strict=True)), default=0.0)
     if fastest <= 0:
         return None
+    if collapses(0.0):
+        return 0.0
     highest = stability_limit(momentum, nesterov) / fastest - weight_decay
     low, high = 0.0, highest * 2.0**-30
     while not collapses(high):  # from below: close to the limit the recurrence rings and is no longer monotonic

@@ -221,7 +221,7 @@ SMOKE = ["model=resnet20", "schedule=smoke", "wandb=disabled"]
         (["vector_ratio=much"], "Value 'much' of type 'str' could not be converted to Float"),
         ([*SMOKE, "centri_strength=auto", "collapse_by=0.05"], "centri_strength=auto: no stable strength collapses"),
         (["centri_strength=1e5"], "centri_strength 100000 diverges at learning rate"),
-        (["schedule.csgd.lr=100"], "diverges at learning rate 100"),
+        (["schedule.csgd.lr=100", "centri_strength=0.8"], "diverges at learning rate 100"),
         (["dataset=imagefolder", "dataset.root=nowhere"], "dataset.root 'nowhere' is not a folder"),
         (["dataset=cifar10"], "CIFAR-10 in 'data' is not there; dataset.download=true fetches it"),
         ([*SMOKE, "base.weights=vgg.safetensors"], "base.weights 'vgg.safetensors' are of another architecture"),

@@ -76,8 +76,9 @@ class Pull:
                     f"centri_strength=auto: no stable strength collapses the filters within {within} of {steps} "
                     f"steps; a larger collapse_by than {cfg.collapse_by:g}, more epochs or a higher learning rate would"
                 )
-            strength = solved.pop("kernels")
-            made = optimizer(strength, max(solved.values(), default=strength) / strength)
+            made = optimizer(0.0, 0.0)
+            for group in made.clustered_groups():
+                group["centri_strength"] = solved[group["name"]]
         else:
             made = optimizer(cfg.centri_strength, cfg.vector_ratio)
         start = {group["name"]: float(made.deviation(group)) for group in made.clustered_groups()}
