@@ -47,7 +47,7 @@ def test_the_fractions_are_what_their_names_say():
 
 
 def test_the_main_configuration_fits_a_screen():
-    assert len((CONF / "config.yaml").read_text().splitlines()) <= 60
+    assert len((CONF / "config.yaml").read_text().splitlines()) <= 52
 
 
 @pytest.mark.parametrize(

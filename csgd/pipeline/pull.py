@@ -68,15 +68,14 @@ class Pull:
             return CSGD(groups, cfg.schedule.csgd.lr, cfg.schedule.momentum, cfg.schedule.nesterov)
 
         if cfg.centri_strength == "auto":
-            steps = len(timetable.learning_rates)
+            made, steps = optimizer(0.0, 0.0), len(timetable.learning_rates)
             within = round(cfg.collapse_by * steps)
-            solved = strengths_by(optimizer(0.0, 0.0).clustered_groups(), timetable, within)
+            solved = strengths_by(made.clustered_groups(), timetable, within)
             if None in solved.values():
                 raise InputError(
                     f"centri_strength=auto: no stable strength collapses the filters within {within} of {steps} "
                     f"steps; a larger collapse_by than {cfg.collapse_by:g}, more epochs or a higher learning rate would"
                 )
-            made = optimizer(0.0, 0.0)
             for group in made.clustered_groups():
                 group["centri_strength"] = solved[group["name"]]
         else:
