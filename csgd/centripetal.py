@@ -7,7 +7,7 @@ representative of its cluster.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from numbers import Real
@@ -129,11 +129,10 @@ def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor if tensor.stride() == other.stride() else torch.empty_like(other).copy_(tensor)
 
 
-def scale_along(tensor: Tensor, factors: Iterable[tuple[int, Tensor]]) -> Tensor:
+def scale_along(tensor: Tensor, factors: Sequence[tuple[int, Tensor]]) -> Tensor:
     """A copy of `tensor` multiplied by a vector along each of some dims: Π_d factors_d[i_d] · t[i_1, i_2, …] (F7)."""
-    for dim, vector in factors:
-        tensor = tensor * vector.view([-1 if d == dim else 1 for d in range(tensor.dim())])
-    return tensor
+    vectors = [vector.view([-1 if d == dim else 1 for d in range(tensor.dim())]) for dim, vector in factors]
+    return tensor * math.prod(vectors[1:], start=vectors[0])  # one pass over the tensor: the product is small
 
 
 def forecast(

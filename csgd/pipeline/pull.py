@@ -24,6 +24,8 @@ from csgd.verify import Verdict, statistics_spread, verdict
 
 log = logging.getLogger("csgd")
 
+Tested = tuple[Tensor, Tensor]  # logits [n, classes] of the test set, and its labels [n]
+
 LOOK_EVERY = 10  # steps between two looks at the deviation, once the collapse is due
 
 
@@ -157,38 +159,40 @@ class Stage:
     clock: Clock
     bar: tqdm
 
-    def train_wide(self, done: int, random_state: Tensor | None) -> tuple[int, Tensor | None]:
-        """Trains the wide network from step `done` to its cut; the step of that, and the random state there."""
+    def train_wide(self, done: int, random_state: Tensor | None) -> tuple[int, Tensor | None, Tested | None]:
+        """Trains the wide network from step `done` to its cut; the step of that, and what `train` returns there."""
+        tested = None
         end = self.pull.phase["steps"].stop
         foreseen = self.pull.ahead.collapse_step if self.cfg.trim_at == "collapse" else None
         if done < (foreseen or end):
-            random_state = self.train("wide", range(done, foreseen or end), random_state)
+            random_state, tested = self.train("wide", range(done, foreseen or end), random_state)
             done = foreseen or end
         while foreseen and done < end and self.pull.optimizer.relative_deviation() > self.cfg.tolerance.deviation:
             more = range(done, min(done + LOOK_EVERY, end))  # float32 was slower than the forecast
-            random_state = self.train("wide", more, random_state)
+            random_state, tested = self.train("wide", more, random_state)
             done = more.stop
-        return done, random_state
+        return done, random_state, tested
 
-    def train(self, phase: str, steps: range, random_state: Tensor | None) -> Tensor | None:
+    def train(self, phase: str, steps: range, random_state: Tensor | None) -> tuple[Tensor | None, Tested | None]:
         """Some steps, wide or trimmed: metrics at the end of each epoch and of `steps`, and checkpoints.
 
-        Takes and returns the random state of torch at the first and after the last step.
+        Takes and returns the random state of torch at the first and after the last step, and returns what the network
+        says of the test set after the last one; None where there is no step.
         """
-        arguments, optimizer = self.pull.phase, self.pull.optimizer
+        arguments, optimizer, tested = self.pull.phase, self.pull.optimizer, None
         self.clock.start(self.position(steps.start))
         for part in chunks(steps, self.cfg.checkpoint_every):
             here = arguments | {"steps": part, "bar": self.bar, "random_state": random_state}
             for epoch in train(self.model, optimizer, self.data, **here):
                 measured = epoch.step % arguments["steps_per_epoch"] == 0 or epoch.step == steps.stop
-                test_accuracy = accuracy(*predict(self.model, self.data)) if measured else None
+                tested = predict(self.model, self.data) if measured else None
                 self.clock.tick(self.position(epoch.step))
                 self.tell_pace(phase, epoch)
-                if measured:
-                    self.log(epoch, test_accuracy)
+                if tested:
+                    self.log(epoch, accuracy(*tested))
                 self.pull.save(self.journal, phase, epoch.step, self.model, self.tracker, self.clusters)
             random_state = torch.get_rng_state()
-        return random_state
+        return random_state, tested
 
     def position(self, step: int) -> int:
         """The same step, counted from the start of the run."""
@@ -216,9 +220,9 @@ class Stage:
         log_epoch("csgd", epoch, test_accuracy, self.tracker, row, self.clock.seconds_left)
 
 
-def cut(cfg: Any, model: nn.Module, data: Data, spaces, clusters, optimizer: CSGD) -> Verdict:
-    """Trims the model and the optimizer in place, and measures what that did to the logits."""
-    before, labels = predict(model, data)
+def cut(cfg: Any, model: nn.Module, data: Data, spaces, clusters, optimizer: CSGD, tested: Tested | None) -> Verdict:
+    """Trims the model and the optimizer in place, and measures what that did to the logits, which were `tested`."""
+    before, labels = tested or predict(model, data)
     measured = dict(
         deviation=float(optimizer.deviation()),
         relative_deviation=optimizer.relative_deviation(),

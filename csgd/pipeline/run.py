@@ -150,16 +150,16 @@ def _stage(
         stage = Stage(cfg, model, data, clusters, pull, number, journal, tracker, clock, bar)
         if wide:
             with clocked(seconds, "csgd_wide"):
-                done, random_state = stage.train_wide(done, random_state)
+                done, random_state, tested = stage.train_wide(done, random_state)
             with clocked(seconds, "trim"):
                 _keep(album, model, "collapse")
-                judged = cut(cfg, model, data, spaces, clusters, pull.optimizer)
+                judged = cut(cfg, model, data, spaces, clusters, pull.optimizer, tested)
                 _keep(album, model, "cut")
             bar.set_description(f"C-SGD, cut at {done}", refresh=False)
             journal.record["stage"] = {"cut_step": done, "verdict": asdict(judged)}
             pull.save(journal, "trimmed", done, model, tracker, clusters)
         with clocked(seconds, "csgd_trimmed"):
-            stage.train("trimmed", range(done, end), random_state)
+            _, tested = stage.train("trimmed", range(done, end), random_state)
     record = journal.record.pop("stage")
     journal.record["stages"].append(
         {
@@ -170,7 +170,7 @@ def _stage(
                 "predicted_step": pull.ahead.collapse_step,
                 "fraction": record["cut_step"] / end,
             },
-            "verdict": record["verdict"] | {"accuracy": accuracy(*predict(model, data))},
+            "verdict": record["verdict"] | {"accuracy": accuracy(*(tested or predict(model, data)))},
             "forecast": {"steps": end, "curves": pull.curves(FORECAST_POINTS)},
         }
     )
