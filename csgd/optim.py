@@ -146,7 +146,11 @@ class CSGD(torch.optim.Optimizer):
                     ]
                     self._update(group, chosen, fused)
             rest = [present[i] for i in others]
-            self._update(group, [(p, scale_along(p.grad, factors) if factors else p.grad) for p, factors in rest], True)
+            # A large copy is best used while it is in the cache, and its memory is then there for the next one.
+            alone = [factors is not None and p.numel() > STACKED for p, factors in rest]
+            together = [pair for pair, one in zip(rest, alone, strict=True) if not one]
+            for pairs in (together, *([pair] for pair, one in zip(rest, alone, strict=True) if one)):
+                self._update(group, [(p, scale_along(p.grad, f) if f else p.grad) for p, f in pairs], True)
         return loss
 
     def _update(self, group: dict, pairs: Sequence[tuple[Tensor, Tensor]], fused: bool) -> None:
