@@ -3,6 +3,7 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from csgd.graph import ChannelSpace, Ref
 Clusters = Mapping[str, Sequence[Sequence[int]]]
 METHODS = ("kmeans", "even", "imbalanced")
 SOURCES = ("pacesetter", "producers")
+STARTS = 3  # of k-means, the best of which counts: seeds then matter little
 
 
 def cluster(
@@ -35,7 +37,7 @@ def cluster(
     if method not in METHODS:
         raise InputError(f"clustering.method must be one of {', '.join(METHODS)}, got {method!r}")
     by_name = {space.name: space for space in spaces}
-    clusters = {}
+    labels, kernels = {}, {}
     for name, width in widths.items():
         if name not in by_name:
             raise InputError(f"widths: there is no channel space '{name}'")
@@ -43,16 +45,20 @@ def cluster(
         if not 1 <= width <= space.size:
             raise InputError(f"widths.{name} must be between 1 and {space.size}, got {width}")
         if method == "kmeans" and width < space.size:
-            labels = _kmeans(filters(model, space, of), width, seed, name)
+            kernels[name] = filters(model, space, of)
         elif method == "imbalanced":
-            labels = np.maximum(np.arange(space.size) - (space.size - width), 0)
+            labels[name] = np.maximum(np.arange(space.size) - (space.size - width), 0)
         else:
-            labels = np.arange(space.size) * width // space.size
-        members = defaultdict(list)
-        for slot, label in enumerate(labels.tolist()):
-            members[label].append(slot)
-        clusters[name] = sorted(members.values())
-    return clusters
+            labels[name] = np.arange(space.size) * width // space.size
+    labels |= _kmeans(kernels, widths, seed)
+    return {name: _parts(labels[name]) for name in widths}
+
+
+def _parts(labels: np.ndarray) -> list[list[int]]:
+    members = defaultdict(list)
+    for slot, label in enumerate(labels.tolist()):
+        members[label].append(slot)
+    return sorted(members.values())
 
 
 def filters(model: nn.Module, space: ChannelSpace, of: str = "pacesetter") -> Tensor:
@@ -75,17 +81,31 @@ def _rows(model: nn.Module, ref: Ref, size: int) -> Tensor:
     return rows.reshape(size, -1)
 
 
-def _kmeans(rows: Tensor, width: int, seed: int, name: str) -> np.ndarray:
+def _kmeans(kernels: Mapping[str, Tensor], widths: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
+    """The labels of each space, several spaces at once, each on one thread: the same ones however many there are."""
+    from threadpoolctl import threadpool_limits
+
+    def fit(name: str) -> np.ndarray:
+        rows = kernels[name].double().cpu().numpy()
+        if not np.isfinite(rows).all():
+            raise InputError(f"the weights of {name} hold NaN or infinity, they cannot be clustered")
+        return _kmeans_of(rows, widths[name], seed)
+
+    pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=threadpool_limits, initargs=(1, "openmp"))
+    with threadpool_limits(1, "blas"), pool:
+        return dict(zip(kernels, pool.map(fit, kernels), strict=True))
+
+
+def _kmeans_of(rows: np.ndarray, width: int, seed: int) -> np.ndarray:
     from sklearn.cluster import KMeans
 
-    data = rows.float().cpu().numpy()
-    if not np.isfinite(data).all():
-        raise InputError(f"the weights of {name} hold NaN or infinity, they cannot be clustered")
+    if rows.shape[1] > rows.shape[0]:
+        rows = np.linalg.qr(rows.T, mode="r").T  # n filters span n dims at most: coordinates there, the same distances
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer distinct filters than clusters: mended below
-        fit = KMeans(width, n_init=1, random_state=seed).fit(data)
+        fit = KMeans(width, n_init=STARTS, random_state=seed).fit(rows)
     labels = fit.labels_.copy()
-    farthest = np.argsort(-np.linalg.norm(data - fit.cluster_centers_[labels], axis=1), kind="stable").tolist()
+    farthest = np.argsort(-np.linalg.norm(rows - fit.cluster_centers_[labels], axis=1), kind="stable").tolist()
     for empty in sorted(set(range(width)) - set(labels.tolist())):
         counts = np.bincount(labels, minlength=width)
         labels[next(slot for slot in farthest if counts[labels[slot]] > 1)] = empty

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ class Tracker:
     def __init__(
         self, output_dir: Path, *, mode: str, config: Mapping[str, Any], settings: Mapping[str, Any], rows: int = 0
     ):
-        """A run that is resumed keeps the first `rows` rows of metrics.jsonl; a new one starts an empty file.
+        """A run that is resumed keeps the first `rows` rows of metrics.jsonl, and W&B gets them again; a new one starts
+        an empty file.
 
         InputError, before there is a file, if W&B cannot start for want of a key.
         """
@@ -30,13 +33,19 @@ class Tracker:
             self._attempt(lambda: self._start(output_dir, mode, config, settings))
         path = output_dir / "metrics.jsonl"
         kept = path.read_text().splitlines(keepends=True)[:rows] if path.exists() else []
-        path.write_text("".join(kept))
+        scratch = path.with_suffix(".writing")
+        scratch.write_text("".join(kept))
+        os.replace(scratch, path)
         self.rows = len(kept)
         self._file = path.open("a", buffering=1)
+        for line in kept:
+            self._log_row(json.loads(line))
 
     def _start(self, output_dir: Path, mode: str, config, settings) -> None:
         import wandb
 
+        for stale in (output_dir / "wandb").glob("offline-run-*"):
+            shutil.rmtree(stale)  # of a run that was killed or failed here: this one takes its place, with all its rows
         try:
             self._run = wandb.init(
                 dir=output_dir,
@@ -64,6 +73,9 @@ class Tracker:
     def log(self, row: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
         self.rows += 1
+        self._log_row(row)
+
+    def _log_row(self, row: Mapping[str, Any]) -> None:
         if self._run:
             self._attempt(lambda: self._run.log(dict(row)))
 

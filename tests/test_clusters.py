@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from torch import nn
 
 import csgd
@@ -105,3 +106,18 @@ def test_nan_weights_cannot_be_clustered():
         model.conv1.weight[0] = float("nan")
     with pytest.raises(InputError, match="the weights of conv1 hold NaN"):
         cluster(model, spaces, {"conv1": 4})
+
+
+def test_kmeans_is_the_same_on_any_number_of_threads_and_as_good_as_a_plain_one(resnet):
+    model, spaces, widths = resnet
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(cluster(model, spaces, widths, seed=1))
+    assert found[0] == found[1]
+    for space in spaces:
+        if space.trimmable:
+            rows = csgd.clusters.filters(model, space).double()
+            inertia = sum(float((rows[part] - rows[part].mean(0)).square().sum()) for part in found[0][space.name])
+            plain = KMeans(widths[space.name], n_init=1, random_state=1).fit(rows.numpy()).inertia_
+            assert inertia <= 1.01 * plain, space.name

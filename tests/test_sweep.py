@@ -110,7 +110,7 @@ def test_wandb_sync_takes_every_offline_run_of_a_sweep(swept):
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     arguments = [
         "-m", *TINY, "schedule.csgd.epochs=6", "schedule.csgd.max_steps=60", "dataset.train_size=480", "deps=5_8,1_2",
-        "wandb=disabled", "resume=auto", "checkpoint_every=5",
+        "resume=auto", "checkpoint_every=5",
     ]  # fmt: skip
     process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
     while not (tmp_path / "sweep" / "1" / "checkpoints" / "last.pt.previous").exists():
@@ -123,6 +123,25 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     assert done.stdout.count("finished before") == 1
     assert "resumed from sweep/1/checkpoints/last.pt" in done.stdout.replace(f"{tmp_path}/", "")
     assert [job.status == "killed" for job in sweep.read_jobs(tmp_path / "sweep")] == [False, False]
+    for job in ("0", "1"):
+        (offline,) = (tmp_path / "sweep" / job).glob("wandb/offline-run-*/run-*.wandb")
+        rows = [json.loads(line) for line in (tmp_path / "sweep" / job / "metrics.jsonl").read_text().splitlines()]
+        assert logged_steps(offline) == [(row["phase"], row["step"]) for row in rows], "one run a job, whole"
+
+
+def logged_steps(path):
+    """Phase and step of each row that a W&B run holds, in its own format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, rows = DataStore(), []
+    store.open_for_scan(str(path))
+    while (data := store.scan_data()) is not None:
+        record = Record.FromString(data)
+        items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        if "phase" in items:
+            rows.append((items["phase"], items["step"]))
+    return rows
 
 
 @pytest.mark.parametrize("launcher, beside", [("joblib", 2), ("submitit_local", 3)])
