@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -130,17 +131,21 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
 
 
 def logged_steps(path):
-    """Phase and step of each row that a W&B run holds, in its own format."""
+    """Phase and step of each row that a W&B run holds, in its own format: LevelDB's log of protobuf records."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
-    store, rows = DataStore(), []
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = Record.FromString(data)
-        items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-        if "phase" in items:
-            rows.append((items["phase"], items["step"]))
+    content, at, data, rows = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(content):
+        if (left := -at % 2**15) < 7:
+            at += left  # no header is split between blocks
+        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        data, at = data + content[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            items = Record.FromString(data).history.item
+            row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+            if "phase" in row:
+                rows.append((row["phase"], row["step"]))
+            data = b""
     return rows
 
 
