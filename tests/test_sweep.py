@@ -114,7 +114,8 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
         "resume=auto", "checkpoint_every=5",
     ]  # fmt: skip
     process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
-    while not (tmp_path / "sweep" / "1" / "checkpoints" / "last.pt.previous").exists():
+    rows = tmp_path / "sweep" / "1" / "metrics.jsonl"
+    while not rows.exists() or rows.read_text().count("\n") < 3:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
