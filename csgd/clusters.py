@@ -174,19 +174,23 @@ def clustered_tensors(model: nn.Module, spaces: list[ChannelSpace], clusters: Cl
     check_clusters(spaces, clusters)
     refs = defaultdict(list)
     for space in spaces:
-        for ref in space.refs if space.name in clusters else ():
-            refs[tuple(ref.owners)].append((ref, clusters[space.name]))
+        if space.name in clusters:
+            first = list(range(space.size))  # of the cluster of each slot
+            for members in clusters[space.name]:
+                for slot in members:
+                    first[slot] = members[0]
+            for ref in space.refs:
+                refs[tuple(ref.owners)].append((ref, first))
     touched = []
     for owners, uses in refs.items():
         tensor = tensor_of(model, uses[0][0])
         segments: dict[bool, tuple[int, Tensor]] = {}
-        for ref, parts in uses:
+        for ref, first in uses:
             summed = ref.role == "in"
             dim, vector = segments.setdefault(summed, (ref.dim, torch.arange(tensor.size(ref.dim))))
             if dim != ref.dim:
                 raise InputError(f"{'.'.join(owners[0])} is indexed along two dims by channels that become equal")
-            for members in parts:
-                vector[ref.index[list(members)]] = ref.index[members[0]].expand(len(members), -1)
+            vector[ref.index] = ref.index[first]
         touched.append(ClusteredTensor(list(owners), tensor, segments.get(False), segments.get(True)))
     return touched
 
