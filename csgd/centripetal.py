@@ -20,7 +20,7 @@ from torch import Tensor
 def merge_matrix(clusters: Sequence[Sequence[int]], *, dtype=torch.float64, device=None) -> Tensor:
     """Merge matrix Γ [c, c]: Γ[i,j] = 1/|H(i)| if j ∈ H(i), else 0.  ΓW holds the cluster means (section 3.2, eq. 8).
 
-    `clusters` is a partition of range(c).  Dense: for reading and as the oracle of `centripetal_direction`.
+    `clusters` is a partition of range(c).  Dense: for reading and as the oracle of `merged_gradient`.
     """
     size = sum(map(len, clusters))
     merge = torch.zeros(size, size, dtype=dtype, device=device)
@@ -46,18 +46,21 @@ class Segments:
     order    [c] positions of the rows, cluster after cluster
     offsets  [r] where in `order` each cluster begins
     cluster  [c] number of the cluster of each row, 0 … r − 1
+    shares   [c] 1/|H(i)| of the rows in `order`
     """
 
     order: Tensor
     offsets: Tensor
     cluster: Tensor
+    shares: Tensor
 
     @classmethod
-    def of(cls, segments: Tensor, device=None) -> "Segments":
-        """From a vector that names one row, any, for each cluster."""
+    def of(cls, segments: Tensor, device=None, dtype=torch.float64) -> "Segments":
+        """From a vector that names one row, any, for each cluster; for rows of `dtype`."""
         _, cluster, sizes = segments.cpu().unique(return_inverse=True, return_counts=True)
-        tensors = cluster.argsort(stable=True), sizes.cumsum(0) - sizes, cluster
-        return cls(*(tensor.to(device) for tensor in tensors))
+        order = cluster.argsort(stable=True)
+        shares = (1 / sizes[cluster[order]].double()).to(dtype)
+        return cls(*(tensor.to(device) for tensor in (order, sizes.cumsum(0) - sizes, cluster, shares)))
 
     @property
     def shared(self) -> bool:
@@ -69,21 +72,23 @@ class Segments:
 
         Summed row after row, never by atomics: the same bits on every run and every rank (fact F10).
         """
-        return F.embedding_bag(self.order, rows, self.offsets, mode="mean")
+        # A weighted sum has a faster path in torch than mode="mean".
+        return F.embedding_bag(self.order, rows, self.offsets, mode="sum", per_sample_weights=self.shares)
 
     def merge(self, rows: Tensor) -> Tensor:
         """ΓW of rows [c, k]: each is replaced by the mean of its cluster; a row that is alone stays, bit by bit."""
         return self.means(rows).index_select(0, self.cluster)
 
 
-def centripetal_direction(gradient: Tensor, weight: Tensor, segments: Segments, centri_strength: float) -> Tensor:
-    """The C-SGD direction without weight decay, for rows [c, k]: Γ(G − εW) + εW (eq. 7).
+def merged_gradient(
+    gradient: Tensor, weight: Tensor, segments: Segments, centri_strength: float, out: Tensor | None = None
+) -> Tensor:
+    """Γ(G − εW) for rows [c, k]: the gradient with which SGD under a weight decay of η+ε is C-SGD (eq. 7).
 
-    Adding ηW gives ΓG + ΛW.  A row that is alone in its cluster gets its gradient, up to rounding.
+    Γ(G − εW) + (η+ε)W = ΓG + ΛW.  Rows of a cluster get the same bits, and only means [r, k] are computed.
     """
-    direction = torch.sub(gradient, weight, alpha=centri_strength)
-    means = segments.means(direction)
-    return torch.index_select(means, 0, segments.cluster, out=direction).add_(weight, alpha=centri_strength)
+    out = torch.sub(gradient, weight, alpha=centri_strength, out=out)
+    return torch.index_select(segments.means(out), 0, segments.cluster, out=out)
 
 
 def squared_deviation(weight: Tensor, segments: Segments) -> Tensor:
@@ -104,24 +109,34 @@ class RowOrder:
 
     @classmethod
     def of(cls, tensor: Tensor, dim: int) -> "RowOrder":
-        others = sorted((d for d in range(tensor.dim()) if d != dim), key=lambda d: -tensor.stride(d))
-        dims = (dim, *others)
+        dims = (dim, *(d for d in memory_order(tensor) if d != dim))
         return cls(dims, tuple(tensor.size(d) for d in dims))
 
     def rows(self, tensor: Tensor) -> Tensor:
         """tensor → [c, k]"""
-        return tensor.permute(self.dims).reshape(self.shape[0], -1)
+        return permuted(tensor, self.dims).reshape(self.shape[0], -1)
 
     def tensor(self, rows: Tensor) -> Tensor:
         """[c, k] → a view in the shape of the tensor"""
-        return rows.view(self.shape).permute([self.dims.index(d) for d in range(len(self.dims))])
+        return permuted(rows.view(self.shape), [self.dims.index(d) for d in range(len(self.dims))])
 
 
 def segment_mean(tensor: Tensor, dim: int, segments: Tensor) -> Tensor:
     """ΓW along `dim`: every row replaced by the mean of its cluster."""
     order = RowOrder.of(tensor, dim)
-    merged = Segments.of(segments, tensor.device).merge(order.rows(tensor))
+    merged = Segments.of(segments, tensor.device, tensor.dtype).merge(order.rows(tensor))
     return laid_out_like(order.tensor(merged), tensor)
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """Its dims from the largest stride to the smallest: along these, a dense tensor is contiguous."""
+    dims = list(range(tensor.dim()))
+    return dims if tensor.is_contiguous() else sorted(dims, key=lambda d: -tensor.stride(d))
+
+
+def permuted(tensor: Tensor, dims: Sequence[int]) -> Tensor:
+    """tensor.permute(dims), without a call into torch where that changes nothing."""
+    return tensor if list(dims) == list(range(len(dims))) else tensor.permute(dims)
 
 
 def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from torch.optim.sgd import sgd
 from csgd.centripetal import (
     RowOrder,
     Segments,
-    centripetal_direction,
     laid_out_like,
+    memory_order,
+    merged_gradient,
+    permuted,
     scale_along,
     squared_deviation,
     stability_limit,
@@ -41,17 +43,19 @@ class _Stack:
             joint.append(segments.cpu() + first)
             first += order.shape[0]
         params = [p for p, _ in clustered]
-        return cls(params, orders, Segments.of(torch.cat(joint), params[0].device))
+        return cls(params, orders, Segments.of(torch.cat(joint), params[0].device, params[0].dtype))
 
     def rows(self, tensors: Iterable[Tensor]) -> Tensor:
         """One tensor for each parameter → [Σc, k]"""
         parts = [order.rows(tensor) for order, tensor in zip(self.orders, tensors, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def directions(self, centri_strength: float) -> list[Tensor]:
-        gradient, weight = self.rows(p.grad for p in self.params), self.rows(p.detach() for p in self.params)
-        direction = centripetal_direction(gradient, weight, self.segments, centri_strength)
-        parts = direction.split([order.shape[0] for order in self.orders])
+    def merged_gradients(self, centri_strength: float, scratch: Tensor) -> list[Tensor]:
+        """Γ(G − εW) of each parameter, in `scratch`."""
+        gradient, weight = self.rows(p.grad for p in self.params), self.rows(self.params)
+        out = scratch[: weight.numel()].view_as(weight)
+        merged = merged_gradient(gradient, weight, self.segments, centri_strength, out)
+        parts = merged.split([order.shape[0] for order in self.orders])
         return [order.tensor(part) for order, part in zip(self.orders, parts, strict=True)]
 
 
@@ -60,7 +64,7 @@ class CSGD(torch.optim.Optimizer):
 
         D = Γ(G − εW) + (η+ε)W;   b ← μb + D;   W ← W − τ(D + μb) with Nesterov, W − τb without
 
-    Differs from torch.optim.SGD in D alone, and hands momentum, Nesterov and weight decay ηW to torch's own
+    Differs from torch.optim.SGD in D alone, and hands momentum, Nesterov and the decay (η+ε)W to torch's own
     function.  `p.grad` is never written to.  Groups come from `param_groups`; each may hold, beside `lr`,
     `momentum`, `nesterov` and `weight_decay` (η):
 
@@ -93,6 +97,7 @@ class CSGD(torch.optim.Optimizer):
             lr_factor=1.0,
         )
         self._stacks: dict[tuple[int, ...], tuple[list[_Stack], list[int]]] = {}
+        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         super().__init__(params, defaults)
         for group in self.param_groups:
             check_stability(
@@ -105,7 +110,7 @@ class CSGD(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._stacks = {}
+        self._stacks, self._scratch = {}, {}
 
     def _stacked(self, group: dict, params: Sequence[Tensor]) -> tuple[list[_Stack], list[int]]:
         """Some parameters of a group: those with rows that become equal, in stacks, and the positions of the others."""
@@ -135,16 +140,7 @@ class CSGD(torch.optim.Optimizer):
             present = [(p, factors) for p, factors in zip(group["params"], scales, strict=True) if p.grad is not None]
             stacks, others = self._stacked(group, [p for p, _ in present])
             for stack in stacks:
-                directions = stack.directions(group["centri_strength"] * group["ramp"])
-                # torch's fused SGD rounds the odd entries behind its last whole vector in another way than the rest:
-                # rows of a tensor that has such entries would not stay equal (fact F10).
-                for fused in (True, False):
-                    chosen = [
-                        (p, d)
-                        for p, d in zip(stack.params, directions, strict=True)
-                        if (p.numel() * p.element_size() % LINE == 0) is fused
-                    ]
-                    self._update(group, chosen, fused)
+                self._pull(group, stack)
             rest = [present[i] for i in others]
             # A large copy is best used while it is in the cache, and its memory is then there for the next one.
             alone = [factors is not None and p.numel() > STACKED for p, factors in rest]
@@ -153,20 +149,44 @@ class CSGD(torch.optim.Optimizer):
                 self._update(group, [(p, scale_along(p.grad, f) if f else p.grad) for p, f in pairs], True)
         return loss
 
-    def _update(self, group: dict, pairs: Sequence[tuple[Tensor, Tensor]], fused: bool) -> None:
-        """torch's SGD with `group`'s constants, for (parameter, direction) pairs."""
+    def _pull(self, group: dict, stack: _Stack) -> None:
+        strength = group["centri_strength"] * group["ramp"]
+        merged = stack.merged_gradients(strength, self._scratch_for(stack))
+        pairs = list(zip(stack.params, merged, strict=True))
+        # torch's fused SGD rounds the odd entries behind its last whole vector in another way than the rest: rows of a
+        # tensor that has such entries would not stay equal (fact F10).
+        for fused in (True, False):
+            chosen = [(p, g) for p, g in pairs if (p.numel() * p.element_size() % LINE == 0) is fused]
+            self._update(group, chosen, fused, strength)
+
+    def _scratch_for(self, stack: _Stack) -> Tensor:
+        """Memory for the gradients of a stack, the same for all stacks: a fresh allocation costs more than the sums."""
+        first, size = stack.params[0], sum(p.numel() for p in stack.params)
+        where = first.device, first.dtype
+        if where not in self._scratch or self._scratch[where].numel() < size:
+            self._scratch[where] = torch.empty(size, device=first.device, dtype=first.dtype)
+        return self._scratch[where]
+
+    def _update(
+        self, group: dict, pairs: Sequence[tuple[Tensor, Tensor]], fused: bool, centri_strength: float = 0.0
+    ) -> None:
+        """torch's SGD with `group`'s constants and a weight decay of η+ε, for (parameter, gradient) pairs."""
         if not pairs:
             return
         params = [p for p, _ in pairs]
-        # The fused kernel takes it for granted that all strides are those of the parameter.
-        directions = [laid_out_like(direction, p) for p, direction in pairs]
         buffers = [self.state[p].get("momentum_buffer") for p in params]
-        buffers = [b if b is None else laid_out_like(b, p) for p, b in zip(params, buffers, strict=True)]
+        orders = [memory_order(p) for p in params]
+        # As contiguous views: the fused kernel copies a tensor of another layout, whose entries must be those of the
+        # parameter one by one.
+        seen, gradients, momenta = (
+            [t if t is None else permuted(laid_out_like(t, p), o) for t, p, o in zip(ts, params, orders, strict=True)]
+            for ts in (params, [g for _, g in pairs], buffers)
+        )
         sgd(
-            params,
-            directions,
-            buffers,
-            weight_decay=group["weight_decay"],
+            seen,
+            gradients,
+            momenta,
+            weight_decay=group["weight_decay"] + centri_strength,
             momentum=group["momentum"],
             lr=group["lr"] * group["lr_factor"],
             dampening=0.0,
@@ -176,8 +196,8 @@ class CSGD(torch.optim.Optimizer):
             fused=fused,
         )
         if group["momentum"]:
-            for p, buffer in zip(params, buffers, strict=True):
-                self.state[p]["momentum_buffer"] = buffer
+            for p, order, momentum in zip(params, orders, momenta, strict=True):
+                self.state[p]["momentum_buffer"] = permuted(momentum, [order.index(d) for d in range(p.dim())])
 
     @torch.no_grad()
     def carry_over(self, replaced: Mapping[Tensor, tuple[Tensor, ClusteredTensor]]) -> None:
@@ -201,7 +221,7 @@ class CSGD(torch.optim.Optimizer):
                 group["params"][i], segments[i] = new, None
                 scales[i] = touched.gradient_scales(new.device, new.dtype)
             group["segments"], group["gradient_scales"] = segments, scales
-        self._stacks = {}
+        self._stacks, self._scratch = {}, {}
 
     @torch.no_grad()
     def unscale(self) -> None:

@@ -7,9 +7,9 @@ from csgd import decay_matrix, forecast, merge_matrix
 from csgd.centripetal import (
     RowOrder,
     Segments,
-    centripetal_direction,
     collapse_step,
     lengthening,
+    merged_gradient,
     segment_mean,
     squared_deviation,
     stability_limit,
@@ -55,15 +55,15 @@ def test_f1_merge_matrix_is_a_projector():
 @pytest.mark.parametrize(
     "shape, dim", [((12,), 0), ((12, 5), 0), ((12, 3, 2, 2), 0), ((4, 12, 3, 3), 1), ((2, 3, 12), 2)]
 )
-def test_direction_is_the_dense_formula(shape, dim):
+def test_the_merged_gradient_makes_the_dense_formula(shape, dim):
     generator = torch.Generator().manual_seed(1)
     clusters = random_partition(12, 7, generator)
     weight = torch.randn(shape, generator=generator, dtype=torch.float64)
     gradient = torch.randn(shape, generator=generator, dtype=torch.float64)
     eta, eps = 0.02, 0.7
     order, segments = RowOrder.of(weight, dim), Segments.of(segments_of(clusters))
-    direction = centripetal_direction(order.rows(gradient), order.rows(weight), segments, eps)
-    fast = order.tensor(direction) + eta * weight
+    merged = merged_gradient(order.rows(gradient), order.rows(weight), segments, eps)
+    fast = order.tensor(merged) + (eta + eps) * weight
 
     def flat(tensor):
         return tensor.movedim(dim, 0).reshape(12, -1)
@@ -75,10 +75,10 @@ def test_direction_is_the_dense_formula(shape, dim):
     torch.testing.assert_close(squared_deviation(order.rows(weight), segments), (flat(weight) - mean).square().sum())
 
 
-def test_direction_leaves_its_arguments_alone():
-    weight, gradient = torch.randn(6, 4), torch.randn(6, 4)
+def test_the_merged_gradient_leaves_its_arguments_alone():
+    weight, gradient = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     copies = weight.clone(), gradient.clone()
-    centripetal_direction(gradient, weight, Segments.of(segments_of(CLUSTERS)), 0.5)
+    merged_gradient(gradient, weight, Segments.of(segments_of(CLUSTERS)), 0.5)
     assert torch.equal(weight, copies[0])
     assert torch.equal(gradient, copies[1])
 
