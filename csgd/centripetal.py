@@ -140,8 +140,10 @@ def permuted(tensor: Tensor, dims: Sequence[int]) -> Tensor:
 
 
 def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """`tensor` with the strides of `other`, of the same shape."""
-    return tensor if tensor.stride() == other.stride() else torch.empty_like(other).copy_(tensor)
+    """`tensor` with the strides of `other`, of the same shape; those of dims of one entry mean nothing."""
+    strides = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
+    alike = all(size == 1 or a == b for size, a, b in strides)
+    return tensor if alike else torch.empty_like(other).copy_(tensor)
 
 
 def scale_along(tensor: Tensor, factors: Sequence[tuple[int, Tensor]]) -> Tensor:

@@ -3,8 +3,8 @@
     python experiments/bench/optimizer_step.py
 
 All filters at 5/8 of their number.  Contenders take turns, three steps each, on copies of one network with the same
-gradients; the ratio is the median within turns.  "calls" counts operator calls of a step, "extra" what a step holds at its peak beyond
-weights, gradients and momentum, as a share of the weights.
+gradients; the ratio is the median within turns.  "calls" counts operator calls of a step, "extra" what an optimizer
+holds at its peak beyond weights, gradients and momentum, as a share of the weights.
 """
 
 import copy
@@ -106,23 +106,21 @@ def main() -> None:
         model = make().to(memory_format=torch.channels_last)
         spaces = csgd.find_spaces(model, torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last))
         clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 5 / 8), "even")
-        optimizers = {}
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        optimizers, calls, extra = {}, {}, {}
         for kind in ("CSGD", "SGD", "SGD, fused", "dense"):
             twin = copy.deepcopy(model)
-            optimizers[kind] = contender(kind, twin, spaces, clusters)
             torch.manual_seed(1)
             for p in twin.parameters():
                 p.grad = torch.randn_like(p)
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        calls, extra = {}, {}
-        for kind, optimizer in optimizers.items():
-            optimizer.step()
-            with profile(activities=[ProfilerActivity.CPU]) as events:
-                optimizer.step()
-            calls[kind] = sum(event.name.startswith("aten::") for event in events.events())
             with Peak() as peak:
-                optimizer.step()
-            extra[kind] = peak.peak / weights
+                optimizers[kind] = contender(kind, twin, spaces, clusters)
+                optimizers[kind].step()
+                optimizers[kind].step()
+            extra[kind] = peak.peak / weights - 1  # momentum
+            with profile(activities=[ProfilerActivity.CPU]) as events:
+                optimizers[kind].step()
+            calls[kind] = sum(event.name.startswith("aten::") for event in events.events())
         for threads in given.threads:
             torch.set_num_threads(threads)
             repeats = 7 if given.quick else 25
