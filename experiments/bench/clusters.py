@@ -7,6 +7,7 @@ same seed: the largest of any layer and seed.  "seeds" is the largest relative s
 """
 
 import time
+from itertools import chain
 
 import torch
 from common import arguments, leave, milliseconds, ratio, summary
@@ -54,7 +55,8 @@ def main() -> None:
                     seconds[name].append(time.perf_counter() - started)
                     sums[name].append([inertia(kernels[layer], parts) for layer, parts in found.items()])
             for name in seconds:
-                worst = max(a / b for a, b in zip(sum(sums[name], []), sum(sums["plain"], []), strict=True))
+                both = zip(chain.from_iterable(sums[name]), chain.from_iterable(sums["plain"]), strict=True)
+                worst = max(a / b for a, b in both)
                 spread = max(max(layer) / min(layer) - 1 for layer in zip(*sums[name], strict=True))
                 faster = ratio(seconds["plain"], seconds[name])
                 rows.append(
