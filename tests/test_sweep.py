@@ -108,6 +108,22 @@ def test_wandb_sync_takes_every_offline_run_of_a_sweep(swept):
     assert "Would sync 2 run(s)" in taken.stdout + taken.stderr
 
 
+def test_a_job_that_breaks_leaves_its_trace_and_the_others_go_on(tmp_path):
+    (tmp_path / "broken.py").write_text(
+        "import nets\n\nclass Net(nets.Plain):\n    def forward(self, x):\n"
+        "        return super().forward(x) if not self.training else self.missing\n"
+    )
+    path = os.pathsep.join([NETS, str(tmp_path)])
+    arguments = ["model._target_=broken.Net,nets.Plain", *TINY[1:], "wandb=disabled"]
+    done = launch(tmp_path, "-m", *arguments, status=2, PYTHONPATH=path)
+    assert [job.status for job in sweep.read_jobs(tmp_path / "sweep")] == ["failed", "not lossless"]
+    assert (tmp_path / "sweep" / "0" / "failed.txt").read_text() == "'Net' object has no attribute 'missing'\n"
+    log = (tmp_path / "sweep" / "0" / "run.log").read_text()
+    assert "Traceback (most recent call last)" in log
+    assert 'broken.py", line 5' in log
+    assert "job 0 failed: 'Net' object has no attribute 'missing'" in done.stdout
+
+
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     arguments = [
         "-m", *TINY, "schedule.csgd.epochs=6", "schedule.csgd.max_steps=60", "dataset.train_size=480", "deps=5_8,1_2",
