@@ -74,6 +74,8 @@ class Schedule:
     weight_decay: float = MISSING
     weight_decay_vectors: float = 0.0
     bias_lr_factor: float = 1.0
+    label_smoothing: float = 0.0  # in both trainings
+    accumulation: int = 1  # parts in which a batch goes through the network: less memory, the same gradient
     centri_strength: Any = MISSING
     vector_ratio: float = MISSING
     ramp: str = "constant"
@@ -87,6 +89,10 @@ class Schedule:
         for key in ("weight_decay", "weight_decay_vectors"):
             _require(_not_negative(getattr(self, key)), f"schedule.{key}", "0 or more", getattr(self, key))
         _require(_positive(self.bias_lr_factor), "schedule.bias_lr_factor", "above 0", self.bias_lr_factor)
+        smoothing, parts = self.label_smoothing, self.accumulation
+        _require(0 <= smoothing < 1, "schedule.label_smoothing", "at least 0 and below 1", smoothing)
+        fits = 1 <= parts <= self.batch_size // 2  # batch norm needs two images
+        _require(fits, "schedule.accumulation", f"between 1 and {self.batch_size // 2}, half of the batch", parts)
         self.base.check("schedule.base")
         self.csgd.check("schedule.csgd")
 

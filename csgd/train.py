@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,8 @@ def train(
     lr_at: Callable[[int], float],
     ramp_at: Callable[[int], float] | None = None,
     clip_norm: float | None = None,
+    label_smoothing: float = 0.0,
+    accumulation: int = 1,
     seed: int,
     bar: "tqdm | None" = None,
     random_state: Tensor | None = None,
@@ -64,9 +67,11 @@ def train(
     caller tests, logs, saves and cuts.
 
     `lr_at` and `ramp_at` (of the strength of a CSGD) are functions of the step; `clip_norm` caps the norm of the
-    gradient (fact F9: the forecast holds all the same).  Data and random state of an epoch are fixed by (seed, epoch);
-    where `steps` starts within one, `random_state` is that of torch at this step.  `bar` is of the caller's, for more
-    than these steps.  DivergedError names the step at which the loss stopped being a number; the weights are then lost.
+    gradient (fact F9: the forecast holds all the same).  A batch goes through the network in `accumulation` parts,
+    whose gradients add up to that of its mean loss; batch norm sees one part at a time.  Data and random state of an
+    epoch are fixed by (seed, epoch); where `steps` starts within one, `random_state` is that of torch at this step.
+    `bar` is of the caller's, for more than these steps.  DivergedError names the step at which the loss stopped being
+    a number; the weights are then lost.
     """
     for epoch in range(steps.start // steps_per_epoch, -(-steps.stop // steps_per_epoch)):
         started = time.perf_counter()
@@ -80,9 +85,13 @@ def train(
         model.train()
         losses, correct, seen = [], 0, 0
         for step, (images, labels) in enumerate(islice(batches, last - first), first):
-            outputs = model(images)
-            loss = criterion(outputs, labels)
-            loss.backward()
+            loss = torch.zeros((), device=images.device)
+            for part, targets in zip(images.chunk(accumulation), labels.chunk(accumulation), strict=True):
+                outputs = model(part)
+                share = criterion(outputs, targets, label_smoothing) * (len(part) / len(images))
+                share.backward()
+                loss += share.detach()
+                correct += (logits_of(outputs).detach().argmax(1) == targets).sum()
             if clip_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
             lr = lr_at(step)
@@ -92,8 +101,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            losses.append(loss.detach())
-            correct += (logits_of(outputs).detach().argmax(1) == labels).sum()
+            losses.append(loss)
             seen += len(labels)
             if (step - first) % CHECK_EVERY == 0 or step == last - 1:
                 _check_losses(losses, first)
@@ -109,12 +117,16 @@ def train(
         yield Epoch(epoch + 1, last, mean_loss, float(correct / seen), lr, last - first, seconds)
 
 
-def criterion(outputs, labels: Tensor) -> Tensor:
-    """Cross entropy; auxiliary heads (GoogLeNet, Inception) count with a weight of 0.3."""
+def criterion(outputs, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross entropy; auxiliary heads (GoogLeNet, Inception) count with a weight of 0.3.
+
+    label_smoothing  the share of a label that is spread evenly over all classes (Szegedy et al., 2016)
+    """
+    cross_entropy = partial(F.cross_entropy, target=labels, label_smoothing=label_smoothing)
     if isinstance(outputs, Tensor):
-        return F.cross_entropy(outputs, labels)
+        return cross_entropy(outputs)
     main, *auxiliary = [logits for logits in outputs if logits is not None]
-    return F.cross_entropy(main, labels) + AUXILIARY_WEIGHT * sum(F.cross_entropy(a, labels) for a in auxiliary)
+    return cross_entropy(main) + AUXILIARY_WEIGHT * sum(cross_entropy(a) for a in auxiliary)
 
 
 def logits_of(outputs) -> Tensor:

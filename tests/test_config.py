@@ -109,6 +109,8 @@ def test_the_papers_recipes():
         ("dataset=mnust", "Could not find 'dataset/mnust'"),
         ("dataset=imagefolder", "Missing mandatory value"),
         ("model._target_=net", "model._target_ must be a dotted path to a callable, got 'net'"),
+        ("schedule.label_smoothing=1", "schedule.label_smoothing must be at least 0 and below 1, got 1.0"),
+        ("schedule.accumulation=17", "schedule.accumulation must be between 1 and 16, half of the batch, got 17"),
         ("clustering.method=random", "clustering.method must be kmeans, even or imbalanced, got 'random'"),
         ("export=tflite", "export must be onnx, torch, all or null, got 'tflite'"),
         ("seed=-1", "seed must be between 0 and 2147483647, got -1"),

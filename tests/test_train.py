@@ -56,6 +56,28 @@ def test_max_steps_and_the_schedule():
     assert optimizer.param_groups[0]["lr"] == 0.01
 
 
+def test_a_batch_in_parts_has_the_same_gradient_but_for_rounding():
+    ends = {}
+    for accumulation in (1, 3):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        epochs = list(train(net, optimizer, small_data(), **options(accumulation=accumulation, clip_norm=1.0)))
+        ends[accumulation] = torch.cat([p.detach().flatten() for p in net.parameters()]), epochs
+    torch.testing.assert_close(ends[1][0], ends[3][0], rtol=1e-4, atol=1e-6)
+    for one, other in zip(ends[1][1], ends[3][1], strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.train_accuracy == other.train_accuracy
+
+
+def test_smoothed_labels():
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    probabilities = 0.9 * F.one_hot(labels, 3) + 0.1 / 3
+    expected = -(probabilities * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(criterion(logits, labels, 0.1), expected)
+    assert criterion(logits, labels) != pytest.approx(expected.item(), rel=1e-3)
+
+
 def test_a_run_in_parts_is_the_run_bit_by_bit():
     ends = []
     for cuts in ([0, 18], [0, 4, 11, 12, 18]):

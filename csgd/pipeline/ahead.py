@@ -44,7 +44,7 @@ def plan_only(cfg: Any, model: nn.Module, data: Data, output_dir: Path) -> None:
     clock = clock_of(cfg, data, pull, before["macs"], after)
     start = phase_of(cfg, data, "base")["steps"].stop if ready or cfg.base.weights else 0
     steps = clock.work(start, sum(steps for steps, _ in clock.parts))
-    step_seconds, memory = _step(model, data, cfg.schedule.batch_size, pull.optimizer)
+    step_seconds, memory = _step(model, data, cfg.schedule, pull.optimizer)
     layers, ahead = described(spaces, stages[-1]), pull.ahead
     planned = {
         "layers": layers,
@@ -151,8 +151,9 @@ def _clusters(cfg: Any, model: nn.Module, spaces: list[ChannelSpace], widths: di
     return cluster(model, spaces, widths, cfg.clustering.method, cfg.seed, cfg.clustering.of)
 
 
-def _step(model: nn.Module, data: Data, batch_size: int, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
+def _step(model: nn.Module, data: Data, schedule: Any, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
     """Seconds and bytes of one step with the wide network, judged by few images where many would take long."""
+    batch_size = schedule.batch_size
     images, own = data.example, {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
     held: dict[int, int] = {}
 
@@ -171,7 +172,7 @@ def _step(model: nn.Module, data: Data, batch_size: int, optimizer: torch.optim.
     while (seconds := _timed_pass(model, images)) < LONG_ENOUGH and len(images) < batch_size:
         images = images.repeat(2, 1, 1, 1)[:batch_size]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    activations = sum(held.values()) * batch_size // len(data.example)
+    activations = sum(held.values()) * batch_size // (len(data.example) * schedule.accumulation)
     return seconds * batch_size / len(images) + update, 3 * weights + activations  # weights, gradients, momentum
 
 

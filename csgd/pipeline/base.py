@@ -132,9 +132,8 @@ def _published(weights: str) -> bool:
 def _key(cfg: Any, model: nn.Module) -> str:
     """A hash of everything that determines the base network."""
     sources = [csgd.data, csgd.schedule, csgd.train, type(model)]
-    schedule = {
-        k: v for k, v in asdict(cfg.schedule).items() if k in ("batch_size", "momentum", "nesterov", "weight_decay")
-    }
+    shared = ("batch_size", "momentum", "nesterov", "weight_decay", "label_smoothing", "accumulation")
+    schedule = {key: getattr(cfg.schedule, key) for key in shared}
     weights = cfg.base.weights
     parts = [cfg.model, cfg.dataset, schedule, asdict(cfg.schedule.base), cfg.seed, weights, versions()["torch"]]
     parts += [str(next(model.parameters()).device.type), *map(inspect.getsource, sources)]
