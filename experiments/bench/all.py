@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> int:
-    scripts = [path for path in sorted(HERE.glob("*.py")) if path.name not in ("all.py", "common.py")]
+    scripts = [path for path in sorted(HERE.glob("*.py")) if path.stem not in ("all", "common", "ratios")]
     return max(subprocess.run([sys.executable, str(path), *sys.argv[1:]], check=False).returncode for path in scripts)
 
 
