@@ -44,8 +44,9 @@ class Tracker:
     def _start(self, output_dir: Path, mode: str, config, settings) -> None:
         import wandb
 
-        for stale in (output_dir / "wandb").glob("offline-run-*"):
-            shutil.rmtree(stale)  # of a run that was killed or failed here: this one takes its place, with all its rows
+        if not (output_dir / "summary.json").exists():
+            for stale in (output_dir / "wandb").glob("offline-run-*"):
+                shutil.rmtree(stale)  # of a run that was killed or failed here: this one takes its place, rows and all
         try:
             self._run = wandb.init(
                 dir=output_dir,

@@ -19,7 +19,7 @@ def bench(monkeypatch):
     import optimizer_step
 
     yield common, optimizer_step
-    for name in ("common", "optimizer_step"):
+    for name in ("common", "optimizer_step", "ratios"):
         if name not in before:
             del sys.modules[name]
 
@@ -40,6 +40,13 @@ def test_the_dense_step_is_the_step_of_csgd(bench):
     after = {kind: torch.cat([p.flatten() for p in twin.parameters() if p.dim() == 4]) for kind, twin in twins.items()}
     torch.testing.assert_close(after["CSGD"], after["dense"], rtol=1e-4, atol=1e-6)
     assert (after["CSGD"] - after["SGD"]).abs().max() > 1e-2, "the negative control"
+
+
+def test_the_ratios_of_the_readme_are_those_of_the_files(bench):
+    import ratios
+
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    assert ratios.sentence() in readme
 
 
 def test_contenders_take_turns_and_ratios_are_within_them(bench):

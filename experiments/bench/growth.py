@@ -54,7 +54,7 @@ def main() -> None:
         for size, make in members.items():
             model = make(size)
             found = {"parameters": sum(p.numel() for p in model.parameters())}
-            found |= measured(model, 2 if given.quick else 3)
+            found |= measured(model, 5)
             row = [family, size, f"{found['parameters']:,}"]
             for part in PARTS:
                 took = found[part]["median"]
