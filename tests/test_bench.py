@@ -21,7 +21,7 @@ def bench(monkeypatch):
     yield common, optimizer_step
     for name in ("common", "optimizer_step", "ratios"):
         if name not in before:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
 
 
 def test_the_dense_step_is_the_step_of_csgd(bench):

@@ -127,7 +127,7 @@ def test_a_job_that_breaks_leaves_its_trace_and_the_others_go_on(tmp_path):
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     arguments = [
         "-m", *TINY, "schedule.csgd.epochs=6", "schedule.csgd.max_steps=60", "dataset.train_size=480", "deps=5_8,1_2",
-        "resume=auto", "checkpoint_every=5",
+        "schedule.csgd.lr=0.01", "resume=auto", "checkpoint_every=5",
     ]  # fmt: skip
     process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
     rows = tmp_path / "sweep" / "1" / "metrics.jsonl"
