@@ -23,6 +23,8 @@ from conf.schema import ConfigError, register
 
 log = logging.getLogger("csgd")
 
+FIRST_RANK = os.environ.get("RANK", "0") == "0"  # of torchrun's processes; the others write nothing
+
 
 def quote_fractions(arguments: list[str]) -> list[str]:
     """deps=5_8 → deps='5_8': Hydra's grammar would read the integer 58."""
@@ -47,7 +49,8 @@ def main() -> int:
             if not _is_input(error):
                 log.exception("the job failed")
             print(f"error: {_one_line(error)}", file=sys.stderr)
-            (Path(HydraConfig.get().runtime.output_dir) / "failed.txt").write_text(_one_line(error) + "\n")
+            if FIRST_RANK:
+                (Path(HydraConfig.get().runtime.output_dir) / "failed.txt").write_text(_one_line(error) + "\n")
             status, accuracy = 2, float("nan")
         if HydraConfig.get().mode == RunMode.RUN:
             statuses.append(status)
@@ -55,6 +58,13 @@ def main() -> int:
 
     register()
     sys.argv[1:] = quote_fractions(sys.argv[1:])
+    if not FIRST_RANK:
+        sys.argv += [
+            "hydra.run.dir=.",
+            "hydra.output_subdir=null",
+            "hydra/job_logging=none",
+            "hydra/hydra_logging=none",
+        ]
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises faults of the configuration instead of printing them
     try:
@@ -80,7 +90,8 @@ def _run(cfg) -> tuple[int, float]:
         cfg.wandb.group = cfg.wandb.group or hydra_config.sweep.dir
         cfg.progress = cfg.progress and _kind(hydra_config.launcher) == "BasicLauncher"
     overrides = [re.sub(r"^(\+{0,2}deps=)'(\d+_\d+)'$", r"\1\2", override) for override in hydra_config.overrides.task]
-    verdict = run(cfg, output_dir, shlex.join(["python", "run.py", *overrides]))
+    logs = OmegaConf.to_container(hydra_config.job_logging, resolve=True)
+    verdict = run(cfg, output_dir, shlex.join(["python", "run.py", *overrides]), logs=logs)
     if verdict is None:  # plan_only
         return 0, float("nan")
     return 0 if verdict.lossless else 1, verdict.accuracy
@@ -94,6 +105,10 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config, **_):
         try:
+            if "RANK" in os.environ:
+                raise ConfigError(
+                    "torchrun starts the ranks of one run; for those of each job of a sweep there is distributed.nproc"
+                )
             jobs = _jobs(config)
             _refuse_other(config, jobs)
             _divide_cores(config.hydra.launcher, len(jobs))

@@ -156,6 +156,18 @@ class Wandb:
 
 
 @dataclass
+class Distributed:
+    nproc: int = MISSING  # ranks on this machine, each in its own process
+    sync_bn: bool = False  # batch norm over the images of all ranks
+    check_every: int | None = None  # steps between two comparisons of the parameters of all ranks, bit by bit
+
+    def __post_init__(self):
+        _require(self.nproc >= 1, "distributed.nproc", "1 or more", self.nproc)
+        every = self.check_every
+        _require(every is None or every >= 1, "distributed.check_every", "1 or more, or null", every)
+
+
+@dataclass
 class Config:
     model: dict[str, Any] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
@@ -165,6 +177,7 @@ class Config:
     wandb: Wandb = MISSING
     base: Base = MISSING
     tolerance: Tolerance = MISSING
+    distributed: Distributed = MISSING
     centri_strength: Any = II("schedule.centri_strength")
     vector_ratio: float = II("schedule.vector_ratio")
     ramp: str = II("schedule.ramp")

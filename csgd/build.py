@@ -1,7 +1,7 @@
 """What a configuration names: a network or a dataset, by the dotted path of what makes it."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, get_type_hints
 
@@ -25,13 +25,18 @@ def makes(made: Any, kind: type) -> bool:
     return isinstance(returned, type) and issubclass(returned, kind)
 
 
-def build(group: str, settings: Mapping[str, Any], **offered: Any) -> Any:
-    """Calls settings._target_ with its own settings, and with what is offered as far as it takes it."""
+def build(group: str, settings: Mapping[str, Any], *, needed: Sequence[str] = (), **offered: Any) -> Any:
+    """Calls settings._target_ with its own settings, and with what is offered as far as it takes it.
+
+    InputError if that does not fit, or if it does not take what is `needed`.
+    """
     target = settings["_target_"]
     made = named(group, target)
     own = {key: value for key, value in settings.items() if key != "_target_"}
     parameters = inspect.signature(made).parameters
     arguments = {key: value for key, value in offered.items() if key in parameters} | own
+    if missing := [key for key in needed if key not in arguments]:
+        raise InputError(f"{group}: '{target}' must take {' and '.join(missing)}")
     try:
         inspect.signature(made).bind(**arguments)
     except TypeError as error:

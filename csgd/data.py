@@ -1,7 +1,7 @@
 """Data: batches of (images, labels) as pure functions of (seed, epoch), so that a run can be repeated from any epoch.
 
 Small datasets live on the device as tensors and are augmented there, batch by batch; image folders come through
-workers.
+workers.  Of several ranks each makes its own share of every batch, and together they make the batches that one would.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from csgd.errors import InputError
+from csgd.ranks import Share
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+WHOLE = Share()
 
 
 @dataclass(frozen=True)
 class Data:
-    """A dataset with its split.
+    """A dataset with its split, as one rank sees it.
 
     train_batches(epoch)  shuffled and augmented, the order and the augmentation fixed by (seed, epoch)
     test_batches()        the whole test set, in order
@@ -44,19 +46,22 @@ class Augmentation:
     shift: int = 0
     flip: bool = False
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """images [n, c, h, w] → the same shape."""
+    def __call__(
+        self, images: Tensor, generator: torch.Generator, share: Share = WHOLE, of: int | None = None
+    ) -> Tensor:
+        """images [n, c, h, w], a share of a batch of `of` → the same shape."""
         n, _, height, width = images.shape
-        device = images.device
+        device, of = images.device, of or n
         if self.shift:
-            offsets = torch.randint(0, 2 * self.shift + 1, (2, n), generator=generator).to(device)
+            drawn = torch.randint(0, 2 * self.shift + 1, (2, of), generator=generator)
+            down, right = (share.of(offsets).to(device) for offsets in drawn)
             padded = F.pad(images, [self.shift] * 4)
-            rows = offsets[0][:, None] + torch.arange(height, device=device)
-            columns = offsets[1][:, None] + torch.arange(width, device=device)
+            rows = down[:, None] + torch.arange(height, device=device)
+            columns = right[:, None] + torch.arange(width, device=device)
             which = torch.arange(n, device=device)[:, None, None]
             images = padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
         if self.flip:
-            flipped = (torch.rand(n, generator=generator) < 0.5).to(device)
+            flipped = share.of(torch.rand(of, generator=generator) < 0.5).to(device)
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)
         return images
 
@@ -74,6 +79,7 @@ def _in_memory(
     augmentation: Augmentation,
     seed: int,
     device: torch.device,
+    share: Share,
 ) -> Data:
     """Normalised float images [n, 3, h, w] and labels [n], kept on the device."""
     images, labels = (t.to(device) for t in train)
@@ -84,17 +90,20 @@ def _in_memory(
     def train_batches(epoch: int) -> Batches:
         generator = _generator(seed, epoch)
         for rows in torch.randperm(len(images), generator=generator).split(batch_size):
-            rows = rows.to(device)
-            yield augmentation(images[rows], generator), labels[rows]
+            own = share.of(rows).to(device)
+            yield augmentation(images[own], generator, share, len(rows)), labels[own]
 
     def test_batches() -> Batches:
-        yield from zip(test_images.split(256), test_labels.split(256), strict=True)
+        for images, labels in zip(test_images.split(256), test_labels.split(256), strict=True):
+            yield share.of(images), share.of(labels)
 
     steps = -(-len(images) // batch_size)
     return Data(train_batches, test_batches, images[:2].clone(), num_classes, steps, len(images), len(test_images))
 
 
-def digits(*, image_size: int, batch_size: int, shift: int, seed: int, device: torch.device) -> Data:
+def digits(
+    *, image_size: int, batch_size: int, shift: int, seed: int, device: torch.device, share: Share = WHOLE
+) -> Data:
     """scikit-learn's 1,797 real handwritten digits (8×8), up-sampled; one fifth, stratified, is the test set.
 
     The split is the same for every seed.
@@ -117,6 +126,7 @@ def digits(*, image_size: int, batch_size: int, shift: int, seed: int, device: t
         augmentation=Augmentation(shift=shift),
         seed=seed,
         device=device,
+        share=share,
     )
 
 
@@ -129,6 +139,7 @@ def synthetic(
     batch_size: int,
     seed: int,
     device: torch.device,
+    share: Share = WHOLE,
 ) -> Data:
     """Smooth random patterns, one per class, under as much noise: for timing and for tests, the same for every seed."""
     generator = torch.Generator().manual_seed(0)
@@ -147,6 +158,7 @@ def synthetic(
         augmentation=Augmentation(),
         seed=seed,
         device=device,
+        share=share,
     )
 
 
@@ -156,7 +168,16 @@ CIFAR_STATISTICS = {  # per-channel mean and standard deviation of the training 
 }
 
 
-def cifar(*, classes: int, root: str, download: bool, batch_size: int, seed: int, device: torch.device) -> Data:
+def cifar(
+    *,
+    classes: int,
+    root: str,
+    download: bool,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    share: Share = WHOLE,
+) -> Data:
     """CIFAR-10 or CIFAR-100 through torchvision; shifts by up to 4 pixels and flips, as in the paper."""
     from torchvision import datasets
 
@@ -180,6 +201,7 @@ def cifar(*, classes: int, root: str, download: bool, batch_size: int, seed: int
         augmentation=Augmentation(shift=4, flip=True),
         seed=seed,
         device=device,
+        share=share,
     )
 
 
@@ -192,6 +214,7 @@ def image_folder(
     test_fraction: float,
     seed: int,
     device: torch.device,
+    share: Share = WHOLE,
 ) -> Data:
     """Images in one folder per class, below root/train and root/val, or below root alone with a seeded split.
 
@@ -230,17 +253,22 @@ def image_folder(
         train, test = Subset(whole, order[held_out:]), Subset(folder(root_path, centred), order[:held_out])
     if len(train) < 2:
         raise InputError(f"dataset.root: '{root}' holds {len(train)} training images, 2 are the least")
-    generator = torch.Generator()
-    loading = dict(batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda")
+    generator, order = torch.Generator(), torch.Generator()
+    loading = dict(num_workers=workers, pin_memory=device.type == "cuda")
+    train_shares = Shares(len(train), batch_size, share, order)
     # Workers are made anew each epoch: persistent ones would go on with the random state of the last epoch.
-    train_loader = DataLoader(train, shuffle=True, generator=generator, worker_init_fn=_one_thread, **loading)
-    test_loader = DataLoader(test, **loading)
+    train_loader = DataLoader(
+        train, batch_sampler=train_shares, generator=generator, worker_init_fn=_one_thread, **loading
+    )
+    test_loader = DataLoader(test, batch_sampler=Shares(len(test), batch_size, share), **loading)
 
     def train_batches(epoch: int) -> Batches:
-        # The generator draws the order and the seeds of the workers; without workers transforms use torch's own.
-        generator.manual_seed(seed * 1_000_003 + epoch)
+        # One generator draws the order, the same for all ranks; the other the seeds of the workers, which transforms
+        # use; without workers these use torch's own.
+        order.manual_seed(seed * 1_000_003 + epoch)
+        generator.manual_seed(seed * 1_000_003 + epoch + share.offset)
         if workers == 0:
-            torch.manual_seed(seed * 1_000_003 + epoch)
+            torch.manual_seed(seed * 1_000_003 + epoch + share.offset)
         for images, labels in train_loader:
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
@@ -250,6 +278,26 @@ def image_folder(
 
     example = torch.stack([test[i % len(test)][0] for i in range(2)]).to(device)
     return Data(train_batches, test_batches, example, len(classes), len(train_loader), len(train), len(test))
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A batch sampler: one rank's share of every batch of `size` items, shuffled if there is a generator."""
+
+    size: int
+    batch_size: int
+    share: Share
+    generator: torch.Generator | None = None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        shuffled = self.generator is not None
+        order = torch.randperm(self.size, generator=self.generator) if shuffled else torch.arange(self.size)
+        for batch in order.split(self.batch_size):
+            if own := self.share.of(batch).tolist():
+                yield own
+
+    def __len__(self) -> int:
+        return -(-self.size // self.batch_size)
 
 
 def _one_thread(_: int) -> None:

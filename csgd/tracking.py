@@ -21,14 +21,22 @@ class Tracker:
     """
 
     def __init__(
-        self, output_dir: Path, *, mode: str, config: Mapping[str, Any], settings: Mapping[str, Any], rows: int = 0
+        self,
+        output_dir: Path | None,
+        *,
+        mode: str,
+        config: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        rows: int = 0,
     ):
         """A run that is resumed keeps the first `rows` rows of metrics.jsonl, and W&B gets them again; a new one starts
-        an empty file.
+        an empty file.  Without a folder, as on all ranks but the first, nothing is written.
 
         InputError, before there is a file, if W&B cannot start for want of a key.
         """
-        self._run = None
+        self._run, self._file, self.rows = None, None, 0
+        if output_dir is None:
+            return
         if mode != "disabled":
             self._attempt(lambda: self._start(output_dir, mode, config, settings))
         path = output_dir / "metrics.jsonl"
@@ -72,7 +80,8 @@ class Tracker:
             self._run = None
 
     def log(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        if self._file:
+            self._file.write(json.dumps(row) + "\n")
         self.rows += 1
         self._log_row(row)
 
@@ -107,6 +116,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._run:
             self._attempt(lambda: self._run.finish(exit_code=1 if kind else 0))

@@ -3,15 +3,17 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from csgd import ranks
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.optim import CSGD, set_lr, set_ramp
@@ -59,6 +61,7 @@ def train(
     clip_norm: float | None = None,
     label_smoothing: float = 0.0,
     accumulation: int = 1,
+    check_every: int | None = None,
     seed: int,
     bar: "tqdm | None" = None,
     random_state: Tensor | None = None,
@@ -72,25 +75,35 @@ def train(
     epoch are fixed by (seed, epoch); where `steps` starts within one, `random_state` is that of torch at this step.
     `bar` is of the caller's, for more than these steps.  DivergedError names the step at which the loss stopped being
     a number; the weights are then lost.
+
+    Several ranks, whose `model` is one of `ranks.parallel`, take the steps that one would take with the same batches;
+    what is yielded is of all of them, and at that point all have the statistics of batch norm of rank 0.  Every
+    `check_every` steps they make sure that their parameters are the same.
     """
+    own = ranks.own_share()
     for epoch in range(steps.start // steps_per_epoch, -(-steps.stop // steps_per_epoch)):
         started = time.perf_counter()
         first, last = max(steps.start, epoch * steps_per_epoch), min(steps.stop, (epoch + 1) * steps_per_epoch)
-        torch.manual_seed(seed * 1_000_003 + epoch)
+        torch.manual_seed(seed * 1_000_003 + epoch + own.offset)
         batches = data.train_batches(epoch)
         if first > epoch * steps_per_epoch:
             deque(islice(batches, first - epoch * steps_per_epoch), maxlen=0)
             if random_state is not None:
                 torch.set_rng_state(random_state)
         model.train()
-        losses, correct, seen = [], 0, 0
+        losses, correct, seen = [], torch.zeros((), device=data.example.device), 0
         for step, (images, labels) in enumerate(islice(batches, last - first), first):
             loss = torch.zeros((), device=images.device)
-            for part, targets in zip(images.chunk(accumulation), labels.chunk(accumulation), strict=True):
-                outputs = model(part)
-                share = criterion(outputs, targets, label_smoothing) * (len(part) / len(images))
-                share.backward()
-                loss += share.detach()
+            count = ranks.total(torch.tensor(float(len(images)), device=images.device))
+            parts = min(accumulation, len(images))
+            pairs = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+            for number, (part, targets) in enumerate(pairs, 1):
+                with nullcontext() if number == parts else ranks.alone(model):
+                    outputs = model(part)
+                    # The mean over ranks of these is the mean over the images of all.
+                    term = criterion(outputs, targets, label_smoothing) * (len(part) * own.ranks / count)
+                    term.backward()
+                loss += term.detach()
                 correct += (logits_of(outputs).detach().argmax(1) == targets).sum()
             if clip_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
@@ -101,6 +114,8 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+            if check_every and (step + 1) % check_every == 0:
+                ranks.check_equal(model, step + 1)
             losses.append(loss)
             seen += len(labels)
             if (step - first) % CHECK_EVERY == 0 or step == last - 1:
@@ -112,9 +127,11 @@ def train(
                     bar.set_postfix(shown, refresh=False)
             if bar is not None:
                 bar.update()
-        mean_loss = torch.stack(losses).mean().item()
+        ranks.share_buffers(model)
+        sums = torch.stack([torch.stack(losses).mean(), correct, torch.full_like(correct, seen)])
+        mean_loss, correct, seen = ranks.total(sums).tolist()
         seconds = time.perf_counter() - started
-        yield Epoch(epoch + 1, last, mean_loss, float(correct / seen), lr, last - first, seconds)
+        yield Epoch(epoch + 1, last, mean_loss / own.ranks, correct / seen, lr, last - first, seconds)
 
 
 def criterion(outputs, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -136,10 +153,13 @@ def logits_of(outputs) -> Tensor:
 
 @torch.no_grad()
 def predict(model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
-    """Logits [n, classes] of the test set in eval mode, and its labels [n], on the CPU."""
+    """Logits [n, classes] of the test set in eval mode, and its labels [n], on the CPU; of all ranks, on each."""
     model.eval()
-    pairs = [(logits_of(model(images)).float().cpu(), labels.cpu()) for images, labels in data.test_batches()]
-    logits, labels = zip(*pairs, strict=True)
+    own = [
+        (logits_of(model(images)).float().cpu(), labels.cpu()) for images, labels in data.test_batches() if len(images)
+    ]
+    batches = zip_longest(*ranks.gathered(own))  # the last one may be too small for every rank to have of it
+    logits, labels = zip(*(pair for shares in batches for pair in shares if pair is not None), strict=True)
     return torch.cat(logits), torch.cat(labels)
 
 

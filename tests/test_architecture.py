@@ -14,6 +14,7 @@ FLOORS = {
     "csgd.clusters": 0,
     "csgd.widths": 0,
     "csgd.schedule": 0,
+    "csgd.ranks": 0,
     "csgd.data": 0,
     "csgd.models": 0,
     "csgd.optim": 1,

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from torch import nn
 import csgd.data
 import csgd.schedule
 import csgd.train
+from csgd import ranks
 from csgd.build import label
 from csgd.checkpoint import load_weights, save_weights
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.models import published_weights
-from csgd.pipeline.build import versions
+from csgd.pipeline.build import as_trained, versions
 from csgd.pipeline.clock import Clock, bar_of
 from csgd.pipeline.journal import Journal
 from csgd.pipeline.phase import chunks, log_epoch, phase_of
@@ -40,14 +42,18 @@ def base_network(
     else:
         path = cached(cfg, model)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # the jobs of a parallel sweep wait for the first one
-            if path.exists():
+        first = ranks.is_first()
+        with (
+            FileLock(f"{path}.lock") if first else nullcontext()
+        ):  # the jobs of a parallel sweep wait for the first one
+            if weights := ranks.from_first(load_weights(path) if first and path.exists() else None):
                 journal.take("base")
-                model.load_state_dict(load_weights(path))
+                model.load_state_dict(weights)
                 log.info("base network: from the cache, %s", path)
             else:
                 _train(cfg, model, data, journal, tracker, clock)
-                save_weights(path, model.state_dict())
+                if first:
+                    save_weights(path, model.state_dict())
         source = str(path)
     measured = accuracy(*predict(model, data))
     log.info("base network: test accuracy %.4f", measured)
@@ -85,9 +91,10 @@ def _train(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tr
         optimizer.load_state_dict(saved["optimizer"])
         steps, random_state = range(saved["step"], steps.stop), saved["random_state"]
     clock.start(steps.start)
+    network = as_trained(cfg, model)
     with bar_of(cfg, "base", steps) as bar:
         for part in chunks(steps, cfg.checkpoint_every):
-            for epoch in train(model, optimizer, data, **phase, steps=part, bar=bar, random_state=random_state):
+            for epoch in train(network, optimizer, data, **phase, steps=part, bar=bar, random_state=random_state):
                 measured = epoch.step % phase["steps_per_epoch"] == 0 or epoch.step == steps.stop
                 test_accuracy = accuracy(*predict(model, data)) if measured else None
                 clock.tick(epoch.step)
@@ -136,5 +143,7 @@ def _key(cfg: Any, model: nn.Module) -> str:
     schedule = {key: getattr(cfg.schedule, key) for key in shared}
     weights = cfg.base.weights
     parts = [cfg.model, cfg.dataset, schedule, asdict(cfg.schedule.base), cfg.seed, weights, versions()["torch"]]
+    if (count := ranks.own_share().ranks) > 1:  # they see the statistics of batch norm of their own images
+        parts += [count, cfg.distributed.sync_bn]
     parts += [str(next(model.parameters()).device.type), *map(inspect.getsource, sources)]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:12]

@@ -1,6 +1,7 @@
 """The device of a run and the network on it; and where a result comes from: versions, commit."""
 
 import hashlib
+import os
 import platform
 import subprocess
 from contextlib import suppress
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import csgd
+from csgd import ranks
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.train import logits_of
@@ -22,6 +24,11 @@ def placed(model: nn.Module, device: torch.device) -> nn.Module:
         raise InputError(f"model._target_ must make a torch.nn.Module, got {type(model).__name__}")
     # On a CPU convs run about 1.4 times faster in channels-last layout.
     return model.to(device, memory_format=torch.channels_last) if device.type == "cpu" else model.to(device)
+
+
+def as_trained(cfg: Any, model: nn.Module) -> nn.Module:
+    """`model` as the training loop calls it, with the same parameters; to be made anew after a cut."""
+    return ranks.parallel(model)
 
 
 def check_fit(model: nn.Module, data: Data) -> None:
@@ -40,7 +47,9 @@ def device_of(cfg: Any) -> torch.device:
         torch.set_num_threads(cfg.threads)
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device=cuda: torch sees no CUDA device here; device=auto or device=cpu runs on the CPU")
-    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if cfg.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
 
 
 def device_name(device: torch.device) -> str:

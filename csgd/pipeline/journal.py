@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
+from csgd import ranks
 from csgd.checkpoint import load_checkpoint, save_checkpoint
 from csgd.errors import InputError
 from csgd.pipeline.build import code, versions
@@ -21,6 +22,7 @@ log = logging.getLogger("csgd")
 
 # What may differ between a run and its continuation, since it does not change the result.
 FREE = ("wandb", "progress", "quiet", "plan_only", "resume", "checkpoint_every", "base.cache", "export")
+FREE += ("distributed.nproc", "distributed.check_every")
 
 
 @contextmanager
@@ -54,7 +56,7 @@ class Journal:
         """
         path, config = output_dir / "checkpoints" / "last.pt", _flat(asdict(cfg))
         config |= {"versions.torch": versions()["torch"], "versions.csgd": code()}
-        saved = load_checkpoint(path) if cfg.resume == "auto" else None
+        saved = ranks.from_first(load_checkpoint(path) if cfg.resume == "auto" and ranks.is_first() else None)
         if saved is None:
             return cls(path, config, {"seconds": {}}, None)
         _refuse_other("resume=auto", output_dir, saved["config"], config)
@@ -66,7 +68,8 @@ class Journal:
         if self.saved is None or self.saved["phase"] not in phases:
             return None
         saved, self.saved = self.saved, None
-        return saved
+        rank, states = ranks.own_share().rank, saved["random_states"]
+        return saved | {"random_state": states[rank] if rank < len(states) else None}
 
     def save(
         self,
@@ -81,12 +84,15 @@ class Journal:
 
         phase  base | between (two stages, with all that is known in `record`) | wide | trimmed
         """
+        random_states = ranks.gathered(torch.get_rng_state())
+        if not ranks.is_first():
+            return
         state = {
             "phase": phase,
             "step": step,
             "model": model.state_dict(),
             "optimizer": optimizer and optimizer.state_dict(),
-            "random_state": torch.get_rng_state(),
+            "random_states": random_states,
             "rows": tracker.rows,
             "record": self.record,
             "config": self.config,

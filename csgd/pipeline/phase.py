@@ -25,6 +25,7 @@ def phase_of(cfg: Any, data: Data, name: str) -> dict[str, Any]:
         clip_norm=phase.clip_norm,
         label_smoothing=cfg.schedule.label_smoothing,
         accumulation=cfg.schedule.accumulation,
+        check_every=cfg.distributed.check_every,
         lr_at=partial(_lr_at(phase), steps_per_epoch=steps_per_epoch),
         ramp_at=partial(ramp, length=round(cfg.collapse_by * phase.epochs * steps_per_epoch), shape=cfg.ramp),
         seed=cfg.seed,

@@ -13,6 +13,7 @@ from csgd.data import Data
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 from csgd.optim import CSGD, check_stability, param_groups
+from csgd.pipeline.build import as_trained
 from csgd.pipeline.clock import Clock
 from csgd.pipeline.journal import Journal
 from csgd.pipeline.phase import chunks, log_epoch, phase_of
@@ -181,9 +182,10 @@ class Stage:
         """
         arguments, optimizer, tested = self.pull.phase, self.pull.optimizer, None
         self.clock.start(self.position(steps.start))
+        network = as_trained(self.cfg, self.model)
         for part in chunks(steps, self.cfg.checkpoint_every):
             here = arguments | {"steps": part, "bar": self.bar, "random_state": random_state}
-            for epoch in train(self.model, optimizer, self.data, **here):
+            for epoch in train(network, optimizer, self.data, **here):
                 measured = epoch.step % arguments["steps_per_epoch"] == 0 or epoch.step == steps.stop
                 tested = predict(self.model, self.data) if measured else None
                 self.clock.tick(self.position(epoch.step))

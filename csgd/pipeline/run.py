@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import time
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from csgd import report
+from csgd import ranks, report
 from csgd.build import build, label
 from csgd.checkpoint import write_json
 from csgd.clusters import cluster
@@ -25,6 +27,7 @@ from csgd.pipeline.build import check_fit, commit, device_name, device_of, place
 from csgd.pipeline.clock import Clock, bar_of
 from csgd.pipeline.console import console, headline
 from csgd.pipeline.journal import Journal, reserved
+from csgd.pipeline.launch import check_ranks, check_shares, joined, launch
 from csgd.pipeline.pull import Pull, Stage, check_strengths, cut, tell_plan
 from csgd.pipeline.ship import ship
 from csgd.pruned import save_pruned
@@ -39,12 +42,23 @@ log = logging.getLogger("csgd")
 FORECAST_POINTS = 400  # per stage and group, for the picture
 
 
-def run(cfg: Any, output_dir: Path, command: str | None = None) -> Verdict | None:
+def run(
+    cfg: Any, output_dir: Path, command: str | None = None, *, logs: Mapping[str, Any] | None = None
+) -> Verdict | None:
     """Trains, prunes and judges as `cfg` (an object of the schema in conf/) says; leaves its files in `output_dir`.
 
-    With cfg.plan_only it writes down what that would be, and there is no verdict.
+    With cfg.plan_only it writes down what that would be, and there is no verdict.  With cfg.distributed.nproc it starts
+    ranks, the first of which configures its logging as `logs` says; only that one writes.
     """
-    with reserved(output_dir), console(cfg.quiet):
+    check_ranks(cfg)
+    with reserved(output_dir) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        if cfg.distributed.nproc > 1 and not cfg.plan_only:
+            return launch(_one_rank, (cfg, output_dir, command), cfg.distributed.nproc, logs)
+        return _one_rank(cfg, output_dir, command)
+
+
+def _one_rank(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
+    with joined(cfg), console(cfg.quiet):
         return _run(cfg, output_dir, command)
 
 
@@ -54,10 +68,14 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
     if cfg.export:
         check_packages(cfg.export)
     check_strengths(cfg)
-    data = build("dataset", cfg.dataset, batch_size=cfg.schedule.batch_size, seed=cfg.seed, device=device)
+    offered = dict(batch_size=cfg.schedule.batch_size, seed=cfg.seed, device=device, share=ranks.own_share())
+    data = build("dataset", cfg.dataset, **offered, needed=["share"] if offered["share"].ranks > 1 else [])
+    check_shares(data, cfg.schedule.batch_size, ranks.own_share().ranks)
     torch.manual_seed(cfg.seed)
     model = build("model", cfg.model, num_classes=data.num_classes, image_size=data.example.size(-1))
     model = placed(model, device)
+    if cfg.distributed.sync_bn and ranks.own_share().ranks > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     check_fit(model, data)
     if cfg.plan_only:
         return plan_only(cfg, model, data, output_dir)
@@ -67,7 +85,7 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
     name = f"{label(cfg.model)}-{label(cfg.dataset)}-{cfg.deps.fraction:g}-s{cfg.seed}"
     settings = dict(project=cfg.wandb.project, entity=cfg.wandb.entity, group=cfg.wandb.group, tags=cfg.wandb.tags)
     with Tracker(
-        output_dir,
+        output_dir if ranks.is_first() else None,
         mode=cfg.wandb.mode,
         config=asdict(cfg),
         settings=settings | {"name": name},
@@ -97,6 +115,7 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
         judged = _together(record["stages"])
         summary = {
             **{key: record[key] for key in ("base", "cost", "seconds", "stages")},
+            "ranks": ranks.own_share().ranks,
             **{key: record["stages"][-1][key] for key in ("collapse", "strengths", "widths")},
             "verdict": asdict(judged),
             "layers": described(spaces, stages[-1]),
@@ -108,9 +127,10 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
             "versions": versions(),
             "config": asdict(cfg),
         }
-        _leave(model, data, summary, output_dir)
-        ship(cfg, data, summary, {space.name: space.size for space in spaces}, output_dir)
-        _report(summary, tracker, output_dir)
+        if ranks.is_first():
+            _leave(model, data, summary, output_dir)
+            ship(cfg, data, summary, {space.name: space.size for space in spaces}, output_dir)
+            _report(summary, tracker, output_dir)
     return judged
 
 
@@ -135,12 +155,14 @@ def _stage(
         pull = Pull.resumed(cfg, model, data, saved)
     else:
         with clocked(seconds, "cluster"):
-            clusters = cluster(model, spaces, widths, cfg.clustering.method, cfg.seed, cfg.clustering.of)
+            how = cfg.clustering.method, cfg.seed, cfg.clustering.of
+            clusters = ranks.from_first(cluster(model, spaces, widths, *how) if ranks.is_first() else None)
         pull, done, random_state = Pull.of(cfg, model, data, spaces, clusters), 0, None
         journal.record["pace"] = {}
-    write_json(output_dir / "clusters.json", clusters)
     album, wide = None, not saved or saved["phase"] == "wide"
-    if wide:
+    if ranks.is_first():
+        write_json(output_dir / "clusters.json", clusters)
+    if wide and ranks.is_first():
         with spared("the filters for their picture"):
             album = Album.of(output_dir / "filters.safetensors", number, model, spaces, clusters)
     if not saved:

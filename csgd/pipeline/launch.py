@@ -1,0 +1,118 @@
+"""Several ranks for one run: started here, or found already started by torchrun."""
+
+import logging
+import logging.config
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from tqdm import tqdm
+
+from csgd import ranks
+from csgd.data import Data
+from csgd.errors import InputError
+from csgd.pipeline.build import device_of
+
+GRACE = 2.0  # seconds for which a rank that lost another one waits, so that the other one is found first
+
+
+class RankError(InputError):
+    """A rank was killed, and the run with it."""
+
+
+def started_outside() -> bool:
+    """Whether this process is one of several ranks already, of torchrun or of `launch`."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def check_ranks(cfg: Any) -> None:
+    """InputError for ranks that cannot be had here."""
+    asked, device = f"distributed.nproc={cfg.distributed.nproc}", device_of(cfg)
+    if started_outside() and cfg.distributed.nproc > 1:
+        raise InputError(f"{asked}: torchrun has started {os.environ['WORLD_SIZE']} ranks already, leave it out")
+    if device.type == "cuda" and cfg.distributed.nproc > torch.cuda.device_count():
+        raise InputError(f"{asked}: each rank needs a CUDA device, there are {torch.cuda.device_count()} here")
+    if device.type != "cuda" and cfg.distributed.sync_bn:
+        raise InputError("distributed.sync_bn: torch has synchronised batch norm for CUDA devices only")
+
+
+def check_shares(data: Data, size: int, count: int) -> None:
+    """InputError if a batch of up to `size` would leave one of `count` ranks with less than the two images that batch
+    norm needs."""
+    smallest = min(size, data.train_size % size or size)
+    if count > 1 and smallest < 2 * count:
+        raise InputError(
+            f"schedule.batch_size={size} leaves a last batch of {smallest} of the {data.train_size} images, "
+            f"{count} ranks need at least {2 * count}"
+        )
+
+
+@contextmanager
+def joined(cfg: Any) -> Iterator[None]:
+    """Within it this process is one of the ranks, if there are several; only rank 0 speaks."""
+    if not started_outside():
+        yield
+        return
+    if os.environ["RANK"] != "0":
+        logging.disable(logging.WARNING)
+    with ranks.group(device_of(cfg)):
+        yield
+
+
+def launch(run: Callable[..., Any], arguments: tuple, nproc: int, logs: Mapping[str, Any] | None) -> Any:
+    """What rank 0 of `nproc` ranks, each in its own process, returns of run(*arguments).
+
+    logs  what logging.config.dictConfig takes, for rank 0.  An error names its rank: InputError if the user can mend
+    it, RankError for a rank that was killed.
+    """
+    for name in ("torch.multiprocessing.spawn", "torch.distributed.elastic.multiprocessing.api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # their traces: the cause is told below, once
+    threads = max(1, torch.get_num_threads() // nproc)
+    with tempfile.TemporaryDirectory() as errors:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            run_id=str(os.getpid()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=errors),
+        )
+        try:
+            return elastic_launch(config, _rank)(run, arguments, logs, threads)[0]
+        except ChildFailedError as error:
+            raise _cause(*error.get_first_failure()) from None
+
+
+def _rank(run: Callable[..., Any], arguments: tuple, logs: Mapping[str, Any] | None, threads: int) -> Any:
+    if logs and os.environ["RANK"] == "0":
+        logging.config.dictConfig(dict(logs))
+    torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own one is for several processes, and is left behind when this one is killed
+    try:
+        return run(*arguments)
+    except InputError:
+        raise
+    except Exception:
+        time.sleep(GRACE)  # torch blames the rank that ends first, and a lost connection is not the cause
+        raise
+
+
+def _cause(rank: int, failure: ProcessFailure) -> Exception:
+    if failure.exitcode < 0:
+        return RankError(f"rank {rank} was killed by {failure.signal_name()}; resume=auto goes on where it was")
+    if not isinstance(failure.message, dict):
+        return RankError(f"rank {rank} ended with status {failure.exitcode}; resume=auto goes on where it was")
+    kind, _, text = failure.message["message"].partition(": ")
+    if kind in {known.__name__ for known in (InputError, *InputError.__subclasses__())}:
+        return InputError(text)
+    return RuntimeError(f"rank {rank} failed\n{failure.message['extraInfo']['py_callstack']}")
