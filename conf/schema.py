@@ -75,6 +75,7 @@ class Schedule:
     weight_decay_vectors: float = 0.0
     bias_lr_factor: float = 1.0
     label_smoothing: float = 0.0  # in both trainings
+    ema: float | None = None  # decay of a moving average of the weights, of C-SGD: what the run then ends with
     accumulation: int = 1  # parts in which a batch goes through the network: less memory, the same gradient
     centri_strength: Any = MISSING
     vector_ratio: float = MISSING
@@ -91,6 +92,8 @@ class Schedule:
         _require(_positive(self.bias_lr_factor), "schedule.bias_lr_factor", "above 0", self.bias_lr_factor)
         smoothing, parts = self.label_smoothing, self.accumulation
         _require(0 <= smoothing < 1, "schedule.label_smoothing", "at least 0 and below 1", smoothing)
+        decay = self.ema
+        _require(decay is None or 0 < decay < 1, "schedule.ema", "above 0 and below 1, or null", decay)
         fits = 1 <= parts <= self.batch_size // 2  # batch norm needs two images
         _require(fits, "schedule.accumulation", f"between 1 and {self.batch_size // 2}, half of the batch", parts)
         self.base.check("schedule.base")
@@ -190,6 +193,8 @@ class Config:
     seed: int = MISSING
     device: str = MISSING
     threads: int | None = None
+    precision: str = MISSING
+    compile: bool = False
     progress: bool = True
     quiet: bool = False
     plan_only: bool = False
@@ -211,6 +216,7 @@ class Config:
         _require(0 <= self.seed < 2**31, "seed", "between 0 and 2147483647", self.seed)
         _require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
         _require(self.threads is None or self.threads >= 1, "threads", "1 or more, or null", self.threads)
+        _require(self.precision in ("fp32", "bf16", "fp16"), "precision", "fp32, bf16 or fp16", self.precision)
         for group in ("model", "dataset"):
             target = getattr(self, group).get("_target_")
             _require(

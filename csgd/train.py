@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim.swa_utils import AveragedModel
 
 from csgd import ranks
 from csgd.data import Data
@@ -61,6 +63,9 @@ def train(
     clip_norm: float | None = None,
     label_smoothing: float = 0.0,
     accumulation: int = 1,
+    precision: torch.dtype = torch.float32,
+    scaler: GradScaler | None = None,
+    average: AveragedModel | None = None,
     check_every: int | None = None,
     seed: int,
     bar: "tqdm | None" = None,
@@ -75,6 +80,10 @@ def train(
     epoch are fixed by (seed, epoch); where `steps` starts within one, `random_state` is that of torch at this step.
     `bar` is of the caller's, for more than these steps.  DivergedError names the step at which the loss stopped being
     a number; the weights are then lost.
+
+    In a `precision` of 16 bits the network is run under autocast, and its parameters, gradients and their update stay
+    what they are; float16 needs a `scaler`, whose factor is out of the gradients before they are clipped and merged.
+    A step that it leaves out for an overflow is one in which nothing is pulled.  `average` follows the weights.
 
     Several ranks, whose `model` is one of `ranks.parallel`, take the steps that one would take with the same batches;
     what is yielded is of all of them, and at that point all have the statistics of batch norm of rank 0.  Every
@@ -99,20 +108,30 @@ def train(
             pairs = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
             for number, (part, targets) in enumerate(pairs, 1):
                 with nullcontext() if number == parts else ranks.alone(model):
-                    outputs = model(part)
+                    with torch.autocast(part.device.type, precision, enabled=precision != torch.float32):
+                        outputs = model(part)
+                        loss_of_part = criterion(outputs, targets, label_smoothing)
                     # The mean over ranks of these is the mean over the images of all.
-                    term = criterion(outputs, targets, label_smoothing) * (len(part) * own.ranks / count)
-                    term.backward()
+                    term = loss_of_part * (len(part) * own.ranks / count)
+                    (scaler.scale(term) if scaler else term).backward()
                 loss += term.detach()
                 correct += (logits_of(outputs).detach().argmax(1) == targets).sum()
+            if scaler:
+                scaler.unscale_(optimizer)
             if clip_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
             lr = lr_at(step)
             set_lr(optimizer, lr)
             if ramp_at is not None:
                 set_ramp(optimizer, ramp_at(step))
-            optimizer.step()
+            if scaler:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if average:
+                average.update_parameters(model)
 
             if check_every and (step + 1) % check_every == 0:
                 ranks.check_equal(model, step + 1)
@@ -153,7 +172,8 @@ def logits_of(outputs) -> Tensor:
 
 @torch.no_grad()
 def predict(model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
-    """Logits [n, classes] of the test set in eval mode, and its labels [n], on the CPU; of all ranks, on each."""
+    """Logits [n, classes] of the test set, in eval mode and in the precision of the weights, and its labels [n]; on
+    the CPU, and those of all ranks on each."""
     model.eval()
     own = [
         (logits_of(model(images)).float().cpu(), labels.cpu()) for images, labels in data.test_batches() if len(images)

@@ -34,9 +34,10 @@ def trim(
     """Keeps the first member of each cluster, in place; consumers sum the input slices of the others into its slice.
 
     Lossless when the members are equal.  Running statistics lag the filters by about 1 / momentum steps, so they are
-    averaged over the cluster (fact F8).  Every tensor that is touched becomes a new one: EMA copies and DDP wrappers
-    must be made anew, and so must optimizers, but for an `optimizer` that is given: it goes on with the narrow
-    network where it was with the wide one (`CSGD.carry_over`, fact F7).
+    averaged over the cluster (fact F8).  Every tensor that is touched becomes a new one: wrappers of DDP must be made
+    anew, and so must optimizers, but for an `optimizer` that is given: it goes on with the narrow network where it was
+    with the wide one (`CSGD.carry_over`, fact F7).  A moving average of the weights, whose members lag, goes on after
+    `merge_equal` and `trim` of its own copy.
 
     With `tolerance`, InputError if a tensor's relative deviation ‖W − ΓW‖ / ‖W‖ is above it, before anything changes.
     """

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import csgd
 from csgd import CSGD, InputError
@@ -140,3 +141,29 @@ def test_f7_in_float32_stays_close():
             optimizer.step()
             optimizer.zero_grad()
     assert (wide(images) - slim(images)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("net", [nets.Residual, nets.Dense, nets.Depthwise])
+def test_a_trimmed_average_is_the_average_of_the_trimmed_run(net):
+    wide, spaces, clusters, optimizer = collapsed(net)
+    slim = copy.deepcopy(wide)
+    twin = CSGD(csgd.param_groups(slim, spaces, clusters, **CONSTANTS), 0.01)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    averages = [AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True) for m in (wide, slim)]
+    for average in averages:
+        randomise(average.module)  # its members lag: they are not equal when the network is cut
+        average.n_averaged += 1
+    averages[1].load_state_dict(copy.deepcopy(averages[0].state_dict()))
+    csgd.trim(slim, spaces, clusters, twin)
+    csgd.merge_equal(averages[1].module, spaces, clusters)
+    csgd.trim(averages[1].module, spaces, clusters)
+    for step in range(5, 30):
+        take_step(wide, optimizer, net, step)
+        take_step(slim, twin, net, step)
+        averages[0].update_parameters(wide)
+        averages[1].update_parameters(slim)
+    csgd.merge_equal(averages[0].module, spaces, clusters)
+    csgd.trim(averages[0].module, spaces, clusters)
+    for (name, a), (_, b) in zip(*(average.module.state_dict().items() for average in averages), strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= 1e-10 * max(1.0, a.abs().max()), name

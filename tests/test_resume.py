@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 RUN = [
     "experiment=smoke", "dataset.image_size=16", "deps.stages=[0.75,0.5]", "deps.fraction=0.5", "wandb=disabled",
     "schedule.batch_size=16", "schedule.csgd={epochs: 3, lr: 0.05, max_steps: 50}", "checkpoint_every=7", "resume=auto",
+    "schedule.ema=0.9",
     "hydra.run.dir=out",
 ]  # fmt: skip
 

@@ -1,4 +1,5 @@
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from torch import nn
 
 import csgd
 from csgd import CSGD, data
+from csgd.centripetal import forecast
+from csgd.pipeline.build import as_trained
 from csgd.plan import Plan, Timetable, plan, strengths_by
 from csgd.schedule import ramp
 from csgd.train import DivergedError, accuracy, criterion, logits_of, predict, train
@@ -68,6 +71,66 @@ def test_a_batch_in_parts_has_the_same_gradient_but_for_rounding():
     for one, other in zip(ends[1][1], ends[3][1], strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
         assert one.train_accuracy == other.train_accuracy
+
+
+def centripetal(net, d, lr=0.05):
+    """An optimizer that collapses the net's filters within the 60 steps of a test, its spaces and its clusters."""
+    spaces = csgd.find_spaces(net, d.example)
+    clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
+    groups = csgd.param_groups(net, spaces, clusters, centri_strength=8.0, vector_ratio=1.0)
+    return CSGD(groups, lr), spaces, clusters
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_in_16_bits_the_pull_is_that_of_32(precision):
+    net, d = small_net(), small_data()
+    optimizer, spaces, clusters = centripetal(net, d)
+    group = optimizer.clustered_groups()[0]
+    start, factors = float(optimizer.deviation(group)), forecast([0.05] * 60, group["centri_strength"], 1e-4)
+    scaler = torch.amp.GradScaler("cpu") if precision == "float16" else None
+    how = options(steps=range(60), clip_norm=1.0, precision=getattr(torch, precision), scaler=scaler)
+    losses = []
+    for epoch in train(net, optimizer, d, **how):
+        foreseen = start * factors[epoch.step - 1] ** 2
+        losses.append(epoch.loss)
+        if epoch.step == 6:
+            assert float(optimizer.deviation(group)) == pytest.approx(foreseen, rel=0.01), "no step was left out"
+    assert optimizer.relative_deviation() < 1e-5
+    assert losses[-1] < losses[0]
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    before, _ = predict(net, d)
+    csgd.trim(net, spaces, clusters, tolerance=1e-5)
+    assert (before - predict(net, d)[0]).abs().max() / before.abs().max() < 1e-4
+
+
+def test_a_step_that_overflows_is_left_out():
+    net, d = small_net(), small_data()
+    optimizer, *_ = centripetal(net, d)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    before = [p.detach().clone() for p in net.parameters()]
+    list(train(net, optimizer, d, **options(steps=range(1), precision=torch.float16, scaler=scaler)))
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert scaler.get_scale() == 2.0**59
+
+
+def test_compiled_once_before_and_once_after_the_cut():
+    sizes = dict(num_classes=3, image_size=8, train_size=186, test_size=30)  # the last batch of an epoch is smaller
+    d = data.synthetic(**sizes, batch_size=32, seed=0, device=torch.device("cpu"))
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+        optimizer, spaces, clusters = centripetal(net, d)
+        csgd.merge_equal(net, spaces, clusters)
+        torch._dynamo.utils.counters.clear()
+        for phase in (0, 1):
+            network = as_trained(SimpleNamespace(compile=compiled), net)
+            list(train(network, optimizer, d, **options(steps=range(12 * phase, 12 * phase + 12))))
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled * (phase + 1)
+            if phase == 0:
+                csgd.trim(net, spaces, clusters, optimizer)
+        ends.append(predict(net, d)[0])
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3)
 
 
 def test_smoothed_labels():

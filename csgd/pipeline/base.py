@@ -22,7 +22,7 @@ from csgd.checkpoint import load_weights, save_weights
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.models import published_weights
-from csgd.pipeline.build import as_trained, versions
+from csgd.pipeline.build import as_trained, scaler_of, versions
 from csgd.pipeline.clock import Clock, bar_of
 from csgd.pipeline.journal import Journal
 from csgd.pipeline.phase import chunks, log_epoch, phase_of
@@ -78,17 +78,21 @@ def cached(cfg: Any, model: nn.Module) -> Path:
 
 def _train(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tracker, clock: Clock) -> None:
     schedule = cfg.schedule
-    constants = dict(lr=schedule.base.lr, weight_decay=schedule.weight_decay, fused=True)
+    scaler = scaler_of(cfg, data.example.device)
+    # torch's fused SGD leaves its momentum uninitialised if its first step is one that the scaler leaves out.
+    constants = dict(lr=schedule.base.lr, weight_decay=schedule.weight_decay, fused=scaler is None)
     if schedule.base.optimizer == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), **constants)
     else:
         inertia = dict(momentum=schedule.momentum, nesterov=schedule.nesterov)
         optimizer = torch.optim.SGD(model.parameters(), **constants, **inertia)
-    phase = phase_of(cfg, data, "base") | {"ramp_at": None}
+    phase = phase_of(cfg, data, "base") | {"ramp_at": None, "scaler": scaler}
     steps, random_state = phase.pop("steps"), None
     if saved := journal.take("base"):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        if scaler:
+            scaler.load_state_dict(saved["scaler"])
         steps, random_state = range(saved["step"], steps.stop), saved["random_state"]
     clock.start(steps.start)
     network = as_trained(cfg, model)
@@ -102,7 +106,7 @@ def _train(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tr
                 if measured:
                     row = {"epoch": epoch.step / phase["steps_per_epoch"]}
                     log_epoch("base", epoch, test_accuracy, tracker, row, clock.seconds_left)
-                journal.save("base", epoch.step, model, optimizer, tracker)
+                journal.save("base", epoch.step, model, optimizer, tracker, scaler=scaler and scaler.state_dict())
             random_state = torch.get_rng_state()
 
 
@@ -143,6 +147,7 @@ def _key(cfg: Any, model: nn.Module) -> str:
     schedule = {key: getattr(cfg.schedule, key) for key in shared}
     weights = cfg.base.weights
     parts = [cfg.model, cfg.dataset, schedule, asdict(cfg.schedule.base), cfg.seed, weights, versions()["torch"]]
+    parts += [cfg.precision, cfg.compile]
     if (count := ranks.own_share().ranks) > 1:  # they see the statistics of batch norm of their own images
         parts += [count, cfg.distributed.sync_bn]
     parts += [str(next(model.parameters()).device.type), *map(inspect.getsource, sources)]

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from csgd.data import Data
+from csgd.pipeline.build import PRECISIONS
 from csgd.report import duration
 from csgd.schedule import learning_rate, ramp
 from csgd.tracking import Tracker
@@ -25,6 +26,7 @@ def phase_of(cfg: Any, data: Data, name: str) -> dict[str, Any]:
         clip_norm=phase.clip_norm,
         label_smoothing=cfg.schedule.label_smoothing,
         accumulation=cfg.schedule.accumulation,
+        precision=PRECISIONS[cfg.precision],
         check_every=cfg.distributed.check_every,
         lr_at=partial(_lr_at(phase), steps_per_epoch=steps_per_epoch),
         ramp_at=partial(ramp, length=round(cfg.collapse_by * phase.epochs * steps_per_epoch), shape=cfg.ramp),

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from csgd.clusters import Clusters
@@ -20,7 +22,7 @@ from csgd.pipeline.phase import chunks, log_epoch, phase_of
 from csgd.plan import Plan, Timetable, plan, strengths_by
 from csgd.tracking import Tracker
 from csgd.train import Epoch, accuracy, predict, train
-from csgd.trim import statistics_momentum, trim
+from csgd.trim import merge_equal, statistics_momentum, trim
 from csgd.verify import Verdict, statistics_spread, verdict
 
 log = logging.getLogger("csgd")
@@ -111,11 +113,13 @@ class Pull:
         shown = range(1, steps.stop + 1, max(1, steps.stop // points))
         return {name: [(step, self.foreseen(name, step)) for step in shown] for name in self.start}
 
-    def save(self, journal: Journal, phase: str, step: int, model: nn.Module, tracker: Tracker, clusters) -> None:
+    def state(self, model: nn.Module) -> dict[str, Any]:
+        """What `resumed` needs beside the state of the optimizer."""
         names = {p: name for name, p in model.named_parameters()}
-        groups = [[names[p] for p in group["params"]] for group in self.optimizer.param_groups]
-        more = dict(clusters=clusters, groups=groups, start=self.start)
-        journal.save(phase, step, model, self.optimizer, tracker, **more)
+        return {
+            "groups": [[names[p] for p in group["params"]] for group in self.optimizer.param_groups],
+            "start": self.start,
+        }
 
 
 def _timetable(cfg: Any, model: nn.Module, data: Data) -> tuple[dict[str, Any], Timetable]:
@@ -147,13 +151,18 @@ def tell_plan(pull: Pull) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """One C-SGD phase on its way to one set of widths; `number` counts from 0."""
+    """One C-SGD phase on its way to one set of widths; `number` counts from 0.
+
+    scaler  of the gradients, for float16;  average  of the weights, if there is one
+    """
 
     cfg: Any
     model: nn.Module
     data: Data
     clusters: Clusters
     pull: Pull
+    scaler: GradScaler | None
+    average: AveragedModel | None
     number: int
     journal: Journal
     tracker: Tracker
@@ -185,6 +194,7 @@ class Stage:
         network = as_trained(self.cfg, self.model)
         for part in chunks(steps, self.cfg.checkpoint_every):
             here = arguments | {"steps": part, "bar": self.bar, "random_state": random_state}
+            here |= {"scaler": self.scaler, "average": self.average}
             for epoch in train(network, optimizer, self.data, **here):
                 measured = epoch.step % arguments["steps_per_epoch"] == 0 or epoch.step == steps.stop
                 tested = predict(self.model, self.data) if measured else None
@@ -192,9 +202,16 @@ class Stage:
                 self.tell_pace(phase, epoch)
                 if tested:
                     self.log(epoch, accuracy(*tested))
-                self.pull.save(self.journal, phase, epoch.step, self.model, self.tracker, self.clusters)
+                self.save(phase, epoch.step)
             random_state = torch.get_rng_state()
         return random_state, tested
+
+    def save(self, phase: str, step: int) -> None:
+        states = {
+            key: value and value.state_dict() for key, value in (("scaler", self.scaler), ("average", self.average))
+        }
+        more = self.pull.state(self.model) | states | {"clusters": self.clusters}
+        self.journal.save(phase, step, self.model, self.pull.optimizer, self.tracker, **more)
 
     def position(self, step: int) -> int:
         """The same step, counted from the start of the run."""
@@ -219,11 +236,26 @@ class Stage:
         for group in self.pull.optimizer.clustered_groups():
             row[f"deviation/{group['name']}"] = float(self.pull.optimizer.deviation(group))
             row[f"forecast/{group['name']}"] = self.pull.foreseen(group["name"], epoch.step)
+        if self.average:
+            row["csgd/average_accuracy"] = accuracy(*predict(self.average.module, self.data))
         log_epoch("csgd", epoch, test_accuracy, self.tracker, row, self.clock.seconds_left)
 
 
-def cut(cfg: Any, model: nn.Module, data: Data, spaces, clusters, optimizer: CSGD, tested: Tested | None) -> Verdict:
-    """Trims the model and the optimizer in place, and measures what that did to the logits, which were `tested`."""
+def cut(
+    cfg: Any,
+    model: nn.Module,
+    data: Data,
+    spaces: list[ChannelSpace],
+    clusters: Clusters,
+    optimizer: CSGD,
+    average: AveragedModel | None,
+    tested: Tested | None,
+) -> Verdict:
+    """Trims the model and the optimizer in place, and measures what that did to the logits, which were `tested`.
+
+    The average of the weights is trimmed too, by its means: as it is linear in them, it goes on as the average of a run
+    that was narrow from its start.
+    """
     before, labels = tested or predict(model, data)
     measured = dict(
         deviation=float(optimizer.deviation()),
@@ -231,6 +263,9 @@ def cut(cfg: Any, model: nn.Module, data: Data, spaces, clusters, optimizer: CSG
         statistics_spread=statistics_spread(model, spaces, clusters),
     )
     trim(model, spaces, clusters, optimizer)
+    if average:
+        merge_equal(average.module, spaces, clusters)
+        trim(average.module, spaces, clusters)
     if cfg.after_trim == "plain":
         optimizer.unscale()
     after, _ = predict(model, data)

@@ -23,7 +23,7 @@ from csgd.export import check_packages
 from csgd.pipeline.ahead import clock_of, costs_after, described, plan_only, stages_of, tell_spaces
 from csgd.pipeline.album import Album
 from csgd.pipeline.base import base_network
-from csgd.pipeline.build import check_fit, commit, device_name, device_of, placed, versions
+from csgd.pipeline.build import average_of, check_fit, commit, device_name, device_of, placed, scaler_of, versions
 from csgd.pipeline.clock import Clock, bar_of
 from csgd.pipeline.console import console, headline
 from csgd.pipeline.journal import Journal, reserved
@@ -73,7 +73,7 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
     check_shares(data, cfg.schedule.batch_size, ranks.own_share().ranks)
     torch.manual_seed(cfg.seed)
     model = build("model", cfg.model, num_classes=data.num_classes, image_size=data.example.size(-1))
-    model = placed(model, device)
+    model = placed(model, device, cfg.precision)
     if cfg.distributed.sync_bn and ranks.own_share().ranks > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     check_fit(model, data)
@@ -159,6 +159,10 @@ def _stage(
             clusters = ranks.from_first(cluster(model, spaces, widths, *how) if ranks.is_first() else None)
         pull, done, random_state = Pull.of(cfg, model, data, spaces, clusters), 0, None
         journal.record["pace"] = {}
+    scaler, average = scaler_of(cfg, data.example.device), average_of(cfg, model)
+    for follower, key in ((scaler, "scaler"), (average, "average")):
+        if follower and saved:
+            follower.load_state_dict(saved[key])
     album, wide = None, not saved or saved["phase"] == "wide"
     if ranks.is_first():
         write_json(output_dir / "clusters.json", clusters)
@@ -169,19 +173,22 @@ def _stage(
         _keep(album, model, "start")
     end = pull.phase["steps"].stop
     with bar_of(cfg, "C-SGD", range(done, end)) as bar:
-        stage = Stage(cfg, model, data, clusters, pull, number, journal, tracker, clock, bar)
+        stage = Stage(cfg, model, data, clusters, pull, scaler, average, number, journal, tracker, clock, bar)
         if wide:
             with clocked(seconds, "csgd_wide"):
                 done, random_state, tested = stage.train_wide(done, random_state)
             with clocked(seconds, "trim"):
                 _keep(album, model, "collapse")
-                judged = cut(cfg, model, data, spaces, clusters, pull.optimizer, tested)
+                judged = cut(cfg, model, data, spaces, clusters, pull.optimizer, average, tested)
                 _keep(album, model, "cut")
             bar.set_description(f"C-SGD, cut at {done}", refresh=False)
             journal.record["stage"] = {"cut_step": done, "verdict": asdict(judged)}
-            pull.save(journal, "trimmed", done, model, tracker, clusters)
+            stage.save("trimmed", done)
         with clocked(seconds, "csgd_trimmed"):
             _, tested = stage.train("trimmed", range(done, end), random_state)
+    if average:
+        model.load_state_dict(average.module.state_dict())
+        tested = None
     record = journal.record.pop("stage")
     journal.record["stages"].append(
         {
