@@ -1,4 +1,7 @@
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,8 @@ from csgd.pipeline.build import as_trained
 from csgd.plan import Plan, Timetable, plan, strengths_by
 from csgd.schedule import ramp
 from csgd.train import DivergedError, accuracy, criterion, logits_of, predict, train
+
+ROOT = Path(__file__).parents[1]
 
 
 def small_data(seed=0):
@@ -131,6 +136,29 @@ def test_compiled_once_before_and_once_after_the_cut():
                 csgd.trim(net, spaces, clusters, optimizer)
         ends.append(predict(net, d)[0])
     torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3)
+
+
+def test_few_channels_of_a_strided_conv_of_one_pixel_do_not_corrupt_memory():
+    code = """
+import torch
+from torch import nn
+from csgd.pipeline.build import placed
+torch.set_num_threads(2)
+for inputs in (4, 8, 10, 15):
+    net = nn.Sequential(nn.Conv2d(3, inputs, 3, padding=1), nn.Conv2d(inputs, 20, 1, stride=2, bias=False))
+    twin = nn.Sequential(nn.Conv2d(3, inputs, 3, padding=1), nn.Conv2d(inputs, 20, 1, stride=2, bias=False)).double()
+    twin.load_state_dict(net.state_dict())
+    net = placed(net, torch.device("cpu"))
+    for batch in (32, 29, 32, 29):
+        images = torch.randn(batch, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+        net(images).square().mean().backward()
+        twin(images.double()).square().mean().backward()
+    for p, q in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad.float(), rtol=1e-4, atol=1e-5)
+print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "fine\n", done.stderr[-2000:]
 
 
 def test_smoothed_labels():
