@@ -6,6 +6,7 @@ import os
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,48 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from csgd.pipeline.build import commit, versions  # noqa: E402
 from csgd.report import table  # noqa: E402
 
 
 def arguments(doc: str) -> argparse.Namespace:
-    """--quick, --output, --threads: what every benchmark takes."""
+    """--quick, --output, --threads, --device: what the benchmarks take; on a GPU the number of threads is ignored."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer networks and repeats: a minute or less")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder of the JSON file")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count()], help="one measurement for each")
-    return parser.parse_args()
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cuda: of the steps, on a GPU")
+    given = parser.parse_args()
+    if given.device.type == "cuda":
+        given.threads = given.threads[:1]
+    return given
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the storages that are made within it, at their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage.data_ptr() not in given | self.seen:
+                self.seen.add(storage.data_ptr())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.release, storage.nbytes(), storage.data_ptr())
+        return out
+
+    def release(self, size: int, address: int) -> None:
+        self.now -= size
+        self.seen.discard(address)
 
 
 def in_turns(contenders: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -35,6 +66,8 @@ def in_turns(contenders: Mapping[str, Callable[[], Any]], repeats: int, warmup: 
         for name, contender in contenders.items():
             started = time.perf_counter()
             contender()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
@@ -65,7 +98,7 @@ def leave(
     facts = {
         "command": " ".join(["python", f"experiments/bench/{name}.py", *sys.argv[1:]]),
         "cores": os.cpu_count(),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if given.device.type == "cuda" else "cpu",
         "versions": versions(),
         "commit": commit(),
     }

@@ -2,14 +2,18 @@
 
     python experiments/bench/growth.py
 
-Time of each, and the growth exponent in the number of parameters from one network to the next: 1 is linear.  A chain of
-convs as its width doubles, and CIFAR ResNets as their depth does.  Draws growth.png.
+Time and memory of each, and the growth exponent in the number of parameters from one network to the next: 1 is linear.
+A chain of convs as its width doubles, and CIFAR ResNets as their depth does.  Memory is the peak of what Python, NumPy
+and torch hold beyond network, gradients and momentum, in a run of its own.  Draws growth.png.
 """
 
 import math
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from common import arguments, in_turns, leave, summary
+from common import Peak, arguments, in_turns, leave, summary
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -38,7 +42,18 @@ def measured(model: nn.Module, repeats: int) -> dict[str, dict[str, float]]:
         optimizer.step,
     )
     seconds = in_turns(dict(zip(PARTS, contenders, strict=True)), repeats, warmup=1)
-    return {part: summary(times) for part, times in seconds.items()}
+    return {
+        part: summary(seconds[part]) | {"bytes": peak_bytes(run)} for part, run in zip(PARTS, contenders, strict=True)
+    }
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    tracemalloc.start()
+    with Peak() as tensors:
+        run()
+    python = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return python + tensors.peak
 
 
 def main() -> None:
@@ -57,12 +72,16 @@ def main() -> None:
             found |= measured(model, 5)
             row = [family, size, f"{found['parameters']:,}"]
             for part in PARTS:
-                took = found[part]["median"]
-                row.append(f"{1000 * took:.3g} ms" + (f", {exponent(before, found, part):.2f}" if before else ""))
+                for what, one in (
+                    ("median", f"{1000 * found[part]['median']:.3g} ms"),
+                    ("bytes", f"{found[part]['bytes'] / 1e6:.3g} MB"),
+                ):
+                    row.append(one + (f", {exponent(before, found, part, what):.2f}" if before else ""))
             rows.append(row)
             numbers.append({"family": family, "size": size} | found)
             before = found
-    leave("growth", given, ("family", "size", "parameters", *PARTS), rows, numbers)
+    header = [f"{part}, {what}" for part in PARTS for what in ("time", "memory")]
+    leave("growth", given, ("family", "size", "parameters", *header), rows, numbers)
     draw(numbers, given.output / "growth.png")
 
 
@@ -70,24 +89,31 @@ def resnet(depth: int) -> nn.Module:
     return CifarResNet((depth - 2) // 6, 10)
 
 
-def exponent(before: dict, after: dict, part: str) -> float:
-    """log of the growth of the time, over log of the growth of the parameters."""
+def exponent(before: dict, after: dict, part: str, what: str) -> float:
+    """log of the growth of the time or memory, over log of the growth of the parameters."""
     grown = after["parameters"] / before["parameters"]
-    return math.log(after[part]["median"] / before[part]["median"]) / math.log(grown)
+    return math.log(after[part][what] / before[part][what]) / math.log(grown)
 
 
-def draw(numbers: list[dict], path) -> None:
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+def draw(numbers: list[dict], path: Path) -> None:
     families = list(dict.fromkeys(one["family"] for one in numbers))
-    for axes, family in zip(figure.subplots(1, len(families)), families, strict=True):
-        members = [one for one in numbers if one["family"] == family]
-        parameters = [one["parameters"] for one in members]
-        for part in PARTS:
-            axes.loglog(parameters, [one[part]["median"] for one in members], "o-", label=part)
-        first = members[0]["step"]["median"] / parameters[0]
-        axes.loglog(parameters, [first * n for n in parameters], color="black", linestyle=":", label="linear")
-        axes.set(xlabel="parameters", ylabel="seconds", title=family)
-        axes.grid(alpha=0.3)
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for line, (what, label) in zip(
+        figure.subplots(2, len(families), sharex="col"), (("median", "seconds"), ("bytes", "bytes")), strict=True
+    ):
+        for axes, family in zip(line, families, strict=True):
+            members = [one for one in numbers if one["family"] == family]
+            parameters = [one["parameters"] for one in members]
+            for part in PARTS:
+                axes.loglog(parameters, [one[part][what] for one in members], "o-", label=part)
+            first = members[0]["step"][what] / parameters[0]
+            axes.loglog(parameters, [first * n for n in parameters], color="black", linestyle=":", label="linear")
+            axes.set(ylabel=label)
+            axes.grid(alpha=0.3)
+    for axes, family in zip(figure.axes[: len(families)], families, strict=True):
+        axes.set_title(family)
+    for axes in figure.axes[len(families) :]:
+        axes.set_xlabel("parameters")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
 

@@ -8,14 +8,11 @@ holds at its peak beyond weights, gradients and momentum, as a share of the weig
 """
 
 import copy
-import weakref
 from collections.abc import Callable
 
 import torch
-from common import arguments, in_turns, leave, milliseconds, ratio, summary
+from common import Peak, arguments, in_turns, leave, milliseconds, ratio, summary
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torchvision.models import densenet121
 
 import csgd
@@ -44,8 +41,8 @@ class Dense(torch.optim.SGD):
             if t.merged and isinstance(t.tensor, torch.nn.Parameter) and t.merged[0] == 0:
                 _, segments = t.merged
                 parts = [(segments == row).nonzero().flatten().tolist() for row in segments.unique()]
-                both = merge_matrix(parts, dtype=torch.float32), decay_matrix(parts, 1e-4, 0.1, dtype=torch.float32)
-                self.matrices.append((t.tensor, *both))
+                where = dict(dtype=torch.float32, device=t.tensor.device)
+                self.matrices.append((t.tensor, merge_matrix(parts, **where), decay_matrix(parts, 1e-4, 0.1, **where)))
 
     @torch.no_grad()
     def step(self):
@@ -55,30 +52,6 @@ class Dense(torch.optim.SGD):
         super().step()
         for (p, _, _), gradient in zip(self.matrices, gradients, strict=True):
             p.grad = gradient
-
-
-class Peak(TorchDispatchMode):
-    """Bytes of the storages that are made within it, at their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.seen = 0, 0, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage.data_ptr() not in given | self.seen:
-                self.seen.add(storage.data_ptr())
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.release, storage.nbytes(), storage.data_ptr())
-        return out
-
-    def release(self, size: int, address: int) -> None:
-        self.now -= size
-        self.seen.discard(address)
 
 
 def contender(kind: str, model, spaces, clusters) -> torch.optim.Optimizer:
@@ -103,8 +76,9 @@ def main() -> None:
     rows, numbers = [], []
     for network, make in list(NETWORKS.items())[: 2 if given.quick else None]:
         torch.manual_seed(0)
-        model = make().to(memory_format=torch.channels_last)
-        spaces = csgd.find_spaces(model, torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last))
+        model = make().to(given.device, memory_format=torch.channels_last)
+        example = torch.randn(2, 3, 64, 64, device=given.device).contiguous(memory_format=torch.channels_last)
+        spaces = csgd.find_spaces(model, example)
         clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 5 / 8), "even")
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         optimizers, calls, extra = {}, {}, {}

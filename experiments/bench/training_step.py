@@ -20,10 +20,10 @@ from csgd.train import criterion
 
 def main() -> None:
     given = arguments(__doc__)
-    data = digits(image_size=32, batch_size=32, shift=2, seed=0, device=torch.device("cpu"))
+    data = digits(image_size=32, batch_size=32, shift=2, seed=0, device=given.device)
     images, labels = next(iter(data.train_batches(0)))
     torch.manual_seed(0)
-    model = vgg16(10, 32).to(memory_format=torch.channels_last).train()
+    model = vgg16(10, 32).to(given.device, memory_format=torch.channels_last).train()
     spaces = csgd.find_spaces(model, data.example, trial=False)
     clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 5 / 8), "even")
     rows, numbers = [], []
