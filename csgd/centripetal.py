@@ -80,13 +80,22 @@ class Segments:
 
 
 def merged_gradient(
-    gradient: Tensor, weight: Tensor, segments: Segments, centri_strength: float, out: Tensor | None = None
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    segments: Segments,
+    centri_strength: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Γ(G − εW) for rows [c, k]: the gradient with which SGD under a weight decay of η+ε is C-SGD (eq. 7).
+    """Γ(G − εW) [c, k]: the gradient with which SGD under a weight decay of η+ε is C-SGD (eq. 7).
 
-    Γ(G − εW) + (η+ε)W = ΓG + ΛW.  Rows of a cluster get the same bits, and only means [r, k] are computed.
+    Γ(G − εW) + (η+ε)W = ΓG + ΛW.  G and W are rows in several tensors [c_i, k], one below the other.  Rows of a
+    cluster get the same bits, and only means [r, k] are computed.
     """
-    out = torch.sub(gradient, weight, alpha=centri_strength, out=out)
+    if len(weights) == 1:
+        out = torch.sub(gradients[0], weights[0], alpha=centri_strength, out=out)
+    else:
+        out = torch.cat(gradients, out=out)
+        torch._foreach_sub_(out.split([len(rows) for rows in weights]), weights, alpha=centri_strength)
     return torch.index_select(segments.means(out), 0, segments.cluster, out=out)
 
 

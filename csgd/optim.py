@@ -45,17 +45,17 @@ class _Stack:
         params = [p for p, _ in clustered]
         return cls(params, orders, Segments.of(torch.cat(joint), params[0].device, params[0].dtype))
 
-    def rows(self, tensors: Iterable[Tensor]) -> Tensor:
-        """One tensor for each parameter → [Σc, k]"""
-        parts = [order.rows(tensor) for order, tensor in zip(self.orders, tensors, strict=True)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def rows(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """One tensor for each parameter → its rows [c, k]"""
+        return [order.rows(tensor) for order, tensor in zip(self.orders, tensors, strict=True)]
 
     def merged_gradients(self, centri_strength: float, scratch: Tensor) -> list[Tensor]:
         """Γ(G − εW) of each parameter, in `scratch`."""
-        gradient, weight = self.rows(p.grad for p in self.params), self.rows(self.params)
-        out = scratch[: weight.numel()].view_as(weight)
-        merged = merged_gradient(gradient, weight, self.segments, centri_strength, out)
-        parts = merged.split([order.shape[0] for order in self.orders])
+        gradients, weights = self.rows(p.grad for p in self.params), self.rows(self.params)
+        length = weights[0].size(1)
+        out = scratch[: sum(map(len, weights)) * length].view(-1, length)
+        merged_gradient(gradients, weights, self.segments, centri_strength, out)
+        parts = out.split([len(rows) for rows in weights])
         return [order.tensor(part) for order, part in zip(self.orders, parts, strict=True)]
 
 
@@ -252,9 +252,10 @@ class CSGD(torch.optim.Optimizer):
     def deviation(self, group: dict | None = None) -> Tensor:
         """Σ‖W − ΓW‖² over the clustered tensors (of one group), a scalar tensor that stays on the device."""
         terms = [
-            squared_deviation(stack.rows(stack.params), stack.segments)
+            squared_deviation(rows[0] if len(rows) == 1 else torch.cat(rows), stack.segments)
             for one in (self.param_groups if group is None else [group])
             for stack in self._stacked(one, one["params"])[0]
+            for rows in [stack.rows(stack.params)]
         ]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 

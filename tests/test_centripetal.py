@@ -62,7 +62,7 @@ def test_the_merged_gradient_makes_the_dense_formula(shape, dim):
     gradient = torch.randn(shape, generator=generator, dtype=torch.float64)
     eta, eps = 0.02, 0.7
     order, segments = RowOrder.of(weight, dim), Segments.of(segments_of(clusters))
-    merged = merged_gradient(order.rows(gradient), order.rows(weight), segments, eps)
+    merged = merged_gradient([order.rows(gradient)], [order.rows(weight)], segments, eps)
     fast = order.tensor(merged) + (eta + eps) * weight
 
     def flat(tensor):
@@ -78,7 +78,7 @@ def test_the_merged_gradient_makes_the_dense_formula(shape, dim):
 def test_the_merged_gradient_leaves_its_arguments_alone():
     weight, gradient = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     copies = weight.clone(), gradient.clone()
-    merged_gradient(gradient, weight, Segments.of(segments_of(CLUSTERS)), 0.5)
+    merged_gradient([gradient], [weight], Segments.of(segments_of(CLUSTERS)), 0.5)
     assert torch.equal(weight, copies[0])
     assert torch.equal(gradient, copies[1])
 
