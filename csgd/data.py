@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from csgd.errors import InputError
 from csgd.ranks import Share
@@ -253,22 +253,19 @@ def image_folder(
         train, test = Subset(whole, order[held_out:]), Subset(folder(root_path, centred), order[:held_out])
     if len(train) < 2:
         raise InputError(f"dataset.root: '{root}' holds {len(train)} training images, 2 are the least")
-    generator, order = torch.Generator(), torch.Generator()
-    loading = dict(num_workers=workers, pin_memory=device.type == "cuda")
-    train_shares = Shares(len(train), batch_size, share, order)
-    # Workers are made anew each epoch: persistent ones would go on with the random state of the last epoch.
-    train_loader = DataLoader(
-        train, batch_sampler=train_shares, generator=generator, worker_init_fn=_one_thread, **loading
+    loading = dict(
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # of seeds for the workers, which draw from their own: torch's stays untouched
     )
+    shares = Shares(len(train), batch_size, share, seed)
+    train_loader = DataLoader(Drawn(train, seed), batch_sampler=shares, **loading)
     test_loader = DataLoader(test, batch_sampler=Shares(len(test), batch_size, share), **loading)
 
     def train_batches(epoch: int) -> Batches:
-        # One generator draws the order, the same for all ranks; the other the seeds of the workers, which transforms
-        # use; without workers these use torch's own.
-        order.manual_seed(seed * 1_000_003 + epoch)
-        generator.manual_seed(seed * 1_000_003 + epoch + share.offset)
-        if workers == 0:
-            torch.manual_seed(seed * 1_000_003 + epoch + share.offset)
+        shares.epoch = epoch
         for images, labels in train_loader:
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
@@ -280,24 +277,46 @@ def image_folder(
     return Data(train_batches, test_batches, example, len(classes), len(train_loader), len(train), len(test))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shares:
-    """A batch sampler: one rank's share of every batch of `size` items, shuffled if there is a generator."""
+    """A batch sampler: one rank's share of every batch of `size` items, as their positions.
+
+    With a seed it is shuffled anew for every `epoch`, and yields pairs (epoch, position).
+    """
 
     size: int
     batch_size: int
     share: Share
-    generator: torch.Generator | None = None
+    seed: int | None = None
+    epoch: int = 0
 
-    def __iter__(self) -> Iterator[list[int]]:
-        shuffled = self.generator is not None
-        order = torch.randperm(self.size, generator=self.generator) if shuffled else torch.arange(self.size)
-        for batch in order.split(self.batch_size):
-            if own := self.share.of(batch).tolist():
-                yield own
+    def __iter__(self) -> Iterator[list]:
+        if self.seed is None:
+            batches = torch.arange(self.size).split(self.batch_size)
+        else:
+            batches = torch.randperm(self.size, generator=_generator(self.seed, self.epoch)).split(self.batch_size)
+        for batch in batches:
+            own = self.share.of(batch).tolist()
+            if own:
+                yield own if self.seed is None else [(self.epoch, position) for position in own]
 
     def __len__(self) -> int:
         return -(-self.size // self.batch_size)
+
+
+@dataclass(frozen=True)
+class Drawn(Dataset):
+    """Items whose transforms draw what (seed, epoch, position) fixes, whichever worker or rank makes them."""
+
+    items: Dataset
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, position = key
+        (drawn,) = np.random.SeedSequence((self.seed, epoch, position)).generate_state(1, np.uint64).tolist()
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(drawn)
+            return self.items[position]
 
 
 def _one_thread(_: int) -> None:

@@ -1,9 +1,13 @@
+from collections import deque
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from csgd import InputError, data
+from csgd.ranks import Share
 
 CPU = torch.device("cpu")
 
@@ -89,16 +93,28 @@ def test_image_folders_with_and_without_a_split(tmp_path):
     assert labels.tolist() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_image_folders_repeat_by_seed_and_epoch(tmp_path, workers):
-    folder(tmp_path, ["train", "val"])
+def test_image_folders_repeat_by_seed_and_epoch_whoever_makes_them(tmp_path):
+    folder(tmp_path, ["train", "val"], per_class=9)
+    ways = [
+        [image_folder(tmp_path)],
+        [image_folder(tmp_path, workers=2)],  # the same workers for all epochs
+        [image_folder(tmp_path, share=Share(rank, 2)) for rank in range(2)],
+    ]
 
-    def epoch(n):
-        return torch.cat([images for images, _ in image_folder(tmp_path, workers=workers).train_batches(n)])
+    def epoch(n, ranks):
+        batches = zip(*(rank.train_batches(n) for rank in ranks), strict=True)
+        return torch.cat([images for shares in batches for images, _ in shares])
 
-    assert torch.equal(epoch(1), epoch(1))
-    assert not torch.equal(epoch(1), epoch(2))
+    state = torch.get_rng_state()
+    first, second = epoch(1, ways[0]), epoch(2, ways[0])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(first, second)
+    deque(islice(ways[1][0].train_batches(0), 2), maxlen=0)  # an epoch that is left in its middle
+    for way in ways:
+        assert torch.equal(epoch(1, way), first)
+        assert torch.equal(epoch(2, way), second)
+    assert not torch.equal(epoch(1, [image_folder(tmp_path, seed=1)]), first)
 
 
 def test_missing_data_is_named(tmp_path):
