@@ -43,9 +43,8 @@ def base_network(
         path = cached(cfg, model)
         path.parent.mkdir(parents=True, exist_ok=True)
         first = ranks.is_first()
-        with (
-            FileLock(f"{path}.lock") if first else nullcontext()
-        ):  # the jobs of a parallel sweep wait for the first one
+        lock = FileLock(f"{path}.lock") if first else nullcontext()
+        with lock:  # the jobs of a parallel sweep wait for the first one
             if weights := ranks.from_first(load_weights(path) if first and path.exists() else None):
                 journal.take("base")
                 model.load_state_dict(weights)

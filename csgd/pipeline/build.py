@@ -39,14 +39,14 @@ def placed(model: nn.Module, device: torch.device, precision: str = "fp32") -> n
     return model
 
 
-def _few_channels_first(conv: nn.Conv2d, inputs: tuple[Tensor]) -> Tensor | None:
+def _few_channels_first(conv: nn.Conv2d, inputs: tuple[Tensor, ...]) -> Tensor | None:
     """Keeps a strided conv of one pixel from reading a few channels in channels-last layout.
 
-    oneDNN's gradient of its weights writes past a buffer there, for less channels than a vector register holds
+    oneDNN's gradient of its weights writes past a buffer there, for fewer channels than a vector register holds
     (https://github.com/uxlfoundation/oneDNN/issues/6035), and a cut can leave as few.
     """
-    (images,) = inputs
-    return images.contiguous() if images.size(1) < VECTOR * conv.groups else None
+    few = inputs and inputs[0].size(1) < VECTOR * conv.groups
+    return inputs[0].contiguous() if few else None
 
 
 def as_trained(cfg: Any, model: nn.Module) -> nn.Module:

@@ -21,8 +21,10 @@ from csgd.tracking import Tracker
 log = logging.getLogger("csgd")
 
 # What may differ between a run and its continuation, since it does not change the result.
-FREE = ("wandb", "progress", "quiet", "plan_only", "resume", "checkpoint_every", "base.cache", "export")
-FREE += ("distributed.nproc", "distributed.check_every")
+FREE = (
+    "wandb", "progress", "quiet", "plan_only", "resume", "checkpoint_every", "base.cache", "export",
+    "distributed.nproc", "distributed.check_every",
+)  # fmt: skip
 
 
 @contextmanager

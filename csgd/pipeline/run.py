@@ -78,7 +78,7 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     check_fit(model, data)
     if cfg.plan_only:
-        return plan_only(cfg, model, data, output_dir)
+        return plan_only(cfg, model, data, output_dir) if ranks.is_first() else None
     journal = Journal.of(cfg, output_dir)
     record, seconds = journal.record, journal.record["seconds"]
     before = seconds.get("total", 0.0)
