@@ -1,5 +1,6 @@
 """Other people's loops: the examples, and the package without the libraries of the experiments."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -18,7 +19,7 @@ def run_main(name, *arguments):
 
 def test_an_example_fits_a_screen():
     lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert len(lengths) == 5
+    assert len(lengths) == 6
     assert max(lengths.values()) < 60, lengths
 
 
@@ -37,6 +38,18 @@ def test_the_forecast_of_an_example_is_what_it_measures(capsys):
     left, expected = line.split()[2], line.split()[-4]
     assert float(left) == pytest.approx(float(expected), rel=1e-2)
     assert 0 < float(expected) < 0.5
+
+
+def test_ranks_of_ones_own():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(EXAMPLES / "data_parallel.py"), "100"], capture_output=True, text=True, check=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    assert [line.split(":")[0] for line in lines] == ["rank 0", "rank 1"]
+    assert lines[0].split(": ")[1] == lines[1].split(": ")[1], "the same network on both"
+    assert float(lines[0].split("changed by ")[1].split(",")[0]) < 1e-5
 
 
 def test_a_network_of_timm():
