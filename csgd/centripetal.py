@@ -95,7 +95,7 @@ def merged_gradient(
         out = torch.sub(gradients[0], weights[0], alpha=centri_strength, out=out)
     else:
         out = torch.cat(gradients, out=out)
-        torch._foreach_sub_(out.split([len(rows) for rows in weights]), weights, alpha=centri_strength)
+        torch._foreach_sub_(out.split([rows.size(0) for rows in weights]), weights, alpha=centri_strength)
     return torch.index_select(segments.means(out), 0, segments.cluster, out=out)
 
 
@@ -108,17 +108,18 @@ def squared_deviation(weight: Tensor, segments: Segments) -> Tensor:
 class RowOrder:
     """How a tensor of some shape and strides becomes a matrix of rows, without a copy where memory allows it.
 
-    dims   its dims, that of the rows first, the others from the largest stride to the smallest
+    dims   its dims, that of the rows first, the others from the largest stride to the smallest;  back  undoes them
     shape  its sizes along these
     """
 
     dims: tuple[int, ...]
+    back: tuple[int, ...]
     shape: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: Tensor, dim: int) -> "RowOrder":
         dims = (dim, *(d for d in memory_order(tensor) if d != dim))
-        return cls(dims, tuple(tensor.size(d) for d in dims))
+        return cls(dims, inverse(dims), tuple(tensor.size(d) for d in dims))
 
     def rows(self, tensor: Tensor) -> Tensor:
         """tensor → [c, k]"""
@@ -126,7 +127,7 @@ class RowOrder:
 
     def tensor(self, rows: Tensor) -> Tensor:
         """[c, k] → a view in the shape of the tensor"""
-        return permuted(rows.view(self.shape), [self.dims.index(d) for d in range(len(self.dims))])
+        return permuted(rows.view(self.shape), self.back)
 
 
 def segment_mean(tensor: Tensor, dim: int, segments: Tensor) -> Tensor:
@@ -136,19 +137,26 @@ def segment_mean(tensor: Tensor, dim: int, segments: Tensor) -> Tensor:
     return laid_out_like(order.tensor(merged), tensor)
 
 
-def memory_order(tensor: Tensor) -> list[int]:
+def memory_order(tensor: Tensor) -> tuple[int, ...]:
     """Its dims from the largest stride to the smallest: along these, a dense tensor is contiguous."""
-    dims = list(range(tensor.dim()))
-    return dims if tensor.is_contiguous() else sorted(dims, key=lambda d: -tensor.stride(d))
+    dims = range(tensor.dim())
+    return tuple(dims) if tensor.is_contiguous() else tuple(sorted(dims, key=lambda d: -tensor.stride(d)))
 
 
-def permuted(tensor: Tensor, dims: Sequence[int]) -> Tensor:
+def inverse(dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The permutation that undoes `dims`."""
+    return tuple(dims.index(d) for d in range(len(dims)))
+
+
+def permuted(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     """tensor.permute(dims), without a call into torch where that changes nothing."""
-    return tensor if list(dims) == list(range(len(dims))) else tensor.permute(dims)
+    return tensor if dims == (0, 1, 2, 3)[: len(dims)] else tensor.permute(dims)
 
 
 def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
     """`tensor` with the strides of `other`, of the same shape; those of dims of one entry mean nothing."""
+    if tensor.stride() == other.stride():
+        return tensor
     strides = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
     alike = all(size == 1 or a == b for size, a, b in strides)
     return tensor if alike else torch.empty_like(other).copy_(tensor)

@@ -11,6 +11,7 @@ from torch.optim.sgd import sgd
 from csgd.centripetal import (
     RowOrder,
     Segments,
+    inverse,
     laid_out_like,
     memory_order,
     merged_gradient,
@@ -52,10 +53,10 @@ class _Stack:
     def merged_gradients(self, centri_strength: float, scratch: Tensor) -> list[Tensor]:
         """Γ(G − εW) of each parameter, in `scratch`."""
         gradients, weights = self.rows(p.grad for p in self.params), self.rows(self.params)
-        length = weights[0].size(1)
-        out = scratch[: sum(map(len, weights)) * length].view(-1, length)
+        sizes, length = [order.shape[0] for order in self.orders], weights[0].size(1)
+        out = scratch[: sum(sizes) * length].view(-1, length)
         merged_gradient(gradients, weights, self.segments, centri_strength, out)
-        parts = out.split([len(rows) for rows in weights])
+        parts = out.split(sizes)
         return [order.tensor(part) for order, part in zip(self.orders, parts, strict=True)]
 
 
@@ -197,7 +198,7 @@ class CSGD(torch.optim.Optimizer):
         )
         if group["momentum"]:
             for p, order, momentum in zip(params, orders, momenta, strict=True):
-                self.state[p]["momentum_buffer"] = permuted(momentum, [order.index(d) for d in range(p.dim())])
+                self.state[p]["momentum_buffer"] = permuted(momentum, inverse(order))
 
     @torch.no_grad()
     def carry_over(self, replaced: Mapping[Tensor, tuple[Tensor, ClusteredTensor]]) -> None:

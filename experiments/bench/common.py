@@ -59,6 +59,12 @@ class Peak(TorchDispatchMode):
         self.seen.discard(address)
 
 
+def synchronise() -> None:
+    """Waits for the GPU, if there is one at work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def in_turns(contenders: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of each contender, turn by turn: what slows the machine down for a while slows all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -66,8 +72,7 @@ def in_turns(contenders: Mapping[str, Callable[[], Any]], repeats: int, warmup: 
         for name, contender in contenders.items():
             started = time.perf_counter()
             contender()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
+            synchronise()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return seconds

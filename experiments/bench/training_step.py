@@ -3,15 +3,16 @@
     python experiments/bench/training_step.py
 
 Filters at 5/8 of their number.  Passes through the network, optimizer, gradients to none; "optimizer" is its part of
-these steps, with caches and allocator as the passes leave them.  The two take turns on copies of one network; ratios are
-medians within turns.
+these steps, with caches and allocator as the passes leave them.  The two take turns on copies of one network; ratios
+are medians within turns.
 """
 
 import copy
 import time
+from functools import partial
 
 import torch
-from common import arguments, in_turns, leave, milliseconds, ratio, summary
+from common import arguments, in_turns, leave, milliseconds, ratio, summary, synchronise
 from optimizer_step import contender
 
 import csgd
@@ -22,6 +23,17 @@ NETWORKS = {
     "VGG-16, the main job": (lambda: vgg16(10, 32), 32, 32),
     "ResNet-50": (lambda: resnet50(1000), 64, 16),
 }
+
+
+def step(model, optimizer, images: torch.Tensor, labels: torch.Tensor, seconds: list[float]) -> None:
+    """A step of training; adds what the optimizer took of it to `seconds`."""
+    criterion(model(images), labels).backward()
+    synchronise()
+    started = time.perf_counter()
+    optimizer.step()
+    synchronise()
+    seconds.append(time.perf_counter() - started)
+    optimizer.zero_grad(set_to_none=True)
 
 
 def main() -> None:
@@ -41,18 +53,7 @@ def main() -> None:
                 twin = copy.deepcopy(model)
                 optimizer = contender(kind, twin, spaces, clusters)
 
-                def step(twin=twin, optimizer=optimizer, seconds=inside[kind]):
-                    criterion(twin(images), labels).backward()
-                    if images.is_cuda:
-                        torch.cuda.synchronize()
-                    started = time.perf_counter()
-                    optimizer.step()
-                    if images.is_cuda:
-                        torch.cuda.synchronize()
-                    seconds.append(time.perf_counter() - started)
-                    optimizer.zero_grad(set_to_none=True)
-
-                steps[kind] = step
+                steps[kind] = partial(step, twin, optimizer, images, labels, inside[kind])
             turns = 10 if given.quick else 40
             seconds = in_turns(steps, turns, warmup=3)
             for kind, whole in seconds.items():
