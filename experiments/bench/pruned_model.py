@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -34,15 +35,18 @@ WAYS = ("C-SGD, cut at the collapse", "C-SGD, cut at the end", "Torch-Pruning, f
 def main() -> None:
     given = arguments(__doc__)
     torch.set_num_threads(max(given.threads))
+    if not (peer := find_spec("torch_pruning")):
+        print("Torch-Pruning is not installed: pip install torch-pruning")
     rows, numbers = [], []
     for network in list(NETWORKS)[: 1 if given.quick else None]:
-        found = {way: [] for way in WAYS}
+        found = {way: [] for way in (WAYS if peer else WAYS[:2])}
         for seed in range(1 if given.quick else 3):
             settings = [*NETWORKS[network], "deps='5_8'", f"seed={seed}", "wandb=disabled"]
             for way, trim_at in zip(WAYS, ("collapse", "end"), strict=False):
                 folder = given.output / "pruned_model" / f"{network}-{trim_at}-{seed}"
                 found[way].append(of_run(settings, trim_at, folder, max(given.threads)))
-            found[WAYS[2]].append(torch_pruning(settings, found[WAYS[0]][-1]["base"]))
+            if peer:
+                found[WAYS[2]].append(torch_pruning(settings, found[WAYS[0]][-1]["base"]))
         for way, results in found.items():
             numbers += [{"network": network, "way": way, "seed": seed} | one for seed, one in enumerate(results)]
             seconds, cut, end = ([one[key] for one in results] for key in ("seconds", "after_cut", "at_end"))
