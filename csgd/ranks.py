@@ -29,7 +29,7 @@ class Share:
 
     def of(self, batch: Tensor) -> Tensor:
         """batch [n, …] → the rows of this rank: n / ranks of them, rounded up or down."""
-        return batch if self.ranks == 1 else batch.tensor_split(self.ranks)[self.rank]
+        return batch.tensor_split(self.ranks)[self.rank]
 
     @property
     def offset(self) -> int:

@@ -90,6 +90,8 @@ def train(
     `check_every` steps they make sure that their parameters are the same.
     """
     own = ranks.own_share()
+    how = dict(label_smoothing=label_smoothing, accumulation=accumulation, precision=precision, scaler=scaler)
+    passes = partial(_passes, model, **how)
     for epoch in range(steps.start // steps_per_epoch, -(-steps.stop // steps_per_epoch)):
         started = time.perf_counter()
         first, last = max(steps.start, epoch * steps_per_epoch), min(steps.stop, (epoch + 1) * steps_per_epoch)
@@ -102,20 +104,8 @@ def train(
         model.train()
         losses, correct, seen = [], torch.zeros((), device=data.example.device), 0
         for step, (images, labels) in enumerate(islice(batches, last - first), first):
-            loss = torch.zeros((), device=images.device)
-            count = ranks.total(torch.tensor(float(len(images)), device=images.device))
-            parts = min(accumulation, len(images))
-            pairs = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
-            for number, (part, targets) in enumerate(pairs, 1):
-                with nullcontext() if number == parts else ranks.alone(model):
-                    with torch.autocast(part.device.type, precision, enabled=precision != torch.float32):
-                        outputs = model(part)
-                        loss_of_part = criterion(outputs, targets, label_smoothing)
-                    # The mean over ranks of these is the mean over the images of all.
-                    term = loss_of_part * (len(part) * own.ranks / count)
-                    (scaler.scale(term) if scaler else term).backward()
-                loss += term.detach()
-                correct += (logits_of(outputs).detach().argmax(1) == targets).sum()
+            loss, hits = passes(images, labels)
+            correct += hits
             if scaler:
                 scaler.unscale_(optimizer)
             if clip_norm:
@@ -152,6 +142,36 @@ def train(
         mean_loss, correct, seen = ranks.total(sums).tolist()
         seconds = time.perf_counter() - started
         yield Epoch(epoch + 1, last, mean_loss / own.ranks, correct / seen, lr, last - first, seconds)
+
+
+def _passes(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float,
+    accumulation: int,
+    precision: torch.dtype,
+    scaler: GradScaler | None,
+) -> tuple[Tensor, Tensor]:
+    """Adds the gradients of a batch, of which this rank has [n, …] images; what they add to the loss, and the hits.
+
+    The mean over ranks of that loss is the mean over the images of all, and so are the gradients.
+    """
+    loss, hits = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
+    per_rank = ranks.total(torch.tensor(float(len(images)), device=images.device)) / ranks.own_share().ranks
+    parts = min(accumulation, len(images))
+    pairs = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+    for number, (part, targets) in enumerate(pairs, 1):
+        with nullcontext() if number == parts else ranks.alone(model):
+            with torch.autocast(part.device.type, precision, enabled=precision != torch.float32):
+                outputs = model(part)
+                mean = criterion(outputs, targets, label_smoothing)
+            term = mean * (len(part) / per_rank)
+            (scaler.scale(term) if scaler else term).backward()
+        loss += term.detach()
+        hits += (logits_of(outputs).detach().argmax(1) == targets).sum()
+    return loss, hits
 
 
 def criterion(outputs, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -33,6 +33,11 @@ def started_outside() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def started_first() -> bool:
+    """Whether this process is rank 0, or alone; before it has joined the others too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def check_ranks(cfg: Any) -> None:
     """InputError for ranks that cannot be had here."""
     asked, device = f"distributed.nproc={cfg.distributed.nproc}", device_of(cfg)
@@ -61,7 +66,7 @@ def joined(cfg: Any) -> Iterator[None]:
     if not started_outside():
         yield
         return
-    if os.environ["RANK"] != "0":
+    if not started_first():
         logging.disable(logging.WARNING)
     with ranks.group(device_of(cfg)):
         yield
@@ -94,7 +99,7 @@ def launch(run: Callable[..., Any], arguments: tuple, nproc: int, logs: Mapping[
 
 
 def _rank(run: Callable[..., Any], arguments: tuple, logs: Mapping[str, Any] | None, threads: int) -> Any:
-    if logs and os.environ["RANK"] == "0":
+    if logs and started_first():
         logging.config.dictConfig(dict(logs))
     torch.set_num_threads(threads)
     tqdm.set_lock(threading.RLock())  # its own one is for several processes, and is left behind when this one is killed

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
@@ -27,7 +26,7 @@ from csgd.pipeline.build import average_of, check_fit, commit, device_name, devi
 from csgd.pipeline.clock import Clock, bar_of
 from csgd.pipeline.console import console, headline
 from csgd.pipeline.journal import Journal, reserved
-from csgd.pipeline.launch import check_ranks, check_shares, joined, launch
+from csgd.pipeline.launch import check_ranks, check_shares, joined, launch, started_first
 from csgd.pipeline.pull import Pull, Stage, check_strengths, cut, tell_plan
 from csgd.pipeline.ship import ship
 from csgd.pruned import save_pruned
@@ -51,7 +50,7 @@ def run(
     ranks, the first of which configures its logging as `logs` says; only that one writes.
     """
     check_ranks(cfg)
-    with reserved(output_dir) if os.environ.get("RANK", "0") == "0" else nullcontext():
+    with reserved(output_dir) if started_first() else nullcontext():
         if cfg.distributed.nproc > 1 and not cfg.plan_only:
             return launch(_one_rank, (cfg, output_dir, command), cfg.distributed.nproc, logs)
         return _one_rank(cfg, output_dir, command)
