@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -30,34 +31,35 @@ LINE = 64  # bytes, a line of the cache
 
 @dataclass(frozen=True)
 class _Stack:
-    """Parameters whose rows have the same length, seen as one matrix."""
+    """Parameters whose rows have the same length, seen as one matrix; `fused`: whether torch's fused SGD suits them."""
 
     params: list[Tensor]
     orders: list[RowOrder]
     segments: Segments
+    fused: bool
 
     @classmethod
-    def of(cls, clustered: Sequence[tuple[Tensor, tuple[int, Tensor]]]) -> "_Stack":
-        orders = [RowOrder.of(p, dim) for p, (dim, _) in clustered]
-        joint, first = [], 0
-        for order, (_, (_, segments)) in zip(orders, clustered, strict=True):
-            joint.append(segments.cpu() + first)
-            first += order.shape[0]
-        params = [p for p, _ in clustered]
-        return cls(params, orders, Segments.of(torch.cat(joint), params[0].device, params[0].dtype))
+    def of(cls, clustered: Sequence[tuple[Tensor, RowOrder, Tensor]], fused: bool) -> "_Stack":
+        params, orders, segments = zip(*clustered, strict=True)
+        first = accumulate((order.shape[0] for order in orders), initial=0)
+        joint = torch.cat([one.cpu() + rows for one, rows in zip(segments, first, strict=False)])
+        return cls(list(params), list(orders), Segments.of(joint, params[0].device, params[0].dtype), fused)
+
+    @property
+    def size(self) -> int:
+        return sum(p.numel() for p in self.params)
 
     def rows(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """One tensor for each parameter → its rows [c, k]"""
         return [order.rows(tensor) for order, tensor in zip(self.orders, tensors, strict=True)]
 
     def merged_gradients(self, centri_strength: float, scratch: Tensor) -> list[Tensor]:
-        """Γ(G − εW) of each parameter, in `scratch`."""
+        """Γ(G − εW) of each parameter, its dims in the order of its RowOrder, in `scratch`."""
         gradients, weights = self.rows(p.grad for p in self.params), self.rows(self.params)
-        sizes, length = [order.shape[0] for order in self.orders], weights[0].size(1)
-        out = scratch[: sum(sizes) * length].view(-1, length)
+        out = scratch[: self.size].view(-1, weights[0].size(1))
         merged_gradient(gradients, weights, self.segments, centri_strength, out)
-        parts = out.split(sizes)
-        return [order.tensor(part) for order, part in zip(self.orders, parts, strict=True)]
+        parts = out.split([order.shape[0] for order in self.orders])
+        return [part.view(order.shape) for part, order in zip(parts, self.orders, strict=True)]
 
 
 class CSGD(torch.optim.Optimizer):
@@ -115,7 +117,7 @@ class CSGD(torch.optim.Optimizer):
 
     def _stacked(self, group: dict, params: Sequence[Tensor]) -> tuple[list[_Stack], list[int]]:
         """Some parameters of a group: those with rows that become equal, in stacks, and the positions of the others."""
-        key = tuple(map(id, params))
+        key = tuple((id(p), p.stride()) for p in params)
         if key not in self._stacks:
             segments = dict(zip(group["params"], group["segments"] or [None] * len(group["params"]), strict=True))
             alike, others = defaultdict(list), []
@@ -123,10 +125,16 @@ class CSGD(torch.optim.Optimizer):
                 if segments[p] is None or not Segments.of(segments[p][1]).shared:
                     others.append(i)
                 else:
-                    length = p.numel() // p.size(segments[p][0])
+                    dim, vector = segments[p]
+                    order = RowOrder.of(p, dim)
+                    # torch's fused SGD rounds the odd entries behind its last whole vector in another way than the
+                    # rest: rows of a tensor that has such entries would not stay equal (fact F10).
+                    fused = permuted(p, order.dims).is_contiguous() and p.numel() * p.element_size() % LINE == 0
                     alone = i if p.numel() > STACKED else None
-                    alike[length, p.device, p.dtype, alone].append((p, segments[p]))
-            self._stacks[key] = [_Stack.of(clustered) for clustered in alike.values()], others
+                    alike[fused, p.numel() // p.size(dim), p.device, p.dtype, alone].append((p, order, vector))
+            stacks = [_Stack.of(clustered, fused) for (fused, *_), clustered in alike.items()]
+            # Of the same size one after the other: each thread finds its share of the scratch in its own cache.
+            self._stacks[key] = sorted(stacks, key=lambda stack: stack.size), others
         return self._stacks[key]
 
     @torch.no_grad()
@@ -147,46 +155,50 @@ class CSGD(torch.optim.Optimizer):
             alone = [factors is not None and p.numel() > STACKED for p, factors in rest]
             together = [pair for pair, one in zip(rest, alone, strict=True) if not one]
             for pairs in (together, *([pair] for pair, one in zip(rest, alone, strict=True) if one)):
-                self._update(group, [(p, scale_along(p.grad, f) if f else p.grad) for p, f in pairs], True)
+                self._descend(group, pairs)
         return loss
 
     def _pull(self, group: dict, stack: _Stack) -> None:
         strength = group["centri_strength"] * group["ramp"]
         merged = stack.merged_gradients(strength, self._scratch_for(stack))
-        pairs = list(zip(stack.params, merged, strict=True))
-        # torch's fused SGD rounds the odd entries behind its last whole vector in another way than the rest: rows of a
-        # tensor that has such entries would not stay equal (fact F10).
-        for fused in (True, False):
-            chosen = [(p, g) for p, g in pairs if (p.numel() * p.element_size() % LINE == 0) is fused]
-            self._update(group, chosen, fused, strength)
+        self._update(group, stack.params, [order.dims for order in stack.orders], merged, stack.fused, strength)
 
     def _scratch_for(self, stack: _Stack) -> Tensor:
         """Memory for the gradients of a stack, the same for all stacks: a fresh allocation costs more than the sums."""
-        first, size = stack.params[0], sum(p.numel() for p in stack.params)
-        where = first.device, first.dtype
-        if where not in self._scratch or self._scratch[where].numel() < size:
-            self._scratch[where] = torch.empty(size, device=first.device, dtype=first.dtype)
+        where = stack.params[0].device, stack.params[0].dtype
+        if where not in self._scratch or self._scratch[where].numel() < stack.size:
+            self._scratch[where] = torch.empty(stack.size, device=where[0], dtype=where[1])
         return self._scratch[where]
 
+    def _descend(self, group: dict, pairs: Sequence[tuple[Tensor, list | None]]) -> None:
+        """Plain SGD for parameters without rows that become equal, with the scales of their gradients."""
+        params, dims = [p for p, _ in pairs], [memory_order(p) for p, _ in pairs]
+        scaled = [scale_along(p.grad, factors) if factors else p.grad for p, factors in pairs]
+        gradients = [permuted(laid_out_like(g, p), d) for g, p, d in zip(scaled, params, dims, strict=True)]
+        self._update(group, params, dims, gradients, True)
+
     def _update(
-        self, group: dict, pairs: Sequence[tuple[Tensor, Tensor]], fused: bool, centri_strength: float = 0.0
+        self,
+        group: dict,
+        params: list[Tensor],
+        dims: list[tuple[int, ...]],
+        gradients: list[Tensor],
+        fused: bool,
+        centri_strength: float = 0.0,
     ) -> None:
-        """torch's SGD with `group`'s constants and a weight decay of η+ε, for (parameter, gradient) pairs."""
-        if not pairs:
+        """torch's SGD with `group`'s constants and a weight decay of η+ε; the gradients have their dims in this order.
+
+        All tensors are handed over in this order, in which they are contiguous where `fused`: torch's kernel copies
+        those of another layout, and takes their entries one by one.
+        """
+        if not params:
             return
-        params = [p for p, _ in pairs]
-        buffers = [self.state[p].get("momentum_buffer") for p in params]
-        orders = [memory_order(p) for p in params]
-        # As contiguous views: the fused kernel copies a tensor of another layout, whose entries must be those of the
-        # parameter one by one.
-        seen, gradients, momenta = (
-            [t if t is None else permuted(laid_out_like(t, p), o) for t, p, o in zip(ts, params, orders, strict=True)]
-            for ts in (params, [g for _, g in pairs], buffers)
-        )
+        momenta = [self._momentum(p) for p in params]
+        seen = [None if m is None else permuted(m, d) for m, d in zip(momenta, dims, strict=True)]
         sgd(
-            seen,
+            [permuted(p, d) for p, d in zip(params, dims, strict=True)],
             gradients,
-            momenta,
+            seen,
             weight_decay=group["weight_decay"] + centri_strength,
             momentum=group["momentum"],
             lr=group["lr"] * group["lr_factor"],
@@ -196,9 +208,16 @@ class CSGD(torch.optim.Optimizer):
             foreach=False,
             fused=fused,
         )
-        if group["momentum"]:
-            for p, order, momentum in zip(params, orders, momenta, strict=True):
-                self.state[p]["momentum_buffer"] = permuted(momentum, inverse(order))
+        for p, d, before, after in zip(params, dims, momenta, seen, strict=True):
+            if before is None and after is not None:
+                self.state[p]["momentum_buffer"] = permuted(after, inverse(d))
+
+    def _momentum(self, p: Tensor) -> Tensor | None:
+        """The momentum of a parameter, with its strides; None before the first step."""
+        momentum = self.state[p].get("momentum_buffer")
+        if momentum is not None and momentum.stride() != p.stride():
+            momentum = self.state[p]["momentum_buffer"] = laid_out_like(momentum, p)
+        return momentum
 
     @torch.no_grad()
     def carry_over(self, replaced: Mapping[Tensor, tuple[Tensor, ClusteredTensor]]) -> None:
