@@ -1,7 +1,7 @@
 """CSGD: stochastic gradient descent that pulls the filters of a cluster together."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -25,7 +25,7 @@ from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 
-STACKED = 2**16  # entries: parameters up to this size share an operation, larger ones are worth one each
+STACKED = 2**17  # entries: small parameters share an operation until it has as many, larger ones are worth one each
 LINE = 64  # bytes, a line of the cache
 
 
@@ -60,6 +60,18 @@ class _Stack:
         merged_gradient(gradients, weights, self.segments, centri_strength, out)
         parts = out.split([order.shape[0] for order in self.orders])
         return [part.view(order.shape) for part, order in zip(parts, self.orders, strict=True)]
+
+
+def _split(clustered: Sequence[tuple[Tensor, RowOrder, Tensor]]) -> Iterator[list[tuple[Tensor, RowOrder, Tensor]]]:
+    """In pieces of at most `STACKED` entries, or of one parameter."""
+    piece, size = [], 0
+    for one in clustered:
+        if piece and size + one[0].numel() > STACKED:
+            yield piece
+            piece, size = [], 0
+        piece.append(one)
+        size += one[0].numel()
+    yield piece
 
 
 class CSGD(torch.optim.Optimizer):
@@ -130,9 +142,8 @@ class CSGD(torch.optim.Optimizer):
                     # torch's fused SGD rounds the odd entries behind its last whole vector in another way than the
                     # rest: rows of a tensor that has such entries would not stay equal (fact F10).
                     fused = permuted(p, order.dims).is_contiguous() and p.numel() * p.element_size() % LINE == 0
-                    alone = i if p.numel() > STACKED else None
-                    alike[fused, p.numel() // p.size(dim), p.device, p.dtype, alone].append((p, order, vector))
-            stacks = [_Stack.of(clustered, fused) for (fused, *_), clustered in alike.items()]
+                    alike[fused, p.numel() // p.size(dim), p.device, p.dtype].append((p, order, vector))
+            stacks = [_Stack.of(some, fused) for (fused, *_), all_of in alike.items() for some in _split(all_of)]
             # Of the same size one after the other: each thread finds its share of the scratch in its own cache.
             self._stacks[key] = sorted(stacks, key=lambda stack: stack.size), others
         return self._stacks[key]
