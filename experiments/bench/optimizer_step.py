@@ -3,12 +3,18 @@
     python experiments/bench/optimizer_step.py
 
 All filters at 5/8 of their number.  Contenders take turns, three steps each, on copies of one network with the same
-gradients; the ratio is the median within turns.  "calls" counts operator calls of a step, "extra" what an optimizer
-holds at its peak beyond weights, gradients and momentum, as a share of the weights.
+gradients, in several processes one after the other: where memory and threads happen to lie differs more between
+processes than turns do within one.  The ratio is the median within turns, then over processes, beside its extremes.
+"calls" counts operator calls of a step, "extra" what an optimizer holds at its peak beyond weights, gradients and
+momentum, as a share of the weights.
 """
 
 import copy
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, product
+from multiprocessing import get_context
 
 import torch
 from common import Peak, arguments, in_turns, leave, milliseconds, ratio, summary
@@ -71,46 +77,59 @@ def steps(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     return turn
 
 
+def measured(network: str, threads: Sequence[int], turns: int, device: torch.device) -> dict[str, dict]:
+    """For each contender: its operator calls, its extra memory, and the seconds of a step in each turn by threads."""
+    torch.manual_seed(0)
+    model = NETWORKS[network]().to(device, memory_format=torch.channels_last)
+    example = torch.randn(2, 3, 64, 64, device=device).contiguous(memory_format=torch.channels_last)
+    spaces = csgd.find_spaces(model, example, trial=False)
+    clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 5 / 8), "even")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    optimizers, found = {}, {}
+    for kind in ("CSGD", "SGD", "SGD, fused", "dense"):
+        twin = copy.deepcopy(model)
+        torch.manual_seed(1)
+        for p in twin.parameters():
+            p.grad = torch.randn_like(p)
+        with Peak() as peak:
+            optimizers[kind] = contender(kind, twin, spaces, clusters)
+            optimizers[kind].step()
+            optimizers[kind].step()
+        with profile(activities=[ProfilerActivity.CPU]) as events:
+            optimizers[kind].step()
+        calls = sum(event.name.startswith("aten::") for event in events.events())
+        found[kind] = {"calls": calls, "extra": peak.peak / weights - 1, "seconds": {}}  # 1: the momentum
+    for number in threads:
+        torch.set_num_threads(number)
+        seconds = in_turns({kind: steps(optimizer) for kind, optimizer in optimizers.items()}, turns)
+        for kind, of_turns in seconds.items():
+            found[kind]["seconds"][number] = [one / STEPS for one in of_turns]
+    return found
+
+
 def main() -> None:
     given = arguments(__doc__)
+    turns, processes = (5, 1) if given.quick else (9, 7)
     rows, numbers = [], []
-    for network, make in list(NETWORKS.items())[: 2 if given.quick else None]:
-        torch.manual_seed(0)
-        model = make().to(given.device, memory_format=torch.channels_last)
-        example = torch.randn(2, 3, 64, 64, device=given.device).contiguous(memory_format=torch.channels_last)
-        spaces = csgd.find_spaces(model, example)
-        clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 5 / 8), "even")
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        optimizers, calls, extra = {}, {}, {}
-        for kind in ("CSGD", "SGD", "SGD, fused", "dense"):
-            twin = copy.deepcopy(model)
-            torch.manual_seed(1)
-            for p in twin.parameters():
-                p.grad = torch.randn_like(p)
-            with Peak() as peak:
-                optimizers[kind] = contender(kind, twin, spaces, clusters)
-                optimizers[kind].step()
-                optimizers[kind].step()
-            extra[kind] = peak.peak / weights - 1  # momentum
-            with profile(activities=[ProfilerActivity.CPU]) as events:
-                optimizers[kind].step()
-            calls[kind] = sum(event.name.startswith("aten::") for event in events.events())
-        for threads in given.threads:
-            torch.set_num_threads(threads)
-            repeats = 7 if given.quick else 25
-            seconds = in_turns({kind: steps(optimizer) for kind, optimizer in optimizers.items()}, repeats)
-            seconds = {kind: [one / STEPS for one in turns] for kind, turns in seconds.items()}
-            for kind in optimizers:
-                to_sgd = ratio(seconds[kind], seconds["SGD"])
-                rows.append(
-                    (network, threads, kind, milliseconds(seconds[kind]), f"{to_sgd:.2f}", calls[kind],
-                     f"{extra[kind]:.0%}")
-                )  # fmt: skip
-                numbers.append(
-                    {"network": network, "threads": threads, "contender": kind, "seconds": summary(seconds[kind]),
-                     "to_sgd": to_sgd, "calls": calls[kind], "extra": extra[kind]}
-                )  # fmt: skip
-    header = ("network", "threads", "optimizer", "ms (quartiles)", "to SGD", "calls", "extra")
+    for network in list(NETWORKS)[: 2 if given.quick else None]:
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
+            tasks = [fresh.submit(measured, network, given.threads, turns, given.device) for _ in range(processes)]
+            found = [task.result() for task in tasks]
+        for threads, kind in product(given.threads, found[0]):
+            seconds = [one[kind]["seconds"][threads] for one in found]
+            ratios = [ratio(own, one["SGD"]["seconds"][threads]) for own, one in zip(seconds, found, strict=True)]
+            of_steps, to_sgd = list(chain(*seconds)), statistics.median(ratios)
+            calls, extra = found[0][kind]["calls"], found[0][kind]["extra"]
+            rows.append(
+                (network, threads, kind, milliseconds(of_steps), f"{to_sgd:.2f}",
+                 f"{min(ratios):.2f} … {max(ratios):.2f}", calls, f"{extra:.0%}")
+            )  # fmt: skip
+            numbers.append(
+                {"network": network, "threads": threads, "contender": kind, "seconds": summary(of_steps),
+                 "processes": processes, "to_sgd": to_sgd, "lowest": min(ratios), "highest": max(ratios),
+                 "calls": calls, "extra": extra}
+            )  # fmt: skip
+    header = ("network", "threads", "optimizer", "ms (quartiles)", "to SGD", "processes", "calls", "extra")
     leave("optimizer_step", given, header, rows, numbers)
 
 
