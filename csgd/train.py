@@ -136,8 +136,9 @@ def train(
                     bar.set_postfix(shown, refresh=False)
             if bar is not None:
                 bar.update()
-        for network in filter(None, (model, average)):
-            ranks.share_buffers(network)
+        ranks.share_buffers(model)
+        if average:
+            ranks.share_buffers(average)
         sums = torch.stack([torch.stack(losses).mean(), correct, torch.full_like(correct, seen)])
         mean_loss, correct, seen = ranks.total(sums).tolist()
         seconds = time.perf_counter() - started

@@ -118,13 +118,22 @@ def test_a_step_that_overflows_is_left_out():
     assert scaler.get_scale() == 2.0**59
 
 
+class Compact(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(288, 3)
+
+    def forward(self, images):
+        return self.fc(self.bn(self.conv(images)).relu().flatten(1))
+
+
 def test_compiled_once_before_and_once_after_the_cut():
     sizes = dict(num_classes=3, image_size=8, train_size=186, test_size=30)  # the last batch of an epoch is smaller
     d = data.synthetic(**sizes, batch_size=32, seed=0, device=torch.device("cpu"))
     ends = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+        net = Compact()
         optimizer, spaces, clusters = centripetal(net, d)
         csgd.merge_equal(net, spaces, clusters)
         torch._dynamo.utils.counters.clear()
