@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shutil import which
 
 import pytest
 import yaml
@@ -166,13 +167,15 @@ def logged_steps(path):
     return rows
 
 
-@pytest.mark.parametrize("launcher, beside", [("joblib", 2), ("submitit_local", 3)])
+ON_SLURM = pytest.param("submitit_slurm", cpu_count(), marks=pytest.mark.skipif(not which("srun"), reason="no Slurm"))
+
+
+@pytest.mark.parametrize("launcher, beside", [("joblib", 2), ("submitit_local", 3), ON_SLURM])
 def test_jobs_side_by_side_share_one_base_and_the_cores(tmp_path, launcher, beside):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
     arguments = ["-m", *TINY, "centri_strength=12,11,1e5", "wandb=disabled", f"hydra/launcher={launcher}"]
-    if launcher == "joblib":
-        arguments.append("hydra.launcher.n_jobs=2")
-    done = launch(tmp_path, *arguments, status=2, OMP_NUM_THREADS=None)
+    own = {"joblib": ["hydra.launcher.n_jobs=2"], "submitit_slurm": ["hydra.launcher.cpus_per_task=1"]}
+    done = launch(tmp_path, *arguments, *own.get(launcher, []), status=2, OMP_NUM_THREADS=None)
     jobs = sweep.read_jobs(tmp_path / "sweep")
     assert [job.status for job in jobs] == ["not lossless", "not lossless", "failed"]
     assert {job.summary["device"] for job in jobs[:2]} == {f"cpu, {max(1, cpu_count() // beside)} threads"}
