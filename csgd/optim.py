@@ -12,7 +12,6 @@ from torch.optim.sgd import sgd
 from csgd.centripetal import (
     RowOrder,
     Segments,
-    inverse,
     laid_out_like,
     memory_order,
     merged_gradient,
@@ -204,12 +203,11 @@ class CSGD(torch.optim.Optimizer):
         """
         if not params:
             return
-        momenta = [self._momentum(p) for p in params]
-        seen = [None if m is None else permuted(m, d) for m, d in zip(momenta, dims, strict=True)]
+        momenta = [self._momentum(p) for p in params] if group["momentum"] else [None] * len(params)
         sgd(
             [permuted(p, d) for p, d in zip(params, dims, strict=True)],
             gradients,
-            seen,
+            [m if m is None else permuted(m, d) for m, d in zip(momenta, dims, strict=True)],
             weight_decay=group["weight_decay"] + centri_strength,
             momentum=group["momentum"],
             lr=group["lr"] * group["lr_factor"],
@@ -219,16 +217,15 @@ class CSGD(torch.optim.Optimizer):
             foreach=False,
             fused=fused,
         )
-        for p, d, before, after in zip(params, dims, momenta, seen, strict=True):
-            if before is None and after is not None:
-                self.state[p]["momentum_buffer"] = permuted(after, inverse(d))
 
-    def _momentum(self, p: Tensor) -> Tensor | None:
-        """The momentum of a parameter, with its strides; None before the first step."""
-        momentum = self.state[p].get("momentum_buffer")
-        if momentum is not None and momentum.stride() != p.stride():
-            momentum = self.state[p]["momentum_buffer"] = laid_out_like(momentum, p)
-        return momentum
+    def _momentum(self, p: Tensor) -> Tensor:
+        """The momentum of a parameter, with its strides; zero before the first step, which then sets it to D."""
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        elif state["momentum_buffer"].stride() != p.stride():
+            state["momentum_buffer"] = laid_out_like(state["momentum_buffer"], p)
+        return state["momentum_buffer"]
 
     @torch.no_grad()
     def carry_over(self, replaced: Mapping[Tensor, tuple[Tensor, ClusteredTensor]]) -> None:

@@ -316,6 +316,26 @@ def test_frozen_parameters_and_missing_gradients_are_left_out():
     assert torch.equal(before, net.up.weight)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_parameters_may_come_to_their_first_gradient_later(momentum):
+    nets, how = [Net(), Net()], dict(momentum=momentum, nesterov=momentum > 0, weight_decay=1e-3)
+    nets[1].load_state_dict(nets[0].state_dict())
+    segments = [None] * len(list(nets[0].parameters()))
+    segments[0] = (0, torch.tensor([0, 0, *range(2, 12)]))
+    ours = CSGD([{"params": list(nets[0].parameters()), "segments": segments}], 0.1, **how)
+    theirs = torch.optim.SGD(nets[1].parameters(), 0.1, **how)
+    for step in range(3):
+        for net, optimizer in zip(nets, (ours, theirs), strict=True):
+            for late in (net.conv1, net.up):  # as where a part is frozen at first
+                late.requires_grad_(step > 0)
+            backward(net, step)
+            if step and optimizer is theirs:
+                net.conv1.weight.grad[:2] = net.conv1.weight.grad[:2].mean(0)
+            optimizer.step()
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
