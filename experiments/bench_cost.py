@@ -3,7 +3,7 @@
     python experiments/bench_cost.py --repeats 3 collapse_by=0.25
 
 Each repeat has its own seed, and so its own base network; within one, the two kinds of run have the same seed,
-schedule and base, one after the other.  Prints a table and writes bench_cost.json into the output folder.
+schedule and base, one after the other, and the next repeat begins with the other kind.  Prints a table and writes bench_cost.json into the output folder.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = {"end": [], "collapse": []}
     for repeat in range(arguments.repeats):
-        for trim_at, summaries in runs.items():
+        for trim_at in list(runs)[:: -1 if repeat % 2 else 1]:
             folder = arguments.output / f"{trim_at}-{repeat}"
             command = [
                 sys.executable,
@@ -42,7 +42,7 @@ def main() -> None:
             done = subprocess.run([*command, f"hydra.run.dir={folder}"], stdout=subprocess.DEVNULL, check=False)
             if done.returncode > 1:
                 sys.exit(done.returncode)
-            summaries.append(json.loads((folder / "summary.json").read_text()))
+            runs[trim_at].append(json.loads((folder / "summary.json").read_text()))
     ratios = [
         end["seconds"]["csgd"] / collapse["seconds"]["csgd"]
         for end, collapse in zip(runs["end"], runs["collapse"], strict=True)
