@@ -3,7 +3,8 @@
     python experiments/bench_cost.py --repeats 3 collapse_by=0.25
 
 Each repeat has its own seed, and so its own base network; within one, the two kinds of run have the same seed,
-schedule and base, one after the other, and the next repeat begins with the other kind.  Prints a table and writes bench_cost.json into the output folder.
+schedule and base, one after the other, and the next repeat begins with the other kind.  Prints a table and writes
+bench_cost.json into the output folder.
 """
 
 import argparse
