@@ -110,7 +110,7 @@ class CSGD(torch.optim.Optimizer):
             gradient_scales=None,
             lr_factor=1.0,
         )
-        self._stacks: dict[tuple[int, ...], tuple[list[_Stack], list[int]]] = {}
+        self._stacks: dict[tuple, tuple[list[_Stack], list[int]]] = {}
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         super().__init__(params, defaults)
         for group in self.param_groups:
