@@ -125,6 +125,12 @@ class CSGD(torch.optim.Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         self._stacks, self._scratch = {}, {}
+        for group in self.param_groups:  # torch moves the state of a parameter to its device, not what groups hold
+            if scales := group.get("gradient_scales"):
+                group["gradient_scales"] = [
+                    factors and [(dim, vector.to(p.device, p.dtype)) for dim, vector in factors]
+                    for p, factors in zip(group["params"], scales, strict=True)
+                ]
 
     def _stacked(self, group: dict, params: Sequence[Tensor]) -> tuple[list[_Stack], list[int]]:
         """Some parameters of a group: those with rows that become equal, in stacks, and the positions of the others."""
@@ -185,7 +191,9 @@ class CSGD(torch.optim.Optimizer):
         params, dims = [p for p, _ in pairs], [memory_order(p) for p, _ in pairs]
         scaled = [scale_along(p.grad, factors) if factors else p.grad for p, factors in pairs]
         gradients = [permuted(laid_out_like(g, p), d) for g, p, d in zip(scaled, params, dims, strict=True)]
-        self._update(group, params, dims, gradients, True)
+        # torch's fused SGD takes a tensor to be dense, and would write into the gaps of one that is not.
+        fused = all(permuted(p, d).is_contiguous() for p, d in zip(params, dims, strict=True))
+        self._update(group, params, dims, gradients, fused)
 
     def _update(
         self,

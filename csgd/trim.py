@@ -86,7 +86,9 @@ def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Modul
                 f"weights of another architecture: {key} is {list(new.shape)}, at most {list(old.shape)} fit"
             )
         if new.shape != old.shape and id(old) not in narrowed:
-            empty = old.detach().new_empty(new.shape)
+            # In the layout of a cut in place: another one would round otherwise (fact F10).
+            form = torch.contiguous_format if old.is_contiguous() or old.dim() != 4 else torch.channels_last
+            empty = torch.empty(new.shape, dtype=old.dtype, device=old.device, memory_format=form)
             is_parameter = isinstance(old, nn.Parameter)
             narrowed[id(old)] = old, nn.Parameter(empty, old.requires_grad) if is_parameter else empty
     changed = set()

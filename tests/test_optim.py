@@ -316,6 +316,18 @@ def test_frozen_parameters_and_missing_gradients_are_left_out():
     assert torch.equal(before, net.up.weight)
 
 
+def test_a_parameter_with_gaps_is_updated_in_its_own_entries_alone():
+    memory = torch.randn(4, 16)
+    beside, p, q = memory[:, 8:].clone(), nn.Parameter(memory[:, :8]), nn.Parameter(memory[:, :8].clone())
+    ours, theirs = CSGD([p], 0.1), torch.optim.SGD([q], 0.1, 0.9, nesterov=True)
+    for _ in range(3):
+        p.grad = q.grad = torch.randn(4, 8)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(p, q)
+    assert torch.equal(memory[:, 8:], beside)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_parameters_may_come_to_their_first_gradient_later(momentum):
     nets, how = [Net(), Net()], dict(momentum=momentum, nesterov=momentum > 0, weight_decay=1e-3)

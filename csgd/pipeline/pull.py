@@ -177,8 +177,11 @@ class Stage:
         if done < (foreseen or end):
             random_state, tested = self.train("wide", range(done, foreseen or end), random_state)
             done = foreseen or end
-        while foreseen and done < end and self.pull.optimizer.relative_deviation() > self.cfg.tolerance.deviation:
-            more = range(done, min(done + LOOK_EVERY, end))  # float32 was slower than the forecast
+        while foreseen and done < end:
+            past = (done - foreseen) % LOOK_EVERY  # a run that goes on looks where it would have looked
+            if not past and self.pull.optimizer.relative_deviation() <= self.cfg.tolerance.deviation:
+                break
+            more = range(done, min(done + LOOK_EVERY - past, end))  # float32 was slower than the forecast
             random_state, tested = self.train("wide", more, random_state)
             done = more.stop
         return done, random_state, tested
