@@ -124,6 +124,14 @@ def test_only_modules_whose_tensors_change_are_touched():
     assert (model[4].in_features, model[4].out_features) == (6, 6)
 
 
+def test_load_trimmed_has_the_layout_of_a_cut_in_place():
+    wide = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 6, 3)).to(memory_format=torch.channels_last)
+    narrow = nn.Sequential(nn.Conv2d(8, 5, 3), nn.Conv2d(5, 6, 3)).state_dict()
+    csgd.load_trimmed(wide, narrow)
+    for layer in wide:
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_load_trimmed_refuses_other_networks():
     model, spaces, clusters, _ = prepared(nets.Plain)
     csgd.trim(model, spaces, clusters)

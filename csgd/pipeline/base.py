@@ -22,6 +22,7 @@ from csgd.checkpoint import load_weights, save_weights
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.models import published_weights
+from csgd.optim import CSGD
 from csgd.pipeline.build import as_trained, scaler_of, versions
 from csgd.pipeline.clock import Clock, bar_of
 from csgd.pipeline.journal import Journal
@@ -78,13 +79,12 @@ def cached(cfg: Any, model: nn.Module) -> Path:
 def _train(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tracker, clock: Clock) -> None:
     schedule = cfg.schedule
     scaler = scaler_of(cfg, data.example.device)
-    # torch's fused SGD leaves its momentum uninitialised if its first step is one that the scaler leaves out.
-    constants = dict(lr=schedule.base.lr, weight_decay=schedule.weight_decay, fused=scaler is None)
+    constants = dict(lr=schedule.base.lr, weight_decay=schedule.weight_decay)
     if schedule.base.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(model.parameters(), **constants)
-    else:
+        optimizer = torch.optim.AdamW(model.parameters(), **constants, fused=scaler is None)
+    else:  # without clusters it is SGD, also for parameters whose first gradient comes later than that of others
         inertia = dict(momentum=schedule.momentum, nesterov=schedule.nesterov)
-        optimizer = torch.optim.SGD(model.parameters(), **constants, **inertia)
+        optimizer = CSGD(model.parameters(), **constants, **inertia)
     phase = phase_of(cfg, data, "base") | {"ramp_at": None, "scaler": scaler}
     steps, random_state = phase.pop("steps"), None
     if saved := journal.take("base"):
