@@ -14,6 +14,7 @@ from filelock import FileLock
 from torch import nn
 
 import csgd.data
+import csgd.optim
 import csgd.schedule
 import csgd.train
 from csgd import ranks
@@ -141,7 +142,7 @@ def _published(weights: str) -> bool:
 
 def _key(cfg: Any, model: nn.Module) -> str:
     """A hash of everything that determines the base network."""
-    sources = [csgd.data, csgd.schedule, csgd.train, type(model)]
+    sources = [csgd.data, csgd.optim, csgd.schedule, csgd.train, type(model)]
     shared = ("batch_size", "momentum", "nesterov", "weight_decay", "label_smoothing", "accumulation")
     schedule = {key: getattr(cfg.schedule, key) for key in shared}
     weights = cfg.base.weights
