@@ -191,7 +191,8 @@ def _divide_cores(launcher, jobs: int) -> None:
 def _is_input(error: Exception) -> bool:
     """Whether the user can mend it; anything else is a bug and keeps its trace."""
     names = {kind.__name__ for kind in type(error).__mro__}  # a faulty configuration must not cost an import of csgd
-    return isinstance(error, HydraException | OmegaConfBaseException | ConfigError | OSError) or "InputError" in names
+    known = HydraException | OmegaConfBaseException | ConfigError | OSError
+    return isinstance(error, known) or not names.isdisjoint(("InputError", "FailedJobError"))  # of csgd, of submitit
 
 
 def _one_line(error: Exception) -> str:

@@ -113,14 +113,14 @@ class CSGD(torch.optim.Optimizer):
         self._stacks: dict[tuple, tuple[list[_Stack], list[int]]] = {}
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            check_stability(
-                group["lr"] * group["lr_factor"],
-                group["centri_strength"],
-                group["weight_decay"],
-                group["momentum"],
-                group["nesterov"],
-            )
+
+    def add_param_group(self, param_group: dict) -> None:
+        """One more group; InputError if its deviation would grow (fact F6)."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if any(group["segments"] or ()):
+            lr = group["lr"] * group["lr_factor"]
+            check_stability(lr, group["centri_strength"], group["weight_decay"], group["momentum"], group["nesterov"])
 
     def __setstate__(self, state):
         super().__setstate__(state)

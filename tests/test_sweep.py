@@ -167,7 +167,8 @@ def logged_steps(path):
     return rows
 
 
-ON_SLURM = pytest.param("submitit_slurm", cpu_count(), marks=pytest.mark.skipif(not which("srun"), reason="no Slurm"))
+SLURM = bool(which("scontrol")) and subprocess.run(["scontrol", "ping"], capture_output=True).returncode == 0
+ON_SLURM = pytest.param("submitit_slurm", cpu_count(), marks=pytest.mark.skipif(not SLURM, reason="no Slurm"))
 
 
 @pytest.mark.parametrize("launcher, beside", [("joblib", 2), ("submitit_local", 3), ON_SLURM])
@@ -201,6 +202,13 @@ def test_a_launcher_that_cannot_be_used_is_one_clear_line(tmp_path, launcher, me
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.skipif(not which("sbatch"), reason="no Slurm")
+def test_what_slurm_refuses_is_one_clear_line(tmp_path):
+    done = launch(tmp_path, "-m", *TINY, "hydra/launcher=submitit_slurm", "hydra.launcher.partition=nowhere", status=2)
+    assert done.stderr.splitlines()[-1].startswith("error: sbatch: error: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_wandb_online_without_a_key_is_said_before_training(tmp_path):
