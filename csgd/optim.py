@@ -25,6 +25,7 @@ from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 
 STACKED = 2**17  # entries: small parameters share an operation until it has as many, larger ones are worth one each
+KEPT = 16  # sets of parameters that had a gradient together: blocks left out at random make many
 LINE = 64  # bytes, a line of the cache
 
 
@@ -116,11 +117,11 @@ class CSGD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         """One more group; InputError if its deviation would grow (fact F6)."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group = self.defaults | param_group
         if any(group["segments"] or ()):
             lr = group["lr"] * group["lr_factor"]
             check_stability(lr, group["centri_strength"], group["weight_decay"], group["momentum"], group["nesterov"])
+        super().add_param_group(param_group)
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -136,6 +137,8 @@ class CSGD(torch.optim.Optimizer):
         """Some parameters of a group: those with rows that become equal, in stacks, and the positions of the others."""
         key = tuple((id(p), p.stride()) for p in params)
         if key not in self._stacks:
+            if len(self._stacks) >= KEPT:
+                del self._stacks[next(iter(self._stacks))]
             segments = dict(zip(group["params"], group["segments"] or [None] * len(group["params"]), strict=True))
             alike, others = defaultdict(list), []
             for i, p in enumerate(params):

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, trace_spaces
-from csgd.graph.tracer import keep_random_state, tensors_in
+from csgd.graph.tracer import keep_random_state, tensors_in, twin_of
 from csgd.trim import merge_equal, trim
 
 TOLERANCE = {True: 1e-8, False: 1e-3}  # relative change of an output above which a cut is not exact; True: in float64
@@ -70,7 +70,7 @@ class Trial:
         self.seed = seed
         args = example if isinstance(example, tuple) else (example,)
         try:
-            twin = copy.deepcopy(model)
+            twin = twin_of(model)
         except Exception as error:
             raise InputError(
                 f"the network cannot be copied for its trial trim ({error}); trial=False leaves it out"

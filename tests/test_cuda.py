@@ -93,6 +93,25 @@ def test_spaces_steps_cut_and_carry_over_leave_nothing_on_the_cpu(name):
 
 
 @pytest.mark.usefixtures("_fake_cuda")
+def test_a_checkpoint_read_on_the_cpu_goes_on_there():
+    model, example = on_cuda("resnet20")
+    spaces = csgd.find_spaces(model, example, trial=False)
+    clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 0.5), "even")
+    optimizer = csgd.CSGD(csgd.param_groups(model, spaces, clusters, centri_strength=1.0), 0.01)
+    csgd.trim(model, spaces, clusters, optimizer)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group["gradient_scales"] = [
+            factors and [(dim, torch.ones(vector.shape)) for dim, vector in factors]
+            for factors in group["gradient_scales"]
+        ]
+    resumed = csgd.CSGD([{"params": group["params"]} for group in optimizer.param_groups], 0.0)
+    resumed.load_state_dict(saved)
+    random_gradients(model)
+    resumed.step()
+
+
+@pytest.mark.usefixtures("_fake_cuda")
 def test_a_tensor_left_on_the_cpu_is_an_error(monkeypatch):
     model, example = on_cuda("resnet20")
     spaces = csgd.find_spaces(model, example, trial=False)

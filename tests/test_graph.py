@@ -311,6 +311,38 @@ def test_buffers_that_training_does_not_change_pin(mask):
     assert spaces_of(Net(nn.BatchNorm2d(8)))["conv"].trimmable
 
 
+def test_buffers_that_are_not_saved_pin():
+    """A network that is built anew would have the one of the wide network."""
+
+    def centred(x, m):
+        if m.training:
+            m.mean.mul_(0.9).add_(0.1 * x.mean((0, 2, 3)))
+        return x - m.mean.view(-1, 1, 1)
+
+    for persistent in (True, False):
+        body = Apply(centred)
+        body.register_buffer("mean", torch.zeros(8), persistent)
+        assert spaces_of(Net(body))["conv"].trimmable is persistent
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(())])
+def test_blocks_left_out_at_random_are_seen_whatever_was_drawn_before(draw):
+    def body(x, m):
+        for block in (m.a, m.b, m.c):
+            if not m.training or draw() < 0.5:
+                x = x + block(x)
+        return x
+
+    blocks = {name: nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)) for name in "abc"}
+    net = Net(Apply(body, **blocks))
+    for seed in range(8):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        free = {name for name, space in spaces_of(net, trial=False).items() if space.trimmable}
+        assert free == {"conv", "body.a.0", "body.b.0", "body.c.0"}
+
+
 def test_frozen_members_cannot_become_equal():
     model = nets.Plain()
     model.conv1.requires_grad_(False)

@@ -316,6 +316,19 @@ def test_frozen_parameters_and_missing_gradients_are_left_out():
     assert torch.equal(before, net.up.weight)
 
 
+def test_memory_does_not_grow_with_the_sets_of_gradients_that_are_there():
+    net, spaces, clusters, _ = clustered_net()
+    optimizer = CSGD(csgd.param_groups(net, spaces, clusters, centri_strength=0.1), 0.01)
+    parameters = list(net.parameters())
+    for step in range(100):
+        backward(net, step)
+        for bit, p in enumerate(parameters):
+            if step >> bit & 1:
+                p.grad = None
+        optimizer.step()
+    assert len(optimizer._stacks) <= 16
+
+
 def test_a_parameter_with_gaps_is_updated_in_its_own_entries_alone():
     memory = torch.randn(4, 16)
     beside, p, q = memory[:, 8:].clone(), nn.Parameter(memory[:, :8]), nn.Parameter(memory[:, :8].clone())
@@ -361,6 +374,14 @@ def test_bad_constants_are_refused(options, message):
     *_, groups = clustered_net()
     with pytest.raises(InputError, match=message):
         CSGD(groups, **options)
+
+
+def test_a_group_that_comes_later_is_checked_too():
+    optimizer = CSGD([nn.Parameter(torch.randn(4, 2))], 0.1)
+    group = dict(params=[nn.Parameter(torch.randn(4, 2))], segments=[(0, torch.tensor([0, 0, 1, 1]))])
+    with pytest.raises(csgd.InputError, match="centri_strength 100 diverges at learning rate 0.1"):
+        optimizer.add_param_group(group | {"centri_strength": 100.0})
+    optimizer.add_param_group(group | {"centri_strength": 1.0})
 
 
 def test_negative_strengths_are_refused():

@@ -145,6 +145,19 @@ def test_synchronised_batch_norm_is_cut_like_any_other():
     load_trimmed(resnet20(num_classes=10).double(), synchronised.state_dict())
 
 
+def spaces_with_synchronised_batch_norm():
+    net = resnet20(num_classes=10)
+    return [
+        [(space.name, space.pinned) for space in csgd.find_spaces(one, torch.randn(2, 3, 16, 16))]
+        for one in (net, nn.SyncBatchNorm.convert_sync_batchnorm(net))
+    ]
+
+
+def test_synchronised_batch_norm_is_traced_by_each_rank_alone():
+    plain, synchronised = launch(in_group, (spaces_with_synchronised_batch_norm,), 2, None)
+    assert synchronised == plain
+
+
 NETWORK = """
 import os, signal
 from pathlib import Path

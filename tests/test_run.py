@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_config import composed
 
 from csgd import load_trimmed
+from csgd.build import build
 from csgd.checkpoint import load_weights, save_weights
 from csgd.models import resnet20, vgg16
+from csgd.pipeline.base import cached
 
 ROOT = Path(__file__).parents[1]
 SHORT = [  # the main job's own path, on fewer steps
@@ -198,6 +201,28 @@ def test_base_weights_from_a_file(tmp_path):
     assert not (tmp_path / "outputs").exists(), "nothing was trained for the cache"
 
 
+def test_a_base_network_of_other_code_is_another_one(tmp_path, monkeypatch):
+    sources = {
+        "blocks": "from torch import nn\nclass Block(nn.Conv2d):\n    pass\n",
+        "nets": "from torch import nn\nimport blocks_of_mine\n"
+        "def net(num_classes):\n    return nn.Sequential(blocks_of_mine.Block(3, num_classes, 8), nn.Flatten())\n",
+        "pixels": "from functools import partial\nfrom csgd.data import digits\n"
+        "def mine(**settings):\n    return digits(**settings)\n",
+    }
+    for name, source in sources.items():
+        (tmp_path / f"{name}_of_mine.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = composed("model._target_=nets_of_mine.net", "dataset._target_=pixels_of_mine.mine")
+    model = build("model", cfg.model, num_classes=10)
+    paths = [cached(cfg, model)]
+    assert cached(cfg, model) == paths[0]
+    for name, source in sources.items():
+        (tmp_path / f"{name}_of_mine.py").write_text(source + "# other code\n")
+        paths.append(cached(cfg, model))
+    paths.append(cached(cfg, build("model", cfg.model, num_classes=11)))
+    assert len(set(paths)) == 5
+
+
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory):
     """A folder with weights that are wrong in different ways, and empty data."""
@@ -236,10 +261,19 @@ SMOKE = ["model=resnet20", "schedule=smoke", "wandb=disabled"]
         (["model=vgg16", "dataset.image_size=16"], "the model cannot take images of [3, 16, 16]"),
         ([*SMOKE, "model._target_=torch.nn.ReLU"], "the model must return logits [n, 10], got [2, 3, 32, 32]"),
         ([*SMOKE, "model._target_=pathlib.Path"], "model._target_ must make a torch.nn.Module"),
+        (
+            [*SMOKE, "~dataset.image_size", "~dataset.shift", "dataset._target_=csgd.ranks.Share"],
+            "dataset._target_ must make a csgd.data.Data, got Share",
+        ),
         ([*SMOKE, "model._target_=nowhere.Net"], "model._target_ 'nowhere.Net' cannot be imported"),
         ([*SMOKE, "+model.depth=3"], "model: 'csgd.models.resnet20' does not fit its settings"),
         ([*SMOKE, "device=cuda"], "device=cuda: torch sees no CUDA device here"),
         ([*SMOKE, "schedule.base.lr=1e30"], "the loss at step"),
+        (
+            ["model=torchvision", *SMOKE[1:], "model.name=resnet18", "schedule.batch_size=718"],
+            "schedule.batch_size=718 of 1437 images with schedule.accumulation=1 leaves a single image, on which this "
+            "network cannot be trained: Expected more than 1 value per channel",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(faulty, arguments, message):

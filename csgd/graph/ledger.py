@@ -29,6 +29,7 @@ class Ledger:
         self.uses: dict[tuple[int, int], tuple[Tensor, str]] = {}  # (id of tensor, dim) -> (atoms, role)
         self.outputs: dict[tuple[int, int], Tensor] = {}  # (id of weight, dim) -> atoms of the channels it produces
         self.frozen: dict[int, str] = {}  # id of parameter -> why nothing of it may change shape
+        self.seen: set[int] = set()  # ids of the tensors recorded since this was last emptied
         self.pins: list[tuple[Tensor, str]] = []  # (atoms, why they must stay)
 
     def owns(self, tensor: Tensor | None) -> bool:
@@ -103,6 +104,7 @@ class Ledger:
         if not self.owns(tensor):
             self.pin(atoms, "meets an operand that is not a registered parameter")
             return
+        self.seen.add(id(tensor))
         earlier, earlier_role = self.uses.setdefault((id(tensor), dim), (atoms, role))
         self.same_channel(earlier, atoms)
         if earlier_role != role:

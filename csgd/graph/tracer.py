@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from csgd.errors import InputError
 from csgd.graph.ledger import Ledger
 from csgd.graph.rules import Call, apply_rule, unknown
 from csgd.graph.spaces import ChannelSpace, spaces_of
+
+TRAINING_PASSES = 8  # at most, until blocks that are left out at random have all been seen
 
 
 def tensors_in(value) -> Iterator[Tensor]:
@@ -87,7 +90,7 @@ def trace_spaces(model: nn.Module, example) -> list[ChannelSpace]:
     """
     with keep_random_state(model):
         try:
-            model = copy.deepcopy(model)
+            model = twin_of(model)
         except Exception:  # a model that cannot be copied is traced itself
             modes = [(module, module.training) for module in model.modules()]
             buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -102,27 +105,50 @@ def trace_spaces(model: nn.Module, example) -> list[ChannelSpace]:
         return _trace(model, example)
 
 
+def twin_of(model: nn.Module) -> nn.Module:
+    """A copy that this process can run alone: its batch norm does not wait for the images of other ranks."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.forward = MethodType(nn.modules.batchnorm._BatchNorm.forward, module)
+    return twin
+
+
 def _trace(model: nn.Module, example) -> list[ChannelSpace]:
     ledger = Ledger(model)
-    for training in (False, True):
-        model.train(training)
-        statistics = {id(buffer): buffer.clone() for buffer in model.buffers()}
-        inputs = tree_map_only(Tensor, Tensor.clone, example if isinstance(example, tuple) else (example,))
-        for tensor in tensors_in(inputs):
-            ledger.label(tensor, ledger.fresh(1, "network input"))
-        functions = _Functions(ledger)
-        with torch.no_grad(), _Escapes(functions), functions:
-            out = model(*inputs)
-        outputs = list(tensors_in(out))
-        if not outputs:
-            raise InputError(f"the model returns no tensor that can be found, but {type(out).__name__}")
-        for tensor in outputs:
-            if tensor.numel() > 1:
-                ledger.pin(ledger.labels(tensor), "network output")
-    for buffer in model.buffers():
-        if id(buffer) in statistics and torch.equal(buffer, statistics[id(buffer)]):
-            ledger.freeze(buffer, "scaled by a buffer that training does not change")
+    _run(ledger, model.eval(), example, seed=0)
+    statistics = {id(buffer): buffer.clone() for buffer in model.buffers()}
+    used, ledger.seen = ledger.seen & statistics.keys(), set()
+    for seed in range(TRAINING_PASSES):
+        _run(ledger, model.train(), example, seed)
+        if used <= ledger.seen:
+            break
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if id(buffer) in statistics and torch.equal(buffer, statistics[id(buffer)]):
+                ledger.freeze(buffer, "scaled by a buffer that training does not change")
+            elif buffer is not None and name in module._non_persistent_buffers_set:
+                ledger.freeze(buffer, "meets a buffer that is not saved with the network")
     return spaces_of(ledger, model)
+
+
+def _run(ledger: Ledger, model: nn.Module, example, seed: int) -> None:
+    """One forward pass of which the ledger takes note, the same one whatever was drawn before."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    inputs = tree_map_only(Tensor, Tensor.clone, example if isinstance(example, tuple) else (example,))
+    for tensor in tensors_in(inputs):
+        ledger.label(tensor, ledger.fresh(1, "network input"))
+    functions = _Functions(ledger)
+    with torch.no_grad(), _Escapes(functions), functions:
+        out = model(*inputs)
+    outputs = list(tensors_in(out))
+    if not outputs:
+        raise InputError(f"the model returns no tensor that can be found, but {type(out).__name__}")
+    for tensor in outputs:
+        if tensor.numel() > 1:
+            ledger.pin(ledger.labels(tensor), "network output")
 
 
 @contextmanager

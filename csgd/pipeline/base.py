@@ -4,21 +4,21 @@ import hashlib
 import inspect
 import json
 import logging
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 
 import csgd.data
 import csgd.optim
 import csgd.schedule
 import csgd.train
 from csgd import ranks
-from csgd.build import label
+from csgd.build import label, named
 from csgd.checkpoint import load_weights, save_weights
 from csgd.data import Data
 from csgd.errors import InputError
@@ -27,6 +27,7 @@ from csgd.optim import CSGD
 from csgd.pipeline.build import as_trained, scaler_of, versions
 from csgd.pipeline.clock import Clock, bar_of
 from csgd.pipeline.journal import Journal
+from csgd.pipeline.launch import rank_count
 from csgd.pipeline.phase import chunks, log_epoch, phase_of
 from csgd.tracking import Tracker
 from csgd.train import accuracy, predict, train
@@ -142,13 +143,25 @@ def _published(weights: str) -> bool:
 
 def _key(cfg: Any, model: nn.Module) -> str:
     """A hash of everything that determines the base network."""
-    sources = [csgd.data, csgd.optim, csgd.schedule, csgd.train, type(model)]
     shared = ("batch_size", "momentum", "nesterov", "weight_decay", "label_smoothing", "accumulation")
     schedule = {key: getattr(cfg.schedule, key) for key in shared}
     weights = cfg.base.weights
     parts = [cfg.model, cfg.dataset, schedule, asdict(cfg.schedule.base), cfg.seed, weights, versions()["torch"]]
     parts += [cfg.precision, cfg.compile]
-    if (count := ranks.own_share().ranks) > 1:  # they see the statistics of batch norm of their own images
+    if (count := rank_count(cfg)) > 1:  # they see the statistics of batch norm of their own images
         parts += [count, cfg.distributed.sync_bn]
-    parts += [str(next(model.parameters()).device.type), *map(inspect.getsource, sources)]
+    parts += [str(next(model.parameters()).device.type), *_sources(cfg, model)]
+    parts += [(name, value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:12]
+
+
+def _sources(cfg: Any, model: nn.Module) -> list[str]:
+    """The files that the network, each of its modules, its data and its training are written in."""
+    targets = [named(group, getattr(cfg, group)["_target_"]) for group in ("model", "dataset")]
+    written_in = map(inspect.getmodule, [*targets, *map(type, model.modules())])
+    files = {csgd.data, csgd.optim, csgd.schedule, csgd.train, *filter(None, written_in)}
+    sources = []
+    for file in sorted(files, key=lambda module: module.__name__):
+        with suppress(OSError, TypeError):  # of a session without files, or of compiled code
+            sources.append(inspect.getsource(file))
+    return sources

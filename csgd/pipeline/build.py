@@ -18,6 +18,7 @@ import csgd
 from csgd import ranks
 from csgd.data import Data
 from csgd.errors import InputError
+from csgd.graph.tracer import keep_random_state, twin_of
 from csgd.train import logits_of
 
 VECTOR = 16  # float32 entries of the largest vector register of a CPU
@@ -79,6 +80,22 @@ def check_fit(model: nn.Module, data: Data) -> None:
         raise InputError(f"the model cannot take images of {list(data.example.shape[1:])}: {error}") from None
     if len(shape) != 2 or shape[1] < data.num_classes:
         raise InputError(f"the model must return logits [n, {data.num_classes}], got {shape}")
+
+
+def check_parts(model: nn.Module, data: Data, schedule: Any, count: int) -> None:
+    """InputError if a part of a batch is a single image, of which the batch norm of one pixel cannot be trained."""
+    size, parts = schedule.batch_size, schedule.accumulation
+    smallest = min(size, data.train_size % size or size)
+    if smallest // count // min(parts, smallest // count) > 1:
+        return
+    with torch.no_grad(), keep_random_state(model):
+        try:
+            twin_of(model).train()(data.example[:1])
+        except Exception as error:  # whatever a network raises on a single image
+            raise InputError(
+                f"schedule.batch_size={size} of {data.train_size} images with schedule.accumulation={parts} leaves a "
+                f"single image, on which this network cannot be trained: {error}"
+            ) from None
 
 
 def device_of(cfg: Any) -> torch.device:

@@ -38,6 +38,11 @@ def started_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def rank_count(cfg: Any) -> int:
+    """How many ranks share a batch, also before they are started."""
+    return max(cfg.distributed.nproc, ranks.own_share().ranks)
+
+
 def check_ranks(cfg: Any) -> None:
     """InputError for ranks that cannot be had here."""
     asked, device = f"distributed.nproc={cfg.distributed.nproc}", device_of(cfg)

@@ -17,16 +17,26 @@ from csgd.build import build, label
 from csgd.checkpoint import write_json
 from csgd.clusters import cluster
 from csgd.data import Data
-from csgd.errors import line_of
+from csgd.errors import InputError, line_of
 from csgd.export import check_packages
 from csgd.pipeline.ahead import clock_of, costs_after, described, plan_only, stages_of, tell_spaces
 from csgd.pipeline.album import Album
 from csgd.pipeline.base import base_network
-from csgd.pipeline.build import average_of, check_fit, commit, device_name, device_of, placed, scaler_of, versions
+from csgd.pipeline.build import (
+    average_of,
+    check_fit,
+    check_parts,
+    commit,
+    device_name,
+    device_of,
+    placed,
+    scaler_of,
+    versions,
+)
 from csgd.pipeline.clock import Clock, bar_of
 from csgd.pipeline.console import console, headline
 from csgd.pipeline.journal import Journal, reserved
-from csgd.pipeline.launch import check_ranks, check_shares, joined, launch, started_first
+from csgd.pipeline.launch import check_ranks, check_shares, joined, launch, rank_count, started_first
 from csgd.pipeline.pull import Pull, Stage, check_strengths, cut, tell_plan
 from csgd.pipeline.ship import ship
 from csgd.pruned import save_pruned
@@ -69,15 +79,18 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
     check_strengths(cfg)
     offered = dict(batch_size=cfg.schedule.batch_size, seed=cfg.seed, device=device, share=ranks.own_share())
     data = build("dataset", cfg.dataset, **offered, needed=["share"] if offered["share"].ranks > 1 else [])
-    check_shares(data, cfg.schedule.batch_size, ranks.own_share().ranks)
+    if not isinstance(data, Data):
+        raise InputError(f"dataset._target_ must make a csgd.data.Data, got {type(data).__name__}")
+    check_shares(data, cfg.schedule.batch_size, rank_count(cfg))
     torch.manual_seed(cfg.seed)
     model = build("model", cfg.model, num_classes=data.num_classes, image_size=data.example.size(-1))
     model = placed(model, device, cfg.precision)
-    if cfg.distributed.sync_bn and ranks.own_share().ranks > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     check_fit(model, data)
+    check_parts(model, data, cfg.schedule, rank_count(cfg))
     if cfg.plan_only:
         return plan_only(cfg, model, data, output_dir) if ranks.is_first() else None
+    if cfg.distributed.sync_bn and ranks.own_share().ranks > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     journal = Journal.of(cfg, output_dir)
     record, seconds = journal.record, journal.record["seconds"]
     before = seconds.get("total", 0.0)
