@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 import csgd
 from csgd import data, ranks
 from csgd.models import resnet20
+from csgd.pipeline.build import as_trained
 from csgd.pipeline.launch import RankError, check_shares, launch
 from csgd.ranks import Share
 from csgd.train import predict, train
@@ -73,6 +75,34 @@ def test_ranks_take_the_steps_that_one_takes(count, accumulation):
     for (loss, correct), (other_loss, other_correct) in zip(epochs, others[2], strict=True):
         assert other_loss == pytest.approx(loss, rel=1e-6)
         assert other_correct == pytest.approx(correct)
+
+
+class LeavesOut(nn.Module):
+    """A block that each rank leaves out of half of its steps, and one that no step uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.block, self.spare = Plain(), nn.Conv2d(3, 3, 3, padding=1), nn.Linear(2, 2)
+
+    def forward(self, images):
+        return self.net(images + self.block(images) if torch.rand(()) < 0.5 else images)
+
+
+def some_steps_with_a_block_left_out():
+    d = data.synthetic(num_classes=3, image_size=8, train_size=64, test_size=8, batch_size=8, seed=0, device=CPU,
+                       share=ranks.own_share())  # fmt: skip
+    torch.manual_seed(0)
+    net = LeavesOut()
+    optimizer = csgd.CSGD(net.parameters(), 0.05)
+    network = as_trained(SimpleNamespace(compile=False), net, d)
+    how = dict(steps_per_epoch=d.steps_per_epoch, lr_at=lambda step: 0.05, seed=0, check_every=1)
+    before = net.block.weight.clone()
+    (epoch,) = train(network, optimizer, d, steps=range(8), **how)
+    return epoch.step, not torch.equal(before, net.block.weight)
+
+
+def test_ranks_may_leave_parameters_without_a_gradient():
+    assert launch(in_group, (some_steps_with_a_block_left_out,), 2, None) == (8, True)
 
 
 def one_goes_astray(kind: str):

@@ -134,9 +134,7 @@ def _trace(model: nn.Module, example) -> list[ChannelSpace]:
 
 def _run(ledger: Ledger, model: nn.Module, example, seed: int) -> None:
     """One forward pass of which the ledger takes note, the same one whatever was drawn before."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
+    set_random_state(seed)
     inputs = tree_map_only(Tensor, Tensor.clone, example if isinstance(example, tuple) else (example,))
     for tensor in tensors_in(inputs):
         ledger.label(tensor, ledger.fresh(1, "network input"))
@@ -149,6 +147,12 @@ def _run(ledger: Ledger, model: nn.Module, example, seed: int) -> None:
     for tensor in outputs:
         if tensor.numel() > 1:
             ledger.pin(ledger.labels(tensor), "network output")
+
+
+def set_random_state(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 @contextmanager

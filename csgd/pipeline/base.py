@@ -96,7 +96,7 @@ def _train(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tr
             scaler.load_state_dict(saved["scaler"])
         steps, random_state = range(saved["step"], steps.stop), saved["random_state"]
     clock.start(steps.start)
-    network = as_trained(cfg, model)
+    network = as_trained(cfg, model, data)
     with bar_of(cfg, "base", steps) as bar:
         for part in chunks(steps, cfg.checkpoint_every):
             for epoch in train(network, optimizer, data, **phase, steps=part, bar=bar, random_state=random_state):

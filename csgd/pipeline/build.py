@@ -18,8 +18,8 @@ import csgd
 from csgd import ranks
 from csgd.data import Data
 from csgd.errors import InputError
-from csgd.graph.tracer import keep_random_state, twin_of
-from csgd.train import logits_of
+from csgd.graph.tracer import TRAINING_PASSES, keep_random_state, set_random_state, twin_of
+from csgd.train import criterion, logits_of
 
 VECTOR = 16  # float32 entries of the largest vector register of a CPU
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,14 +50,28 @@ def _few_channels_first(conv: nn.Conv2d, inputs: tuple[Tensor, ...]) -> Tensor |
     return inputs[0].contiguous() if few else None
 
 
-def as_trained(cfg: Any, model: nn.Module) -> nn.Module:
+def as_trained(cfg: Any, model: nn.Module, data: Data) -> nn.Module:
     """`model` as the training loop calls it, with the same parameters; to be made anew after a cut."""
+    partly = ranks.own_share().ranks > 1 and _trains_partly(model, data)
     if not cfg.compile:
-        return ranks.parallel(model)
+        return ranks.parallel(model, partly)
     compiled = torch.compile(model)
     # Else the last batch of an epoch, which is smaller, would be compiled for too.
     compiled.register_forward_pre_hook(lambda _, images: torch._dynamo.maybe_mark_dynamic(images[0], 0))
-    return ranks.parallel(compiled)
+    return ranks.parallel(compiled, partly)
+
+
+def _trains_partly(model: nn.Module, data: Data) -> bool:
+    """Whether a step may leave a parameter without a gradient: one that is not used, a block left out at random."""
+    labels = torch.zeros(len(data.example), dtype=torch.long, device=data.example.device)
+    with keep_random_state(model):
+        for seed in range(TRAINING_PASSES):
+            twin = twin_of(model).train()
+            set_random_state(seed)
+            criterion(twin(data.example), labels).backward()
+            if any(p.requires_grad and p.grad is None for p in twin.parameters()):
+                return True
+    return False
 
 
 def scaler_of(cfg: Any, device: torch.device) -> GradScaler | None:

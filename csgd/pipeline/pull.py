@@ -171,22 +171,24 @@ class Stage:
 
     def train_wide(self, done: int, random_state: Tensor | None) -> tuple[int, Tensor | None, Tested | None]:
         """Trains the wide network from step `done` to its cut; the step of that, and what `train` returns there."""
-        tested = None
+        network, tested = as_trained(self.cfg, self.model, self.data), None
         end = self.pull.phase["steps"].stop
         foreseen = self.pull.ahead.collapse_step if self.cfg.trim_at == "collapse" else None
         if done < (foreseen or end):
-            random_state, tested = self.train("wide", range(done, foreseen or end), random_state)
+            random_state, tested = self.train(network, "wide", range(done, foreseen or end), random_state)
             done = foreseen or end
         while foreseen and done < end:
             past = (done - foreseen) % LOOK_EVERY  # a run that goes on looks where it would have looked
             if not past and self.pull.optimizer.relative_deviation() <= self.cfg.tolerance.deviation:
                 break
             more = range(done, min(done + LOOK_EVERY - past, end))  # float32 was slower than the forecast
-            random_state, tested = self.train("wide", more, random_state)
+            random_state, tested = self.train(network, "wide", more, random_state)
             done = more.stop
         return done, random_state, tested
 
-    def train(self, phase: str, steps: range, random_state: Tensor | None) -> tuple[Tensor | None, Tested | None]:
+    def train(
+        self, network: nn.Module, phase: str, steps: range, random_state: Tensor | None
+    ) -> tuple[Tensor | None, Tested | None]:
         """Some steps, wide or trimmed: metrics at the end of each epoch and of `steps`, and checkpoints.
 
         Takes and returns the random state of torch at the first and after the last step, and returns what the network
@@ -194,7 +196,6 @@ class Stage:
         """
         arguments, optimizer, tested = self.pull.phase, self.pull.optimizer, None
         self.clock.start(self.position(steps.start))
-        network = as_trained(self.cfg, self.model)
         for part in chunks(steps, self.cfg.checkpoint_every):
             here = arguments | {"steps": part, "bar": self.bar, "random_state": random_state}
             here |= {"scaler": self.scaler, "average": self.average}

@@ -23,6 +23,7 @@ from csgd.pipeline.ahead import clock_of, costs_after, described, plan_only, sta
 from csgd.pipeline.album import Album
 from csgd.pipeline.base import base_network
 from csgd.pipeline.build import (
+    as_trained,
     average_of,
     check_fit,
     check_parts,
@@ -197,7 +198,8 @@ def _stage(
             journal.record["stage"] = {"cut_step": done, "verdict": asdict(judged)}
             stage.save("trimmed", done)
         with clocked(seconds, "csgd_trimmed"):
-            _, tested = stage.train("trimmed", range(done, end), random_state)
+            network = as_trained(cfg, model, data)
+            _, tested = stage.train(network, "trimmed", range(done, end), random_state)
     if average:
         model.load_state_dict(average.module.state_dict())
         tested = None
