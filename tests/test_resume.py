@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from test_config import composed
+from torch import nn
 
 from csgd.checkpoint import load_weights
+from csgd.pipeline.journal import Journal
+from csgd.pipeline.run import run
 
 ROOT = Path(__file__).parents[1]
 RUN = [
@@ -77,6 +81,44 @@ def test_a_killed_run_goes_on_bit_by_bit(whole, tmp_path, seed):
     text = finish(start(folder), folder)
     assert "resumed from" in text
     assert_same_run(out, folder / "out")
+
+
+class LeavesOut(nn.Module):
+    """A block that is left out of some steps, in which nothing pulls it: it collapses later than the forecast says."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem, self.inner, self.outer = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, images):
+        x = self.stem(images).relu()
+        if not self.training or torch.rand(()) < 0.5:
+            x = x + self.outer(self.inner(x).relu())
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_resumed_run_looks_for_the_collapse_at_the_same_steps(tmp_path, monkeypatch):
+    cfg = composed(*RUN[:2], "wandb=disabled", "model._target_=test_resume.LeavesOut", "checkpoint_every=7",
+                   "schedule.csgd={epochs: 2, lr: 0.05, max_steps: 75}", "centri_strength=6", "resume=auto",
+                   f"base.cache={tmp_path / 'base'}")  # fmt: skip
+    run(cfg, tmp_path / "whole")
+    collapse = json.loads((tmp_path / "whole" / "summary.json").read_text())["collapse"]
+    foreseen, cut = collapse["predicted_step"], collapse["step"]
+    assert foreseen + 20 <= cut < 150
+    save = Journal.save
+
+    def killed(self, phase, step, *arguments, **more):
+        save(self, phase, step, *arguments, **more)
+        if phase == "wide" and step > foreseen and (step - foreseen) % 10:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(cfg, tmp_path / "killed")
+    monkeypatch.setattr(Journal, "save", save)
+    run(cfg, tmp_path / "killed")
+    assert json.loads((tmp_path / "killed" / "summary.json").read_text())["collapse"] == collapse
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole):
