@@ -5,7 +5,6 @@ workers.  Of several ranks each makes its own share of every batch, and together
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,13 +185,16 @@ def cifar(
     dataset = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[classes]
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in CIFAR_STATISTICS[classes])
 
-    if download:
-        Path(root).mkdir(parents=True, exist_ok=True)
-
     def split(train: bool) -> tuple[Tensor, Tensor]:
         try:
-            with FileLock(Path(root) / ".lock") if download else nullcontext():  # of ranks and of jobs side by side
-                part = dataset(root, train=train, download=download)
+            try:
+                part = dataset(root, train=train)
+            except RuntimeError:
+                if not download:
+                    raise
+                Path(root).mkdir(parents=True, exist_ok=True)
+                with FileLock(Path(root) / ".lock"):  # of ranks, and of jobs side by side
+                    part = dataset(root, train=train, download=True)
         except (RuntimeError, OSError) as error:
             advice = "could not be downloaded" if download else "is not there; dataset.download=true fetches it"
             raise InputError(f"dataset.root: CIFAR-{classes} in '{root}' {advice} ({error})") from None
