@@ -76,10 +76,10 @@ def train(
 
     `lr_at` and `ramp_at` (of the strength of a CSGD) are functions of the step; `clip_norm` caps the norm of the
     gradient (fact F9: the forecast holds all the same).  A batch goes through the network in `accumulation` parts,
-    whose gradients add up to that of its mean loss; batch norm sees one part at a time.  Data and random state of an
-    epoch are fixed by (seed, epoch); where `steps` starts within one, `random_state` is that of torch at this step.
-    `bar` is of the caller's, for more than these steps.  DivergedError names the step at which the loss stopped being
-    a number; the weights are then lost.
+    or in as many as have two images, whose gradients add up to that of its mean loss; batch norm sees one part at a
+    time.  Data and random state of an epoch are fixed by (seed, epoch); where `steps` starts within one,
+    `random_state` is that of torch at this step.  `bar` is of the caller's, for more than these steps.  DivergedError
+    names the step at which the loss stopped being a number; the weights are then lost.
 
     In a `precision` of 16 bits the network is run under autocast, and its parameters, gradients and their update stay
     what they are; float16 needs a `scaler`, whose factor is out of the gradients before they are clipped and merged.
@@ -161,7 +161,7 @@ def _passes(
     """
     loss, hits = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
     per_rank = ranks.total(torch.tensor(float(len(images)), device=images.device)) / ranks.own_share().ranks
-    parts = min(accumulation, len(images))
+    parts = max(1, min(accumulation, len(images) // 2))  # batch norm needs two images
     pairs = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
     for number, (part, targets) in enumerate(pairs, 1):
         with nullcontext() if number == parts else ranks.alone(model):

@@ -57,8 +57,8 @@ def faulty(tmp_path_factory):
         ([*SMOKE, "schedule.base.lr=1e30"], "the loss at step"),
         (
             ["model=torchvision", *SMOKE[1:], "model.name=resnet18", "schedule.batch_size=718"],
-            "schedule.batch_size=718 of 1437 images with schedule.accumulation=1 leaves a single image, on which this "
-            "network cannot be trained: Expected more than 1 value per channel",
+            "schedule.batch_size=718 leaves a last batch of 1 of the 1437 images, on which this network cannot be "
+            "trained: Expected more than 1 value per channel",
         ),
     ],
 )

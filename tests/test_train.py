@@ -78,6 +78,17 @@ def test_a_batch_in_parts_has_the_same_gradient_but_for_rounding():
         assert one.train_accuracy == other.train_accuracy
 
 
+def test_parts_have_the_two_images_that_batch_norm_needs():
+    d = data.synthetic(
+        num_classes=3, image_size=8, train_size=41, test_size=8, batch_size=16, seed=0, device=torch.device("cpu")
+    )
+    net, seen = small_net(), []
+    net[0].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])) if module.training else None)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    list(train(net, optimizer, d, **options(steps=range(3), steps_per_epoch=3, accumulation=6)))
+    assert seen == [3, 3, 3, 3, 2, 2] * 2 + [3, 2, 2, 2]
+
+
 def centripetal(net, d, lr=0.05):
     """An optimizer that collapses the net's filters within the 60 steps of a test, its spaces and its clusters."""
     spaces = csgd.find_spaces(net, d.example)

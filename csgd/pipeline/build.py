@@ -96,19 +96,17 @@ def check_fit(model: nn.Module, data: Data) -> None:
         raise InputError(f"the model must return logits [n, {data.num_classes}], got {shape}")
 
 
-def check_parts(model: nn.Module, data: Data, schedule: Any, count: int) -> None:
-    """InputError if a part of a batch is a single image, of which the batch norm of one pixel cannot be trained."""
-    size, parts = schedule.batch_size, schedule.accumulation
-    smallest = min(size, data.train_size % size or size)
-    if smallest // count // min(parts, smallest // count) > 1:
+def check_last_batch(model: nn.Module, data: Data, batch_size: int) -> None:
+    """InputError if an epoch ends with a single image, and this network cannot be trained on one."""
+    if data.train_size % batch_size != 1:
         return
     with torch.no_grad(), keep_random_state(model):
         try:
             twin_of(model).train()(data.example[:1])
         except Exception as error:  # whatever a network raises on a single image
             raise InputError(
-                f"schedule.batch_size={size} of {data.train_size} images with schedule.accumulation={parts} leaves a "
-                f"single image, on which this network cannot be trained: {error}"
+                f"schedule.batch_size={batch_size} leaves a last batch of 1 of the {data.train_size} images, on which "
+                f"this network cannot be trained: {error}"
             ) from None
 
 

@@ -26,7 +26,7 @@ from csgd.pipeline.build import (
     as_trained,
     average_of,
     check_fit,
-    check_parts,
+    check_last_batch,
     commit,
     device_name,
     device_of,
@@ -87,7 +87,7 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
     model = build("model", cfg.model, num_classes=data.num_classes, image_size=data.example.size(-1))
     model = placed(model, device, cfg.precision)
     check_fit(model, data)
-    check_parts(model, data, cfg.schedule, rank_count(cfg))
+    check_last_batch(model, data, cfg.schedule.batch_size)
     if cfg.plan_only:
         return plan_only(cfg, model, data, output_dir) if ranks.is_first() else None
     if cfg.distributed.sync_bn and ranks.own_share().ranks > 1:
