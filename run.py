@@ -24,6 +24,8 @@ from conf.schema import ConfigError, register
 log = logging.getLogger("csgd")
 
 FIRST_RANK = os.environ.get("RANK", "0") == "0"  # of torchrun's processes; the others write nothing
+if "RANK" in os.environ:  # DDP warns that it looks for parameters without a gradient
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def quote_fractions(arguments: list[str]) -> list[str]:
@@ -192,7 +194,9 @@ def _is_input(error: Exception) -> bool:
     """Whether the user can mend it; anything else is a bug and keeps its trace."""
     names = {kind.__name__ for kind in type(error).__mro__}  # a faulty configuration must not cost an import of csgd
     known = HydraException | OmegaConfBaseException | ConfigError | OSError
-    return isinstance(error, known) or not names.isdisjoint(("InputError", "FailedJobError"))  # of csgd, of submitit
+    return isinstance(error, known) or not names.isdisjoint(
+        ("InputError", "UncompletedJobError")
+    )  # of csgd, of submitit
 
 
 def _one_line(error: Exception) -> str:

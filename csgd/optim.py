@@ -25,7 +25,7 @@ from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 
 STACKED = 2**17  # entries: small parameters share an operation until it has as many, larger ones are worth one each
-KEPT = 16  # sets of parameters that had a gradient together: blocks left out at random make many
+KEPT = 64  # sets of parameters that had a gradient together, the latest: blocks left out at random make many
 LINE = 64  # bytes, a line of the cache
 
 
@@ -154,6 +154,7 @@ class CSGD(torch.optim.Optimizer):
             stacks = [_Stack.of(some, fused) for (fused, *_), all_of in alike.items() for some in _split(all_of)]
             # Of the same size one after the other: each thread finds its share of the scratch in its own cache.
             self._stacks[key] = sorted(stacks, key=lambda stack: stack.size), others
+        self._stacks[key] = self._stacks.pop(key)
         return self._stacks[key]
 
     @torch.no_grad()

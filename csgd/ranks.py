@@ -82,17 +82,19 @@ def gathered(value: Any) -> list[Any]:
     return held
 
 
-def parallel(model: nn.Module, partly: bool = False) -> nn.Module:
-    """`model`, with gradients that are the mean over all ranks; to be made anew after a cut.
-
-    partly  a step may leave parameters without a gradient, on some ranks or on all
-    """
+def parallel(model: nn.Module) -> nn.Module:
+    """`model`, with gradients that are the mean over all ranks; to be made anew after a cut."""
     if not dist.is_initialized():
         return model
     # Kernels of one pixel have strides that mean nothing, and DDP copies them if they are not those it expects.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    how = dict(forward_sync_buffers=False)  # they are shared once an epoch: `share_buffers`
-    return DistributedDataParallel(model, find_unused_parameters=partly, **how)
+    return DistributedDataParallel(
+        model,
+        forward_sync_buffers=False,  # they are shared once an epoch: `share_buffers`
+        # A step may leave a parameter without a gradient, on some ranks or on all.  It also keeps DDP from putting
+        # gradients together in another order after its first step, which a run that goes on would not have done.
+        find_unused_parameters=True,
+    )
 
 
 def alone(model: nn.Module) -> AbstractContextManager:

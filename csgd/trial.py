@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, trace_spaces
-from csgd.graph.tracer import keep_random_state, tensors_in, twin_of
+from csgd.graph.tracer import keep_random_state, set_random_state, tensors_in, twin_of
 from csgd.trim import merge_equal, trim
 
 TOLERANCE = {True: 1e-8, False: 1e-3}  # relative change of an output above which a cut is not exact; True: in float64
@@ -105,7 +105,7 @@ class Trial:
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         default = torch.get_default_dtype()
         with keep_random_state(model):
-            torch.manual_seed(seed)
+            set_random_state(model, seed)
             try:
                 torch.set_default_dtype(self.dtype)  # constants that `forward` makes are to fit
                 args = tree_map_only(Tensor, Tensor.clone, self.args)

@@ -5,7 +5,7 @@ from torch import nn
 
 import csgd
 from csgd import CSGD, InputError, decay_matrix, forecast, merge_matrix
-from csgd.optim import set_lr, set_ramp
+from csgd.optim import KEPT, set_lr, set_ramp
 from csgd.schedule import RAMPS, learning_rate, ramp
 from tests.reference import ReferenceCSGD, random_partition, segments_of
 
@@ -320,13 +320,13 @@ def test_memory_does_not_grow_with_the_sets_of_gradients_that_are_there():
     net, spaces, clusters, _ = clustered_net()
     optimizer = CSGD(csgd.param_groups(net, spaces, clusters, centri_strength=0.1), 0.01)
     parameters = list(net.parameters())
-    for step in range(100):
+    for step in range(2 * KEPT):
         backward(net, step)
         for bit, p in enumerate(parameters):
             if step >> bit & 1:
                 p.grad = None
         optimizer.step()
-    assert len(optimizer._stacks) <= 16
+    assert len(optimizer._stacks) <= KEPT
 
 
 def test_a_parameter_with_gaps_is_updated_in_its_own_entries_alone():

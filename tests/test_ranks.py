@@ -6,17 +6,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from test_config import composed
 from torch import nn
 
 import csgd
 from csgd import data, ranks
 from csgd.models import resnet20
-from csgd.pipeline.build import as_trained
-from csgd.pipeline.launch import RankError, check_shares, launch
+from csgd.pipeline.launch import RankError, launch
+from csgd.pipeline.phase import check_batches
 from csgd.ranks import Share
 from csgd.train import predict, train
 from csgd.trim import load_trimmed
@@ -78,31 +78,48 @@ def test_ranks_take_the_steps_that_one_takes(count, accumulation):
 
 
 class LeavesOut(nn.Module):
-    """A block that each rank leaves out of half of its steps, and one that no step uses."""
+    """A block that each rank leaves out of some of its steps, and one that may be of no use at all."""
 
-    def __init__(self):
+    def __init__(self, kept: float, spare: bool):
         super().__init__()
-        self.net, self.block, self.spare = Plain(), nn.Conv2d(3, 3, 3, padding=1), nn.Linear(2, 2)
+        self.net, self.block, self.kept = Plain(), nn.Conv2d(3, 3, 3, padding=1), kept
+        self.spare = nn.Linear(2, 2) if spare else None
 
     def forward(self, images):
-        return self.net(images + self.block(images) if torch.rand(()) < 0.5 else images)
+        return self.net(images + self.block(images) if torch.rand(()) < self.kept else images)
 
 
-def some_steps_with_a_block_left_out():
+def some_steps_with_a_block_left_out(kept: float, spare: bool):
     d = data.synthetic(num_classes=3, image_size=8, train_size=64, test_size=8, batch_size=8, seed=0, device=CPU,
                        share=ranks.own_share())  # fmt: skip
     torch.manual_seed(0)
-    net = LeavesOut()
+    net = LeavesOut(kept, spare)
     optimizer = csgd.CSGD(net.parameters(), 0.05)
-    network = as_trained(SimpleNamespace(compile=False), net, d)
     how = dict(steps_per_epoch=d.steps_per_epoch, lr_at=lambda step: 0.05, seed=0, check_every=1)
     before = net.block.weight.clone()
-    (epoch,) = train(network, optimizer, d, steps=range(8), **how)
+    *_, epoch = train(ranks.parallel(net), optimizer, d, steps=range(40), **how)
     return epoch.step, not torch.equal(before, net.block.weight)
 
 
-def test_ranks_may_leave_parameters_without_a_gradient():
-    assert launch(in_group, (some_steps_with_a_block_left_out,), 2, None) == (8, True)
+@pytest.mark.parametrize("kept, spare", [(0.9, False), (0.5, False), (1.0, True)])
+def test_ranks_may_leave_parameters_without_a_gradient(kept, spare):
+    assert launch(in_group, (some_steps_with_a_block_left_out, kept, spare), 2, None) == (40, True)
+
+
+def gradients_of_the_same_step_again():
+    net, own = resnet20(num_classes=10), ranks.own_share()
+    network, generator = ranks.parallel(net), torch.Generator().manual_seed(own.rank)
+    images, gradients = torch.randn(4, 3, 16, 16, generator=generator), []
+    for _ in range(3):
+        net.zero_grad()
+        network(images).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    return [torch.equal(gradients[0], other) for other in gradients[1:]]
+
+
+def test_ranks_add_up_gradients_in_one_order_from_the_first_step_on():
+    """A run that goes on has its first step in the middle."""
+    assert launch(in_group, (gradients_of_the_same_step_again,), 3, None) == [True, True]
 
 
 def one_goes_astray(kind: str):
@@ -136,10 +153,13 @@ def test_a_rank_that_goes_astray_is_named(kind, error, message):
 
 def test_a_batch_too_small_for_the_ranks_is_refused():
     d = data.digits(image_size=8, batch_size=718, shift=0, seed=0, device=CPU)
-    check_shares(d, 718, 1)
+    few = "schedule.batch_size=718"
+    check_batches(composed(few), Plain(), d)
     with pytest.raises(csgd.InputError, match="a last batch of 1 of the 1437 images, 2 ranks need at least 4"):
-        check_shares(d, 718, 2)
-    check_shares(d, 16, 4)
+        check_batches(composed(few, "distributed.nproc=2"), Plain(), d)
+    short = [few, "schedule.base.max_steps=2", "schedule.csgd.max_steps=2"]
+    check_batches(composed(*short, "distributed.nproc=2"), Plain(), d)
+    check_batches(composed("schedule.batch_size=16", "distributed.nproc=4"), Plain(), d)
 
 
 def test_shares_make_the_batches_of_one():

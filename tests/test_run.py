@@ -204,11 +204,11 @@ def test_base_weights_from_a_file(tmp_path):
 
 def test_a_base_network_of_other_code_is_another_one(tmp_path, monkeypatch):
     sources = {
-        "blocks": "from torch import nn\nclass Block(nn.Conv2d):\n    pass\n",
+        "convs": "from torch import nn\nclass Conv(nn.Conv2d):\n    pass\n",
+        "blocks": "import convs_of_mine\nclass Block(convs_of_mine.Conv):\n    pass\n",
         "nets": "from torch import nn\nimport blocks_of_mine\n"
         "def net(num_classes):\n    return nn.Sequential(blocks_of_mine.Block(3, num_classes, 8), nn.Flatten())\n",
-        "pixels": "from functools import partial\nfrom csgd.data import digits\n"
-        "def mine(**settings):\n    return digits(**settings)\n",
+        "pixels": "from functools import partial\nfrom csgd.data import digits\nmine = partial(digits, shift=1)\n",
     }
     for name, source in sources.items():
         (tmp_path / f"{name}_of_mine.py").write_text(source)
@@ -221,7 +221,7 @@ def test_a_base_network_of_other_code_is_another_one(tmp_path, monkeypatch):
         (tmp_path / f"{name}_of_mine.py").write_text(source + "# other code\n")
         paths.append(cached(cfg, model))
     paths.append(cached(cfg, build("model", cfg.model, num_classes=11)))
-    assert len(set(paths)) == 5
+    assert len(set(paths)) == 6
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -149,7 +149,7 @@ def test_compiled_once_before_and_once_after_the_cut():
         csgd.merge_equal(net, spaces, clusters)
         torch._dynamo.utils.counters.clear()
         for phase in (0, 1):
-            network = as_trained(SimpleNamespace(compile=compiled), net, d)
+            network = as_trained(SimpleNamespace(compile=compiled), net)
             list(train(network, optimizer, d, **options(steps=range(12 * phase, 12 * phase + 12))))
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled * (phase + 1)
             if phase == 0:

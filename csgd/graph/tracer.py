@@ -134,7 +134,7 @@ def _trace(model: nn.Module, example) -> list[ChannelSpace]:
 
 def _run(ledger: Ledger, model: nn.Module, example, seed: int) -> None:
     """One forward pass of which the ledger takes note, the same one whatever was drawn before."""
-    set_random_state(seed)
+    set_random_state(model, seed)
     inputs = tree_map_only(Tensor, Tensor.clone, example if isinstance(example, tuple) else (example,))
     for tensor in tensors_in(inputs):
         ledger.label(tensor, ledger.fresh(1, "network input"))
@@ -149,16 +149,23 @@ def _run(ledger: Ledger, model: nn.Module, example, seed: int) -> None:
             ledger.pin(ledger.labels(tensor), "network output")
 
 
-def set_random_state(seed: int) -> None:
-    torch.manual_seed(seed)
+def set_random_state(model: nn.Module, seed: int) -> None:
+    """Seeds what `keep_random_state` restores: torch.manual_seed would also seed the devices of others."""
+    on_cuda = _cuda_devices(model) if torch.cuda.is_initialized() else []
+    for generator in (torch.default_generator, *(torch.cuda.default_generators[device] for device in on_cuda)):
+        generator.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
 
 @contextmanager
 def keep_random_state(model: nn.Module):
     """Random states of torch, numpy and Python as they were, whatever a forward pass draws."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    devices = _cuda_devices(model)
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices):
         try:

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import logging
+import sys
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -96,7 +97,7 @@ def _train(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tr
             scaler.load_state_dict(saved["scaler"])
         steps, random_state = range(saved["step"], steps.stop), saved["random_state"]
     clock.start(steps.start)
-    network = as_trained(cfg, model, data)
+    network = as_trained(cfg, model)
     with bar_of(cfg, "base", steps) as bar:
         for part in chunks(steps, cfg.checkpoint_every):
             for epoch in train(network, optimizer, data, **phase, steps=part, bar=bar, random_state=random_state):
@@ -157,8 +158,11 @@ def _key(cfg: Any, model: nn.Module) -> str:
 
 def _sources(cfg: Any, model: nn.Module) -> list[str]:
     """The files that the network, each of its modules, its data and its training are written in."""
-    targets = [named(group, getattr(cfg, group)["_target_"]) for group in ("model", "dataset")]
-    written_in = map(inspect.getmodule, [*targets, *map(type, model.modules())])
+    targets = {group: getattr(cfg, group)["_target_"] for group in ("model", "dataset")}
+    made = [named(group, target) for group, target in targets.items()]
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    written_in = [sys.modules.get(target.rpartition(".")[0]) for target in targets.values()]
+    written_in += map(inspect.getmodule, [*made, *kinds])
     files = {csgd.data, csgd.optim, csgd.schedule, csgd.train, *filter(None, written_in)}
     sources = []
     for file in sorted(files, key=lambda module: module.__name__):

@@ -18,8 +18,7 @@ import csgd
 from csgd import ranks
 from csgd.data import Data
 from csgd.errors import InputError
-from csgd.graph.tracer import TRAINING_PASSES, keep_random_state, set_random_state, twin_of
-from csgd.train import criterion, logits_of
+from csgd.train import logits_of
 
 VECTOR = 16  # float32 entries of the largest vector register of a CPU
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,28 +49,14 @@ def _few_channels_first(conv: nn.Conv2d, inputs: tuple[Tensor, ...]) -> Tensor |
     return inputs[0].contiguous() if few else None
 
 
-def as_trained(cfg: Any, model: nn.Module, data: Data) -> nn.Module:
+def as_trained(cfg: Any, model: nn.Module) -> nn.Module:
     """`model` as the training loop calls it, with the same parameters; to be made anew after a cut."""
-    partly = ranks.own_share().ranks > 1 and _trains_partly(model, data)
     if not cfg.compile:
-        return ranks.parallel(model, partly)
+        return ranks.parallel(model)
     compiled = torch.compile(model)
     # Else the last batch of an epoch, which is smaller, would be compiled for too.
     compiled.register_forward_pre_hook(lambda _, images: torch._dynamo.maybe_mark_dynamic(images[0], 0))
-    return ranks.parallel(compiled, partly)
-
-
-def _trains_partly(model: nn.Module, data: Data) -> bool:
-    """Whether a step may leave a parameter without a gradient: one that is not used, a block left out at random."""
-    labels = torch.zeros(len(data.example), dtype=torch.long, device=data.example.device)
-    with keep_random_state(model):
-        for seed in range(TRAINING_PASSES):
-            twin = twin_of(model).train()
-            set_random_state(seed)
-            criterion(twin(data.example), labels).backward()
-            if any(p.requires_grad and p.grad is None for p in twin.parameters()):
-                return True
-    return False
+    return ranks.parallel(compiled)
 
 
 def scaler_of(cfg: Any, device: torch.device) -> GradScaler | None:
@@ -94,20 +79,6 @@ def check_fit(model: nn.Module, data: Data) -> None:
         raise InputError(f"the model cannot take images of {list(data.example.shape[1:])}: {error}") from None
     if len(shape) != 2 or shape[1] < data.num_classes:
         raise InputError(f"the model must return logits [n, {data.num_classes}], got {shape}")
-
-
-def check_last_batch(model: nn.Module, data: Data, batch_size: int) -> None:
-    """InputError if an epoch ends with a single image, and this network cannot be trained on one."""
-    if data.train_size % batch_size != 1:
-        return
-    with torch.no_grad(), keep_random_state(model):
-        try:
-            twin_of(model).train()(data.example[:1])
-        except Exception as error:  # whatever a network raises on a single image
-            raise InputError(
-                f"schedule.batch_size={batch_size} leaves a last batch of 1 of the {data.train_size} images, on which "
-                f"this network cannot be trained: {error}"
-            ) from None
 
 
 def device_of(cfg: Any) -> torch.device:

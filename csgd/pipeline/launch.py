@@ -17,7 +17,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
 from csgd import ranks
-from csgd.data import Data
 from csgd.errors import InputError
 from csgd.pipeline.build import device_of
 
@@ -54,17 +53,6 @@ def check_ranks(cfg: Any) -> None:
         raise InputError("distributed.sync_bn: torch has synchronised batch norm for CUDA devices only")
 
 
-def check_shares(data: Data, size: int, count: int) -> None:
-    """InputError if a batch of up to `size` would leave one of `count` ranks with less than the two images that batch
-    norm needs."""
-    smallest = min(size, data.train_size % size or size)
-    if count > 1 and smallest < 2 * count:
-        raise InputError(
-            f"schedule.batch_size={size} leaves a last batch of {smallest} of the {data.train_size} images, "
-            f"{count} ranks need at least {2 * count}"
-        )
-
-
 @contextmanager
 def joined(cfg: Any) -> Iterator[None]:
     """Within it this process is one of the ranks, if there are several; only rank 0 speaks."""
@@ -85,6 +73,7 @@ def launch(run: Callable[..., Any], arguments: tuple, nproc: int, logs: Mapping[
     """
     for name in ("torch.multiprocessing.spawn", "torch.distributed.elastic.multiprocessing.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # their traces: the cause is told below, once
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that it looks for parameters without a gradient
     threads = max(1, torch.get_num_threads() // nproc)
     with tempfile.TemporaryDirectory() as errors:
         config = LaunchConfig(

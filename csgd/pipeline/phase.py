@@ -6,8 +6,14 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
+from torch import nn
+
 from csgd.data import Data
+from csgd.errors import InputError
+from csgd.graph.tracer import keep_random_state, twin_of
 from csgd.pipeline.build import PRECISIONS
+from csgd.pipeline.launch import rank_count
 from csgd.report import duration
 from csgd.schedule import learning_rate, ramp
 from csgd.tracking import Tracker
@@ -32,6 +38,25 @@ def phase_of(cfg: Any, data: Data, name: str) -> dict[str, Any]:
         ramp_at=partial(ramp, length=round(cfg.collapse_by * phase.epochs * steps_per_epoch), shape=cfg.ramp),
         seed=cfg.seed,
     )
+
+
+def check_batches(cfg: Any, model: nn.Module, data: Data) -> None:
+    """InputError if the smallest batch of a run leaves a rank with less than the two images that batch norm needs, or
+    is a single image on which this network cannot be trained."""
+    size, count = cfg.schedule.batch_size, rank_count(cfg)
+    left = data.train_size % size
+    longest = max(phase_of(cfg, data, name)["steps_per_epoch"] for name in ("base", "csgd"))
+    smallest = left if left and longest * size > data.train_size else size
+    leaves = f"schedule.batch_size={size} leaves a last batch of {smallest} of the {data.train_size} images, "
+    if count > 1 and smallest < 2 * count:
+        raise InputError(f"{leaves}{count} ranks need at least {2 * count}")
+    if smallest > 1:
+        return
+    with torch.no_grad(), keep_random_state(model):
+        try:
+            twin_of(model).train()(data.example[:1])
+        except Exception as error:  # whatever a network raises on a single image
+            raise InputError(f"{leaves}on which this network cannot be trained: {error}") from None
 
 
 def chunks(steps: range, every: int | None) -> list[range]:

@@ -171,7 +171,7 @@ class Stage:
 
     def train_wide(self, done: int, random_state: Tensor | None) -> tuple[int, Tensor | None, Tested | None]:
         """Trains the wide network from step `done` to its cut; the step of that, and what `train` returns there."""
-        network, tested = as_trained(self.cfg, self.model, self.data), None
+        network, tested = as_trained(self.cfg, self.model), None
         end = self.pull.phase["steps"].stop
         foreseen = self.pull.ahead.collapse_step if self.cfg.trim_at == "collapse" else None
         if done < (foreseen or end):

@@ -26,7 +26,6 @@ from csgd.pipeline.build import (
     as_trained,
     average_of,
     check_fit,
-    check_last_batch,
     commit,
     device_name,
     device_of,
@@ -37,7 +36,8 @@ from csgd.pipeline.build import (
 from csgd.pipeline.clock import Clock, bar_of
 from csgd.pipeline.console import console, headline
 from csgd.pipeline.journal import Journal, reserved
-from csgd.pipeline.launch import check_ranks, check_shares, joined, launch, rank_count, started_first
+from csgd.pipeline.launch import check_ranks, joined, launch, started_first
+from csgd.pipeline.phase import check_batches
 from csgd.pipeline.pull import Pull, Stage, check_strengths, cut, tell_plan
 from csgd.pipeline.ship import ship
 from csgd.pruned import save_pruned
@@ -82,12 +82,11 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
     data = build("dataset", cfg.dataset, **offered, needed=["share"] if offered["share"].ranks > 1 else [])
     if not isinstance(data, Data):
         raise InputError(f"dataset._target_ must make a csgd.data.Data, got {type(data).__name__}")
-    check_shares(data, cfg.schedule.batch_size, rank_count(cfg))
     torch.manual_seed(cfg.seed)
     model = build("model", cfg.model, num_classes=data.num_classes, image_size=data.example.size(-1))
     model = placed(model, device, cfg.precision)
     check_fit(model, data)
-    check_last_batch(model, data, cfg.schedule.batch_size)
+    check_batches(cfg, model, data)
     if cfg.plan_only:
         return plan_only(cfg, model, data, output_dir) if ranks.is_first() else None
     if cfg.distributed.sync_bn and ranks.own_share().ranks > 1:
@@ -198,7 +197,7 @@ def _stage(
             journal.record["stage"] = {"cut_step": done, "verdict": asdict(judged)}
             stage.save("trimmed", done)
         with clocked(seconds, "csgd_trimmed"):
-            network = as_trained(cfg, model, data)
+            network = as_trained(cfg, model)
             _, tested = stage.train(network, "trimmed", range(done, end), random_state)
     if average:
         model.load_state_dict(average.module.state_dict())
