@@ -154,7 +154,7 @@ class CSGD(torch.optim.Optimizer):
             stacks = [_Stack.of(some, fused) for (fused, *_), all_of in alike.items() for some in _split(all_of)]
             # Of the same size one after the other: each thread finds its share of the scratch in its own cache.
             self._stacks[key] = sorted(stacks, key=lambda stack: stack.size), others
-        self._stacks[key] = self._stacks.pop(key)
+        self._stacks[key] = self._stacks.pop(key)  # the latest comes last
         return self._stacks[key]
 
     @torch.no_grad()
