@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from math import floor
+from math import ceil, floor
 from numbers import Integral, Real
 from operator import itemgetter
 
@@ -27,7 +27,7 @@ def target_widths(
                a mapping from layer-name patterns ('layer1.*.conv1') to a fraction (float) or a width (int), the last
                match wins, and spaces that no pattern matches get the fraction `rest`
     min_width  no width goes below it: a single channel breaks `squeeze()`
-    round_to   fractions are rounded to the nearest multiple of it
+    round_to   fractions give the nearest multiple of it, the larger of two that are as near, the whole size at most
     keep       patterns of layers that stay whole
 
     Widths count slots: in a grouped conv a slot holds one channel of each group.  InputError on a list of the wrong
@@ -44,10 +44,12 @@ def target_widths(
     def fraction(space: ChannelSpace, value: float) -> int:
         if not 0 < value <= 1:
             raise InputError(f"a fraction of deps must be above 0 and at most 1, got {value:g}")
-        width = floor(space.size * value + 1e-9)
         if round_to > 1 and value < 1:
-            width = max(1, round(width / round_to)) * round_to
-        return min(space.size, max(min_width, width))
+            nearest = floor(space.size * value / round_to + 0.5 + 1e-9) * round_to
+            width = max(nearest, ceil(min_width / round_to) * round_to)
+        else:
+            width = max(floor(space.size * value + 1e-9), min_width)
+        return min(space.size, width)
 
     if isinstance(deps, Mapping):
         widths = _by_pattern(spaces, live, deps, rest, fraction, min_width)

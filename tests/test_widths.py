@@ -61,6 +61,29 @@ def test_min_width_round_to_and_keep(vgg, residual):
 
 
 @pytest.mark.parametrize(
+    "size, fraction, options, width",
+    [
+        (34, 0.6, {}, 24),  # 20.4: 16 is 4.4 away, 24 is 3.6
+        (40, 0.5, {}, 24),  # 20: of two as near the larger
+        (40, 0.3, {}, 16),  # 12, likewise
+        (40, 0.49, {}, 16),
+        (64, 0.6, {}, 40),
+        (30, 0.99, {}, 30),  # 32 is more than there is
+        (30, 0.9, {}, 24),
+        (6, 0.5, {}, 6),
+        (64, 0.01, {}, 8),
+        (64, 0.01, {"min_width": 12}, 16),
+        (64, 1.0, {"min_width": 12}, 64),
+        (20, 0.1, {"min_width": 17}, 20),
+    ],
+)
+def test_a_fraction_becomes_the_nearest_multiple(size, fraction, options, width):
+    net = torch.nn.Sequential(torch.nn.Linear(4, size), torch.nn.ReLU(), torch.nn.Linear(size, 3))
+    spaces = csgd.find_spaces(net, torch.randn(2, 4), trial=False)
+    assert target_widths(spaces, fraction, round_to=8, **options) == {"0": width}
+
+
+@pytest.mark.parametrize(
     "deps, options, message",
     [
         (1.2, {}, "above 0 and at most 1, got 1.2"),
