@@ -1,7 +1,7 @@
 """Centripetal SGD: train the filters of a cluster into one, then cut the duplicates without changing the function."""
 
 from csgd.centripetal import decay_matrix, forecast, merge_matrix
-from csgd.clusters import cluster
+from csgd.clusters import cluster, relative_deviation
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Ref
 from csgd.optim import CSGD, param_groups
@@ -25,6 +25,7 @@ __all__ = [
     "merge_matrix",
     "param_groups",
     "pin_failures",
+    "relative_deviation",
     "save_pruned",
     "target_widths",
     "trim",

@@ -131,10 +131,20 @@ class RowOrder:
 
 
 def segment_mean(tensor: Tensor, dim: int, segments: Tensor) -> Tensor:
-    """ΓW along `dim`: every row replaced by the mean of its cluster."""
-    order = RowOrder.of(tensor, dim)
-    merged = Segments.of(segments, tensor.device, tensor.dtype).merge(order.rows(tensor))
-    return laid_out_like(order.tensor(merged), tensor)
+    """ΓW along `dim`: every row replaced by the mean of its cluster; equal rows stay, bit by bit.
+
+    `segments` holds the position of the representative, around which rows are averaged.  Of integers, which have no
+    mean, every row becomes its representative.
+    """
+    if tensor.is_complex():
+        return torch.view_as_complex(segment_mean(torch.view_as_real(tensor), dim, segments))
+    first = tensor.index_select(dim, segments.to(tensor.device))
+    if not tensor.is_floating_point():
+        return first
+    away = torch.where(tensor == first, 0, tensor - first)  # also where both are infinite
+    order = RowOrder.of(away, dim)
+    means = Segments.of(segments, tensor.device, tensor.dtype).merge(order.rows(away))
+    return laid_out_like(first + order.tensor(means), tensor)
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Clusters: which filters of a channel space become one, as plain {space name: [[slot, ...], ...]}."""
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from csgd.centripetal import segment_mean
+from csgd.centripetal import inverse, memory_order, segment_mean
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Ref
 
@@ -127,23 +128,40 @@ class ClusteredTensor:
     summed: tuple[int, Tensor] | None
 
     @property
+    def name(self) -> str:
+        return dotted(*self.owners[0])
+
+    @property
+    def becomes_equal(self) -> bool:
+        """Whether any cluster of its rows has two members."""
+        return self.merged is not None and len(_representatives(self.merged[1])) < len(self.merged[1])
+
+    @property
     def is_statistic(self) -> bool:
         """Running statistics of batch norm: buffers, which no optimizer pulls together."""
         return not isinstance(self.tensor, nn.Parameter) and self.tensor.is_floating_point()
 
     @torch.no_grad()
     def relative_deviation(self) -> float:
-        """‖W − ΓW‖ / ‖W‖; 0 where nothing of it becomes equal."""
-        if self.merged is None:
+        """‖W − ΓW‖ / ‖W‖: 0 where no rows become equal, infinity where W holds NaN or infinity."""
+        tensor = self.tensor.detach()
+        if not self.becomes_equal or not tensor.numel():
             return 0.0
-        left = (self.tensor - segment_mean(self.tensor, *self.merged)).norm()
-        return float(left / self.tensor.norm()) if left else 0.0
+        if tensor.element_size() < 4 or not (tensor.is_floating_point() or tensor.is_complex()):
+            tensor = tensor.float()
+        largest = tensor.abs().max()
+        if not largest.isfinite():
+            return math.inf
+        if not largest:
+            return 0.0
+        tensor = tensor / largest  # squares of small weights would be 0
+        return float((tensor - segment_mean(tensor, *self.merged)).norm() / tensor.norm())
 
-    def narrowed(self, tensor: Tensor, *, mean: bool) -> Tensor:
-        """`tensor`, of the same shape as this one, after the cut: of each cluster the representative's row, or the
-        mean of its rows, and the sum of its input slices."""
-        channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
-        if self.merged and mean:
+    def narrowed(self, tensor: Tensor) -> Tensor:
+        """`tensor`, of the same shape as this one, after the cut: of each cluster the mean of its rows, in the place of
+        the representative, and the sum of its input slices; laid out as it was."""
+        order = memory_order(tensor)
+        if self.becomes_equal:
             tensor = segment_mean(tensor, *self.merged)
         if self.summed:
             dim, segments = self.summed
@@ -152,7 +170,7 @@ class ClusteredTensor:
             tensor = tensor.index_add(dim, into, tensor.index_select(dim, slices))
         for dim, segments in filter(None, (self.merged, self.summed)):
             tensor = tensor.index_select(dim, _representatives(segments).to(tensor.device))
-        return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+        return tensor.permute(order).contiguous().permute(inverse(order))
 
     def gradient_scales(self, device, dtype) -> list[tuple[int, Tensor]]:
         """(dim, factors) along the dims of the narrowed tensor: 1/|H| on rows, |H| on input slices (fact F7)."""
@@ -183,13 +201,13 @@ def clustered_tensors(model: nn.Module, spaces: list[ChannelSpace], clusters: Cl
                 refs[tuple(ref.owners)].append((ref, first))
     touched = []
     for owners, uses in refs.items():
-        tensor = tensor_of(model, uses[0][0])
+        (tensor,) = {tensor_of(model, ref) for ref, _ in uses}
         segments: dict[bool, tuple[int, Tensor]] = {}
         for ref, first in uses:
             summed = ref.role == "in"
             dim, vector = segments.setdefault(summed, (ref.dim, torch.arange(tensor.size(ref.dim))))
             if dim != ref.dim:
-                raise InputError(f"{'.'.join(owners[0])} is indexed along two dims by channels that become equal")
+                raise InputError(f"{dotted(*owners[0])} is indexed along two dims by channels that become equal")
             vector[ref.index] = ref.index[first]
         touched.append(ClusteredTensor(list(owners), tensor, segments.get(False), segments.get(True)))
     return touched
@@ -214,6 +232,46 @@ def check_clusters(spaces: list[ChannelSpace], clusters: Clusters) -> None:
             raise InputError(f"clusters.{name}: the space is pinned ({', '.join(space.pinned)})")
 
 
+def relative_deviation(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> float:
+    """‖W − ΓW‖ / ‖W‖, the largest of any tensor whose rows become equal: what `trim` judges a collapse by.
+
+    Of parameters, trained or frozen, running statistics and other buffers of the channels; infinity where one holds NaN
+    or infinity.  InputError where no cluster has two members, since there nothing can collapse.
+    """
+    left = [t.relative_deviation() for t in clustered_tensors(model, spaces, clusters) if t.becomes_equal]
+    if not left:
+        raise InputError("no cluster has two members: nothing becomes equal, so there is no deviation")
+    return max(left)
+
+
 def tensor_of(model: nn.Module, ref: Ref) -> Tensor:
-    path, attribute = ref.owners[0]
-    return getattr(model.get_submodule(path), attribute)
+    """The tensor of `ref`; InputError if `model` has no such tensor, or another one than when the spaces were found."""
+    tensors = [_registered(model, *owner) for owner in ref.owners]
+    tensor, name = tensors[0], dotted(*ref.owners[0])
+    for one, owner in zip(tensors, ref.owners, strict=True):
+        if one is None or one.dim() <= ref.dim:
+            raise InputError(f"spaces of another network: this one has no tensor {dotted(*owner)} of their shape")
+        if one is not tensor:
+            raise InputError(
+                f"{name} and {dotted(*owner)} were one tensor when the spaces were found: find_spaces again"
+            )
+    if tensor.size(ref.dim) != ref.extent:
+        raise InputError(
+            f"{name} has {tensor.size(ref.dim)} channels along dim {ref.dim} where its space was found with "
+            f"{ref.extent}: it has been cut since, or is another network's; find_spaces again after a cut"
+        )
+    return tensor
+
+
+def _registered(model: nn.Module, path: str, attribute: str) -> Tensor | None:
+    """The parameter or buffer of that name, None if there is none: a tensor that is computed cannot be cut."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return module._parameters.get(attribute, module._buffers.get(attribute))
+
+
+def dotted(path: str, attribute: str) -> str:
+    """The name of a tensor in a state_dict."""
+    return f"{path}.{attribute}" if path else attribute

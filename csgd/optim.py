@@ -1,9 +1,11 @@
 """CSGD: stochastic gradient descent that pulls the filters of a cluster together."""
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from csgd.centripetal import (
     merged_gradient,
     permuted,
     scale_along,
+    segment_mean,
     squared_deviation,
     stability_limit,
 )
@@ -27,6 +30,9 @@ from csgd.graph import ChannelSpace
 STACKED = 2**17  # entries: small parameters share an operation until it has as many, larger ones are worth one each
 KEPT = 64  # sets of parameters that had a gradient together, the latest: blocks left out at random make many
 LINE = 64  # bytes, a line of the cache
+CONSTANTS = ("lr", "momentum", "nesterov", "weight_decay")  # of a group, those that torch.optim.SGD has too
+CUT_WITHOUT = "a parameter of this optimizer was cut without it: trim(…, optimizer) takes it along, or make it anew"
+SGD_ALONE = ("dampening", "maximize", "foreach", "differentiable", "fused")  # of a group, those that CSGD has not
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,10 @@ class CSGD(torch.optim.Optimizer):
         ramp             the strength of this step is centri_strength × ramp, as a schedule of ε sets it
         gradient_scales  one list of (dim, factors) or None per parameter: its gradient is scaled along those dims
         lr_factor        the group's learning rate is lr × lr_factor, so that schedulers see one lr
+        positions        place of each parameter among model.parameters(), the order of a state_dict of SGD
 
-    InputError where τ(η+ε) is beyond the stability limit (fact F6).
+    InputError where τ(η+ε) is beyond the stability limit (fact F6), also in the step before which a rate or strength
+    has become too large.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 0.0):
@@ -110,22 +118,94 @@ class CSGD(torch.optim.Optimizer):
             segments=None,
             gradient_scales=None,
             lr_factor=1.0,
+            positions=None,
         )
+        self._stable: dict[int, tuple] = {}
         self._stacks: dict[tuple, tuple[list[_Stack], list[int]]] = {}
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
         """One more group; InputError if its deviation would grow (fact F6)."""
-        group = self.defaults | param_group
-        if any(group["segments"] or ()):
-            lr = group["lr"] * group["lr_factor"]
-            check_stability(lr, group["centri_strength"], group["weight_decay"], group["momentum"], group["nesterov"])
+        _check_group(self.defaults | param_group)
         super().add_param_group(param_group)
+
+    def _check_stability(self) -> None:
+        """Raises InputError where a deviation would grow in the coming step: strengths and rates have schedules."""
+        for number, group in enumerate(self.param_groups):
+            now = tuple([float(group[key]) for key in (*CONSTANTS, "lr_factor", "centri_strength", "ramp")])
+            if self._stable.get(number) != now:
+                _check_group(group)
+                self._stable[number] = now
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a state_dict of CSGD, or of torch.optim.SGD with its momentum, learning rate and constants.
+
+        That of SGD has groups like these, or one of all parameters (or all trained ones) in the order of
+        model.parameters(); what SGD does not know, clusters and strengths, stays as it is here.  Its momentum is
+        averaged over rows that become equal: means go on as they would have (F3), and the forecast holds (F2).
+        InputError where it is another optimizer's or another network's, or has `dampening` or `maximize`.
+        """
+        if not all("segments" in group for group in state_dict["param_groups"]):
+            state_dict = self._from_sgd(state_dict)
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for p, one in zip(params, ids, strict=False):  # torch's own check is that of the lengths
+            buffer = state_dict["state"].get(one, {}).get("momentum_buffer")
+            if buffer is not None and buffer.shape != p.shape:
+                raise InputError(
+                    f"a state_dict of another network: parameter {one} is {list(p.shape)}, its momentum "
+                    f"{list(buffer.shape)}"
+                )
+        super().load_state_dict(state_dict)
+
+    def _from_sgd(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state_dict of torch.optim.SGD, as one of this optimizer."""
+        theirs, own, state = state_dict["param_groups"], self.param_groups, {}
+        keys = set(chain.from_iterable(state_dict["state"].values()))
+        for group in theirs:
+            if not group.keys() >= set(CONSTANTS) or keys - {"momentum_buffer"}:
+                raise InputError("CSGD goes on from a state_dict of CSGD or of torch.optim.SGD, this is another one's")
+            if wrong := [f"{key}={group[key]}" for key in ("dampening", "maximize") if group.get(key)]:
+                raise InputError(f"CSGD has no {wrong[0]}, which this state_dict of torch.optim.SGD was trained with")
+        counts = [[len(group["params"]) for group in groups] for groups in (theirs, own)]
+        if counts[0] == counts[1]:
+            sources = [(group, group["params"]) for group in theirs]
+        elif len(theirs) == 1 and (places := self._places(*counts[0])):
+            sources = [(theirs[0], [theirs[0]["params"][i] for i in part]) for part in places]
+        else:
+            raise InputError(
+                f"a state_dict with groups of {counts[0]} parameters does not fit groups of {counts[1]}: "
+                "SGD must have groups like these, or one of all parameters of the model"
+            )
+        groups = []
+        for mine, (group, ids) in zip(own, sources, strict=True):
+            more = {key: value for key, value in group.items() if key not in SGD_ALONE}
+            groups.append(more | mine | {key: group[key] for key in CONSTANTS} | {"params": ids})
+            for one, p, segments in zip(ids, mine["params"], mine["segments"] or [None] * len(ids), strict=True):
+                buffer = state_dict["state"].get(one, {}).get("momentum_buffer")
+                if buffer is not None:
+                    fits = segments is not None and buffer.shape == p.shape
+                    state[one] = {"momentum_buffer": segment_mean(buffer, *segments) if fits else buffer}
+        return state_dict | {"param_groups": groups, "state": state}
+
+    def _places(self, count: int) -> list[list[int]] | None:
+        """Where those of each group are among `count` in the order of model.parameters(): all, or the trained ones."""
+        positions = [group["positions"] for group in self.param_groups]
+        if None in positions:
+            return None
+        ordered = sorted(chain.from_iterable(positions))
+        if count == len(ordered):
+            rank = {position: place for place, position in enumerate(ordered)}
+            return [[rank[position] for position in part] for part in positions]
+        return positions if count > ordered[-1] else None
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._stacks, self._scratch = {}, {}
+        self._stacks, self._scratch, self._stable = {}, {}, {}
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
         for group in self.param_groups:  # torch moves the state of a parameter to its device, not what groups hold
             if scales := group.get("gradient_scales"):
                 group["gradient_scales"] = [
@@ -135,7 +215,7 @@ class CSGD(torch.optim.Optimizer):
 
     def _stacked(self, group: dict, params: Sequence[Tensor]) -> tuple[list[_Stack], list[int]]:
         """Some parameters of a group: those with rows that become equal, in stacks, and the positions of the others."""
-        key = tuple((id(p), p.stride()) for p in params)
+        key = tuple((id(p), p.shape, p.stride()) for p in params)
         if key not in self._stacks:
             if len(self._stacks) >= KEPT:
                 del self._stacks[next(iter(self._stacks))]
@@ -146,6 +226,8 @@ class CSGD(torch.optim.Optimizer):
                     others.append(i)
                 else:
                     dim, vector = segments[p]
+                    if p.size(dim) != len(vector):
+                        raise InputError(CUT_WITHOUT)
                     order = RowOrder.of(p, dim)
                     # torch's fused SGD rounds the odd entries behind its last whole vector in another way than the
                     # rest: rows of a tensor that has such entries would not stay equal (fact F10).
@@ -160,6 +242,7 @@ class CSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One step; `closure` re-evaluates the model and returns the loss."""
+        self._check_stability()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -170,7 +253,12 @@ class CSGD(torch.optim.Optimizer):
             stacks, others = self._stacked(group, [p for p, _ in present])
             for stack in stacks:
                 self._pull(group, stack)
-            rest = [present[i] for i in others]
+            rest = []
+            for p, factors in (present[i] for i in others):
+                if p.grad.layout is not torch.strided or p.is_complex():
+                    self._descend_as_torch(group, p, factors)
+                else:
+                    rest.append((p, factors))
             # A large copy is best used while it is in the cache, and its memory is then there for the next one.
             alone = [factors is not None and p.numel() > STACKED for p, factors in rest]
             together = [pair for pair, one in zip(rest, alone, strict=True) if not one]
@@ -199,6 +287,30 @@ class CSGD(torch.optim.Optimizer):
         fused = all(permuted(p, d).is_contiguous() for p, d in zip(params, dims, strict=True))
         self._update(group, params, dims, gradients, fused)
 
+    def _descend_as_torch(self, group: dict, p: Tensor, factors: list | None) -> None:
+        """Plain SGD as torch.optim.SGD takes it, for complex parameters and sparse gradients."""
+        gradient = scale_along(p.grad.to_dense(), factors) if factors else p.grad
+        if gradient.layout is not torch.strided and group["weight_decay"]:
+            raise InputError(
+                f"a parameter of shape {list(p.shape)} has a sparse gradient, which cannot be decayed: "
+                "its group needs weight_decay=0"
+            )
+        state = self.state[p] if group["momentum"] else {}
+        momenta = [state.get("momentum_buffer")]
+        sgd([p], [gradient], momenta, **self._constants(group), foreach=False, fused=False)
+        if momenta[0] is not None:
+            state["momentum_buffer"] = momenta[0]
+
+    def _constants(self, group: dict, centri_strength: float = 0.0) -> dict[str, Any]:
+        return dict(
+            weight_decay=group["weight_decay"] + centri_strength,
+            momentum=group["momentum"],
+            lr=group["lr"] * group["lr_factor"],
+            dampening=0.0,
+            nesterov=group["nesterov"],
+            maximize=False,
+        )
+
     def _update(
         self,
         group: dict,
@@ -220,12 +332,7 @@ class CSGD(torch.optim.Optimizer):
             [permuted(p, d) for p, d in zip(params, dims, strict=True)],
             gradients,
             [m if m is None else permuted(m, d) for m, d in zip(momenta, dims, strict=True)],
-            weight_decay=group["weight_decay"] + centri_strength,
-            momentum=group["momentum"],
-            lr=group["lr"] * group["lr_factor"],
-            dampening=0.0,
-            nesterov=group["nesterov"],
-            maximize=False,
+            **self._constants(group, centri_strength),
             foreach=False,
             fused=fused,
         )
@@ -233,33 +340,40 @@ class CSGD(torch.optim.Optimizer):
     def _momentum(self, p: Tensor) -> Tensor:
         """The momentum of a parameter, with its strides; zero before the first step, which then sets it to D."""
         state = self.state[p]
-        if "momentum_buffer" not in state:
+        buffer = state.get("momentum_buffer")
+        if buffer is None:  # SGD without momentum has stored that
             state["momentum_buffer"] = torch.zeros_like(p)
-        elif state["momentum_buffer"].stride() != p.stride():
-            state["momentum_buffer"] = laid_out_like(state["momentum_buffer"], p)
+        elif buffer.shape != p.shape:
+            raise InputError(CUT_WITHOUT)
+        elif buffer.stride() != p.stride():
+            state["momentum_buffer"] = laid_out_like(buffer, p)
         return state["momentum_buffer"]
 
     @torch.no_grad()
-    def carry_over(self, replaced: Mapping[Tensor, tuple[Tensor, ClusteredTensor]]) -> None:
-        """Goes on with the parameters of a trimmed network: {old: (new, what was clustered of it)} (fact F7).
+    def carry_over(self, touched: Sequence[ClusteredTensor]) -> None:
+        """Goes on with parameters that are cut, which stay the same objects (fact F7); `trim` calls it before the cut.
 
-        Momentum is averaged over the rows that became one and summed over the input slices that did.  From here on the
+        Momentum is averaged over the rows that become one and summed over the input slices that do.  From here on the
         gradient of a row counts 1/|H_out| and that of an input slice |H_in|: with the members of every cluster equal,
-        the steps are those of C-SGD on the wide network.  InputError at a second cut, which needs a new optimizer.
+        the steps are those of C-SGD on the wide network.  Not so under a penalty that the loss itself holds (L1, a
+        distance to the start): the cut network has one copy of what the wide one was penalised for several times.
+        InputError at a second cut, which needs a new optimizer, and where none of these parameters is trained here.
         """
         if any(group["gradient_scales"] for group in self.param_groups):
             raise InputError("this optimizer has gone through a cut already; the next one needs a new CSGD")
+        cut = {t.tensor: t for t in touched}
+        if cut and not any(p in cut for group in self.param_groups for p in group["params"]):
+            raise InputError("this optimizer trains none of the parameters that are cut: it is another network's")
         for group in self.param_groups:
             count = len(group["params"])
             segments, scales = group["segments"] or [None] * count, [None] * count
-            for i, old in enumerate(group["params"]):
-                if old not in replaced:
+            for i, p in enumerate(group["params"]):
+                if p not in cut:
                     continue
-                new, touched = replaced[old]
-                if "momentum_buffer" in (state := self.state.pop(old, {})):
-                    self.state[new] = {"momentum_buffer": touched.narrowed(state["momentum_buffer"], mean=True)}
-                group["params"][i], segments[i] = new, None
-                scales[i] = touched.gradient_scales(new.device, new.dtype)
+                buffer = self.state.get(p, {}).get("momentum_buffer")
+                if buffer is not None:
+                    self.state[p]["momentum_buffer"] = cut[p].narrowed(buffer)
+                segments[i], scales[i] = None, cut[p].gradient_scales(p.device, p.dtype)
             group["segments"], group["gradient_scales"] = segments, scales
         self._stacks, self._scratch = {}, {}
 
@@ -269,9 +383,10 @@ class CSGD(torch.optim.Optimizer):
         over into their units, and what follows is plain SGD."""
         for group in self.param_groups:
             for p, factors in zip(group["params"], group["gradient_scales"] or [], strict=False):
-                if factors is not None and "momentum_buffer" in self.state[p]:
+                buffer = self.state.get(p, {}).get("momentum_buffer")
+                if factors is not None and buffer is not None:
                     inverse = [(dim, 1 / vector) for dim, vector in factors]
-                    self.state[p]["momentum_buffer"] = scale_along(self.state[p]["momentum_buffer"], inverse)
+                    self.state[p]["momentum_buffer"] = scale_along(buffer, inverse)
             group["gradient_scales"] = None
 
     def clustered_groups(self) -> list[dict]:
@@ -280,13 +395,23 @@ class CSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def relative_deviation(self) -> float:
-        """‖W − ΓW‖ / ‖W‖ over the clustered tensors of a group, the largest of any group."""
-        ratios = [
-            self.deviation(group) / sum(p.square().sum() for stack in stacks for p in stack.params).clamp(min=1e-30)
-            for group in self.param_groups
-            if (stacks := self._stacked(group, group["params"])[0])
-        ]
-        return float(torch.stack(ratios).max().sqrt()) if ratios else 0.0
+        """‖W − ΓW‖ / ‖W‖, the largest of any clustered parameter; InputError where there is none.
+
+        Cheap, and of what this optimizer trains alone: whether a network may be cut, with its running statistics and
+        frozen tensors, `csgd.relative_deviation` says.
+        """
+        ratios = []
+        for group in self.param_groups:
+            for stack in self._stacked(group, group["params"])[0]:
+                rows = stack.rows(stack.params)
+                joint = torch.cat(rows)
+                away = stack.segments.merge(joint).sub_(joint).split([len(part) for part in rows])
+                for deviation, part in zip(away, rows, strict=True):
+                    ratios.append(deviation.norm() / part.norm().clamp(min=torch.finfo(part.dtype).tiny))
+        if not ratios:
+            raise InputError("no parameter of this optimizer becomes equal, so there is no deviation")
+        largest = float(torch.stack([ratio.float() for ratio in ratios]).max())
+        return math.inf if math.isnan(largest) else largest
 
     @torch.no_grad()
     def deviation(self, group: dict | None = None) -> Tensor:
@@ -315,43 +440,64 @@ def param_groups(
 
     Kernels use ε = centri_strength and η = weight_decay; vectors (bias, BN weight and bias, one entry per channel)
     use vector_ratio · ε and weight_decay_vectors.  Biases learn at lr × bias_lr_factor (2 in the official code) and
-    form a group of their own where that is not 1.  Groups carry a `name`: kernels, vectors, biases.
+    form a group of their own where that is not 1, and so do embeddings with sparse gradients, which cannot be decayed.
+    Groups carry a `name`: kernels, vectors, biases, sparse.
+
+    InputError where a cluster asks for what no step brings about: rows of frozen tensors that differ, of complex ones,
+    or of embeddings with sparse gradients.
     """
     for key, value in (("centri_strength", centri_strength), ("vector_ratio", vector_ratio)):
         if not value >= 0:
             raise InputError(f"{key} must be 0 or more, got {value}")
-    merged = {}
+    sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse}
+    merged, frozen, odd = {}, [], []
     for t in clustered_tensors(model, spaces, clusters):
         if t.merged:
             merged[id(t.tensor)] = t.merged
-            if isinstance(t.tensor, nn.Parameter) and not t.tensor.requires_grad and t.relative_deviation() > 0:
-                raise InputError(
-                    f"{'.'.join(t.owners[0])} is not trained, so its rows cannot become equal: keep its layer"
-                )
+        if not t.becomes_equal:
+            continue
+        if isinstance(t.tensor, nn.Parameter) and not t.tensor.requires_grad:
+            frozen += [t.name] if t.relative_deviation() > 0 else []
+        elif t.tensor.is_complex() or id(t.tensor) in sparse:
+            odd.append(t.name)
+    for names, why in ((frozen, "not trained"), (odd, "complex, or have sparse gradients")):
+        if names:
+            raise InputError(f"{', '.join(names)}: {why}, so their rows cannot become equal: keep these layers whole")
     biases = {id(module.bias) for module in model.modules() if isinstance(getattr(module, "bias", None), nn.Parameter)}
     vectors = dict(weight_decay=weight_decay_vectors, centri_strength=vector_ratio * centri_strength)
     groups = {
         "kernels": dict(weight_decay=weight_decay, centri_strength=centri_strength),
         "vectors": dict(vectors),
         "biases": dict(vectors, lr_factor=bias_lr_factor),
+        "sparse": dict(weight_decay=0.0),
     }
     for name, group in groups.items():
-        group.update(name=name, params=[], segments=[])
-    for p in model.parameters():
+        group.update(name=name, params=[], segments=[], positions=[])
+    for position, p in enumerate(model.parameters()):
         if not p.requires_grad:
             continue
         segments = merged.get(id(p))
         vector = p.dim() <= 1 or (segments is not None and p.numel() == p.size(segments[0]))
-        name = "kernels" if not vector else "biases" if id(p) in biases and bias_lr_factor != 1 else "vectors"
+        if id(p) in sparse:
+            name = "sparse"
+        else:
+            name = "kernels" if not vector else "biases" if id(p) in biases and bias_lr_factor != 1 else "vectors"
         groups[name]["params"].append(p)
         groups[name]["segments"].append(segments)
+        groups[name]["positions"].append(position)
     return [group for group in groups.values() if group["params"]]
+
+
+def _check_group(group: dict) -> None:
+    if any(group["segments"] or ()):
+        lr, strength = group["lr"] * group["lr_factor"], group["centri_strength"] * group["ramp"]
+        check_stability(lr, strength, group["weight_decay"], group["momentum"], group["nesterov"])
 
 
 def check_stability(lr: float, centri_strength: float, weight_decay: float, momentum: float, nesterov: bool) -> None:
     """Raises InputError if a deviation would grow: τ(η+ε) beyond the stability limit (fact F6)."""
     limit = stability_limit(momentum, nesterov)
-    if lr * (weight_decay + centri_strength) >= limit:
+    if not lr * (weight_decay + centri_strength) < limit:
         raise InputError(
             f"centri_strength {centri_strength:g} diverges at learning rate {lr:g}: "
             f"lr × (weight_decay + centri_strength) must stay below {limit:.3g}, "

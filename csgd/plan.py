@@ -5,8 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from csgd.centripetal import collapse_step, forecast, lengthening, strength_to_collapse
+from csgd.errors import InputError
 from csgd.optim import check_stability
+
+FORGETFUL = "batch norm with a momentum, as momentum=0.1, in place of an average over all batches (momentum=None)"
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,7 @@ class Timetable:
     learning_rates       τ of each step
     ramp                 factor of ε at each step
     tolerance            a factor of the deviation that counts as collapsed
-    statistics_momentum  of batch norm, None if the network has no running statistics
+    statistics_momentum  of batch norm, None if the network has no running statistics, 0 if they forget nothing
     """
 
     learning_rates: Sequence[float]
@@ -31,17 +36,19 @@ class Plan:
 
     factors  {group name: [a_t after each step]}: what is left of every deviation of the group
     advice   what would make it collapse, if it does not
+    floor    where parameters of 16 bits stop: their rounding swallows what is left of the pull
     """
 
     factors: dict[str, list[float]]
     tolerance: float
     statistics_momentum: float | None = None
     advice: str | None = None
+    floor: float = 0.0
 
     @property
     def left(self) -> float:
-        """The largest factor at the end of the run."""
-        return max((abs(factors[-1]) for factors in self.factors.values()), default=0.0)
+        """The largest factor at the end of the run, or the floor."""
+        return max([self.floor, *(abs(factors[-1]) for factors in self.factors.values())])
 
     @property
     def collapses(self) -> bool:
@@ -51,32 +58,70 @@ class Plan:
     def collapse_step(self) -> int | None:
         """The number of steps after which every group is collapsed and stays so; None if that is not within the run."""
         steps = [collapse_step(f, self.tolerance, self.statistics_momentum) for f in self.factors.values()]
-        return None if None in steps or not steps else max(steps)
+        return None if None in steps or not steps or self.floor > self.tolerance else max(steps)
+
+    @property
+    def warning(self) -> str | None:
+        """One line where the cut will not be lossless, and what would make it so."""
+        if not self.collapses:
+            return (
+                f"the filters will not collapse: {self.left:.1e} of their deviation is left at the end, the cut needs "
+                f"{self.tolerance:.0e} and will not be lossless; {self.advice} would do"
+            )
+        if self.factors and self.collapse_step is None and self.statistics_momentum is not None:
+            if self.statistics_momentum == 0:
+                lag, way = "which average over all batches and forget none, never do", FORGETFUL
+            else:
+                lag = f"which follow them with a momentum of {self.statistics_momentum:g}, not before the end"
+                way = "a stronger pull or more epochs"
+            return (
+                f"the filters will collapse, but the running statistics of batch norm, {lag}: "
+                f"the cut will not be lossless; {way} would do"
+            )
+        return None
 
     def describe(self) -> str:
         parts = ", ".join(f"{name} to {abs(factors[-1]):.1e}" for name, factors in self.factors.items())
         when = f", collapsed at step {self.collapse_step}" if self.collapse_step else ""
-        return f"forecast: the deviation will have shrunk at the end ({parts} of its start){when}"
+        stop = f"; 16 bits round the pull away at about {self.floor:.0e}" if self.floor > self.tolerance else ""
+        return f"forecast: the deviation will have shrunk at the end ({parts} of its start){when}{stop}"
 
 
 @dataclass(frozen=True)
 class _Recurrence:
-    """What fact F2 needs to know of one parameter group: its strength and its constants."""
+    """What fact F2 needs to know of one parameter group: its strength and its constants.
+
+    resolution  the largest eps of its parameters of 16 bits, 0 where there are none
+    """
 
     name: str
     strength: float
     rates: list[float]
     ramp: Sequence[float]
     constants: dict[str, Any]
+    resolution: float = 0.0
 
     @classmethod
     def of(cls, group: dict, timetable: Timetable) -> "_Recurrence":
         constants = {key: group[key] for key in ("weight_decay", "momentum", "nesterov")}
         rates = [rate * group["lr_factor"] for rate in timetable.learning_rates]
-        return cls(group["name"], group["centri_strength"], rates, timetable.ramp, constants)
+        coarse = [torch.finfo(p.dtype).eps for p in group["params"] if p.is_floating_point() and p.element_size() < 4]
+        return cls(group["name"], group["centri_strength"], rates, timetable.ramp, constants, max(coarse, default=0.0))
 
     def factors(self) -> list[float]:
         return forecast(self.rates, [self.strength * r for r in self.ramp], **self.constants)
+
+    def floor(self) -> float:
+        """About where the deviation stops, of the weights: once τ(η+ε)/(1−μ) V is below a quarter of their eps.
+
+        Only in 16 bits: in float32 the steps of the gradients are far above the resolution, and carry the pull along.
+        """
+        if not self.resolution:
+            return 0.0
+        decay, inertia = self.constants["weight_decay"], 1 - self.constants["momentum"]
+        paces = [rate * (decay + self.strength * r) / inertia for rate, r in zip(self.rates, self.ramp, strict=True)]
+        stops = [self.resolution / (4 * min(1.0, pace)) if pace else math.inf for pace in paces]
+        return min((max(abs(a), stop) for a, stop in zip(self.factors(), stops, strict=True)), default=math.inf)
 
     def check(self) -> None:
         fastest = max(zip(self.rates, self.ramp, strict=True), key=lambda pair: pair[0] * pair[1], default=(0.0, 0.0))
@@ -89,7 +134,7 @@ class _Recurrence:
             **self.constants,
             ramp=self.ramp,
             within=within,
-            statistics_momentum=timetable.statistics_momentum,
+            statistics_momentum=timetable.statistics_momentum or None,
         )
 
 
@@ -99,17 +144,27 @@ def plan(groups: Sequence[dict], timetable: Timetable) -> Plan:
     for recurrence in recurrences:
         recurrence.check()
     factors = {r.name: r.factors() for r in recurrences}
-    ahead = Plan(factors, timetable.tolerance, timetable.statistics_momentum)
+    floor = max((r.floor() for r in recurrences), default=0.0)
+    ahead = Plan(factors, timetable.tolerance, timetable.statistics_momentum, floor=floor)
     return ahead if ahead.collapses else replace(ahead, advice=_advice(ahead, recurrences, timetable))
 
 
 def strengths_by(groups: Sequence[dict], timetable: Timetable, within: int) -> dict[str, float | None]:
-    """The smallest strength of each group that collapses within `within` steps, None where no stable one does (F4)."""
+    """The smallest strength of each group that collapses within `within` steps, None where no stable one does (F4).
+
+    InputError where running statistics forget nothing: no strength brings these together.
+    """
+    if timetable.statistics_momentum == 0:
+        raise InputError(
+            f"no strength makes running statistics collapse that average over all batches: use {FORGETFUL}"
+        )
     return {group["name"]: _Recurrence.of(group, timetable).needed(timetable, within) for group in groups}
 
 
 def _advice(ahead: Plan, recurrences: list[_Recurrence], timetable: Timetable) -> str:
     """A strength that does for kernels and vectors alike, with vector_ratio as it is or else 1; or more epochs."""
+    if ahead.floor > ahead.tolerance:
+        return "float32 parameters (autocast keeps them)"
     strongest, ways = max(r.strength for r in recurrences), []
     needed = [r.needed(timetable) for r in recurrences]
     for ratios, also in (

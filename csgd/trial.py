@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from csgd.clusters import clustered_tensors
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, trace_spaces
 from csgd.graph.tracer import keep_random_state, set_random_state, tensors_in, twin_of
-from csgd.trim import merge_equal, trim
+from csgd.trim import cut, merge_equal
 
 TOLERANCE = {True: 1e-8, False: 1e-3}  # relative change of an output above which a cut is not exact; True: in float64
 
@@ -122,7 +123,7 @@ class Trial:
         if equal:
             merge_equal(model, spaces, clusters)
         before = [self.outputs(model, training) for training in self.modes]
-        trim(model, spaces, clusters)
+        cut(model, clustered_tensors(model, spaces, clusters))
         return model, before
 
     def compare(self, model: nn.Module, before: list[list[Tensor]]) -> float:

@@ -1,15 +1,26 @@
 """The cut: removes all but one member of each cluster, and lets the consumers sum what they lose."""
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from csgd.centripetal import segment_mean
-from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors
+from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors, dotted
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 from csgd.optim import CSGD
+
+log = logging.getLogger("csgd.trim")
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
+FITTED = (
+    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels",
+    "num_groups", "num_parameters",
+)  # fmt: skip  # attributes of LAYERS that follow the shapes of their parameters
 
 
 @torch.no_grad()
@@ -18,49 +29,136 @@ def merge_equal(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters
 
     What C-SGD reaches by training, done in one stroke: the one-shot baseline, and the way to test `trim`.
     """
-    touched = [t for t in clustered_tensors(model, spaces, clusters) if t.merged]
-    _replace(model, touched, lambda t: segment_mean(t.tensor.detach(), *t.merged))
+    for t in clustered_tensors(model, spaces, clusters):
+        if t.becomes_equal:
+            merged = segment_mean(t.tensor.detach(), *t.merged)
+            if not torch.equal(merged, t.tensor):  # a constant that was expanded has no memory for each entry
+                t.tensor.copy_(merged)
 
 
-@torch.no_grad()
 def trim(
     model: nn.Module,
     spaces: list[ChannelSpace],
     clusters: Clusters,
     optimizer: CSGD | None = None,
     *,
-    tolerance: float | None = None,
+    tolerance: float | None = 1e-3,
 ) -> None:
-    """Keeps the first member of each cluster, in place; consumers sum the input slices of the others into its slice.
+    """Leaves one channel of each cluster, in place: the mean of its members, where the first of them was; consumers sum
+    the input slices of the members into one.
 
-    Lossless when the members are equal.  Running statistics lag the filters by about 1 / momentum steps, so they are
-    averaged over the cluster (fact F8).  Every tensor that is touched becomes a new one: wrappers of DDP must be made
-    anew, and so must optimizers, but for an `optimizer` that is given: it goes on with the narrow network where it was
-    with the wide one (`CSGD.carry_over`, fact F7).  A moving average of the weights, whose members lag, goes on after
-    `merge_equal` and `trim` of its own copy.
+    Lossless when the members are equal.  InputError, before anything changes, if the relative deviation ‖W − ΓW‖ / ‖W‖
+    of any tensor is above `tolerance`, running statistics included, which lag the filters by about 1 / momentum steps
+    (fact F8); tolerance=None cuts all the same.
 
-    With `tolerance`, InputError if a tensor's relative deviation ‖W − ΓW‖ / ‖W‖ is above it, before anything changes.
+    Every parameter and buffer stays the object that it is, with its attributes, hooks and places in lists; only its
+    data is another, and its gradient None.  What remembers shapes must be made anew: wrappers of DDP, and optimizers,
+    whose state is that of the wide network.  An `optimizer` of CSGD that is given goes on with the narrow network where
+    it was with the wide one (`CSGD.carry_over`, fact F7; not so under a penalty that is part of the loss).  A moving
+    average of the weights, whose members lag, goes on after `merge_equal` and `trim` of its own copy.
+
+    Integers of the model's own modules that equal a width which is no more are listed in the log (csgd.trim, INFO).
     """
+    if optimizer is not None and not isinstance(optimizer, CSGD):
+        raise InputError(f"trim takes a CSGD along, not a {type(optimizer).__name__}: make that anew after the cut")
     touched = clustered_tensors(model, spaces, clusters)
     if tolerance is not None:
-        for t in touched:
-            if isinstance(t.tensor, nn.Parameter) and (left := t.relative_deviation()) > tolerance:
-                raise InputError(
-                    f"{'.'.join(t.owners[0])} has not collapsed: relative deviation {left:.1e} above {tolerance:.1e}"
-                )
-    multipliers = _depthwise_multipliers(model)
-    replaced = _replace(model, touched, lambda t: t.narrowed(t.tensor.detach(), mean=t.is_statistic))
-    _fit_attributes({model.get_submodule(path) for t in touched for path, _ in t.owners}, multipliers)
+        _refuse_unequal(model, touched, tolerance)
+    stale = cut(model, touched, optimizer)
+    if stale:
+        log.info("the cut leaves attributes that may say an old width: %s", "; ".join(stale))
+
+
+def _refuse_unequal(model: nn.Module, touched: list[ClusteredTensor], tolerance: float) -> None:
+    """Raises InputError if a tensor's deviation is above `tolerance`; names the worst, parameters before statistics."""
+    if not tolerance >= 0:
+        raise InputError(f"tolerance must be 0 or more, or None, got {tolerance}")
+    deviations = [(isinstance(t.tensor, nn.Parameter), t.relative_deviation(), i) for i, t in enumerate(touched)]
+    above = [one for one in deviations if one[1] > tolerance]
+    if not above:
+        return
+    _, left, i = max(above)
+    worst = touched[i]
+    module = model.get_submodule(worst.owners[0][0])
+    if isinstance(worst.tensor, nn.Parameter) and worst.tensor.requires_grad:
+        way = "train on until csgd.relative_deviation is below that"
+    elif isinstance(module, nn.modules.batchnorm._NormBase) and worst.is_statistic:
+        way = "statistics lag the filters, and stand still in eval mode: train on with this layer in train mode"
+    else:
+        way = "training does not change it: keep its layer whole"
+    raise InputError(
+        f"{worst.name} has not collapsed: relative deviation {left:.1e}, above the tolerance of {tolerance:.1e}; "
+        f"{way}; merge_equal makes members equal in one stroke; tolerance=None cuts all the same, and changes outputs"
+    )
+
+
+@torch.no_grad()
+def cut(model: nn.Module, touched: list[ClusteredTensor], optimizer: CSGD | None = None) -> list[str]:
+    """The cut of `trim`, whatever the members are; returns the attributes that may say an old width."""
+    narrow = [t.narrowed(t.tensor.detach()) for t in touched]
     if optimizer is not None:
-        optimizer.carry_over(replaced)
+        optimizer.carry_over(touched)
+    multipliers, widths = _depthwise_multipliers(model), defaultdict(lambda: defaultdict(set))
+    for t, data in zip(touched, narrow, strict=True):
+        changed = [(old, new) for old, new in zip(t.tensor.shape, data.shape, strict=True) if old != new]
+        for path in {part for owner, _ in t.owners for part in _with_ancestors(owner)}:
+            for old, new in changed:
+                widths[path][old].add(new)
+        if changed:
+            replace_data(t.tensor, data)
+    _fit_attributes({model.get_submodule(path) for t in touched for path, _ in t.owners}, multipliers)
+    return [line for path in widths for line in _stale_integers(model.get_submodule(path), path, widths[path])]
+
+
+def replace_data(tensor: Tensor, data: Tensor) -> None:
+    """Gives a parameter or buffer data of another shape; it stays the object that it is."""
+    if tensor.is_leaf:
+        tensor.grad = None
+    # While an old graph lives, torch keeps the node that accumulates the gradient, with the old shape; another dtype in
+    # between makes it forget that node.
+    other = torch.float32 if tensor.dtype == torch.float16 else torch.float16
+    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = data
+
+
+def _with_ancestors(path: str) -> Iterator[str]:
+    """'a.b' → '', 'a', 'a.b'"""
+    parts = path.split(".") if path else []
+    return (".".join(parts[:end]) for end in range(len(parts) + 1))
+
+
+def _stale_integers(module: nn.Module, path: str, widths: Mapping[int, set[int]]) -> Iterator[str]:
+    """Integers among the attributes of a module that is not torch's own which equal an old width."""
+    if type(module).__module__.startswith("torch."):
+        return
+    for attribute, value in vars(module).items():
+        if attribute in FITTED and isinstance(module, LAYERS):
+            continue
+        for where, number in _integers(value):
+            if number in widths:
+                now = " or ".join(map(str, sorted(widths[number])))
+                yield f"{dotted(path, attribute)}{where} = {number} (now {now})"
+
+
+def _integers(value: Any, depth: int = 2) -> Iterator[tuple[str, int]]:
+    """Integers in a value, and in lists and dicts two levels deep, with the way to them."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield "", value
+    elif depth and isinstance(value, list | tuple | dict):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from ((f"[{key!r}]{where}", number) for where, number in _integers(item, depth - 1))
 
 
 def statistics_momentum(model: nn.Module) -> float | None:
-    """The smallest momentum of any running statistics, which lag the filters by about its inverse in steps (F8)."""
+    """The smallest momentum of any running statistics, which lag the filters by about its inverse in steps (F8).
+
+    0 where some are averages over all batches (momentum=None): what these have seen they never forget.  Those of
+    momentum 0 are constants.
+    """
     momenta = [
-        module.momentum
+        module.momentum or 0.0
         for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats and module.momentum
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats and module.momentum != 0
     ]
     return min(momenta, default=None)
 
@@ -101,23 +199,6 @@ def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Modul
     _fit_attributes(changed, multipliers)
     model.load_state_dict(state_dict)
     return model
-
-
-def _replace(
-    model: nn.Module, touched: list[ClusteredTensor], new: Callable[[ClusteredTensor], Tensor]
-) -> dict[Tensor, tuple[Tensor, ClusteredTensor]]:
-    """Puts new(t) in the place of every touched tensor, in all its owners; {old: (new, t)}."""
-    replaced = {}
-    for t in touched:
-        tensor = new(t).detach()
-        if isinstance(t.tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor, t.tensor.requires_grad)
-        for path, attribute in t.owners:
-            module = model.get_submodule(path)
-            store = module._parameters if attribute in module._parameters else module._buffers
-            store[attribute] = tensor
-        replaced[t.tensor] = tensor, t
-    return replaced
 
 
 def _depthwise_multipliers(model: nn.Module) -> dict[nn.Module, int]:

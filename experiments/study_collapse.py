@@ -143,10 +143,10 @@ def measure(network: str, width: float, seed: int, setting: Setting) -> dict:
         if setting.method == "one_shot":
             clusters = csgd.cluster(model, spaces, widths, seed=seed)
             csgd.merge_equal(model, spaces, clusters)
-            csgd.trim(model, spaces, clusters)
+            csgd.trim(model, spaces, clusters, tolerance=None)
             row["cut"] = accuracy(*predict(model, data))
         else:
-            csgd.trim(model, spaces, csgd.cluster(model, spaces, widths, "even"))
+            csgd.trim(model, spaces, csgd.cluster(model, spaces, widths, "even"), tolerance=None)
             torch.manual_seed(seed)
             started = time.process_time()
             train_base(initialised(model))
@@ -192,7 +192,7 @@ def pull(model, spaces, clusters, data, setting: Setting, lr: float, seed: int, 
         looks.append(accuracy(*predict(model, data)))
         if part.stop == first + cut_step:
             wide, labels = predict(model, data)
-            csgd.trim(model, spaces, clusters, optimizer)
+            csgd.trim(model, spaces, clusters, optimizer, tolerance=None)
             if setting.after_trim == "plain":
                 optimizer.unscale()
             narrow, _ = predict(model, data)

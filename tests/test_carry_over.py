@@ -126,7 +126,10 @@ def test_a_second_cut_needs_a_new_optimizer():
     csgd.trim(model, spaces, clusters, optimizer)
     again = csgd.find_spaces(model, nets.example_of(nets.Plain, torch.float64))
     with pytest.raises(InputError, match="the next one needs a new CSGD"):
-        csgd.trim(model, again, random_clusters(again, ratio=0.7), optimizer)
+        csgd.trim(model, again, random_clusters(again, ratio=0.7), optimizer, tolerance=None)
+    assert [ref.extent for space in again for ref in space.refs] == [
+        csgd.clusters.tensor_of(model, ref).size(ref.dim) for space in again for ref in space.refs
+    ], "nothing was cut"
 
 
 def test_f7_in_float32_stays_close():

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,6 +7,7 @@ from torch import nn
 
 import csgd
 from csgd import CSGD, InputError, decay_matrix, forecast, merge_matrix
+from csgd.centripetal import stability_limit
 from csgd.optim import KEPT, set_lr, set_ramp
 from csgd.schedule import RAMPS, learning_rate, ramp
 from tests.reference import ReferenceCSGD, random_partition, segments_of
@@ -390,3 +393,252 @@ def test_negative_strengths_are_refused():
         csgd.param_groups(net, spaces, clusters, centri_strength=-1)
     with pytest.raises(InputError, match="vector_ratio"):
         csgd.param_groups(net, spaces, clusters, centri_strength=1, vector_ratio=float("nan"))
+
+
+def odd_parameters():
+    """(parameter, gradient of a step) of every kind that networks have beside dense float ones."""
+    torch.manual_seed(0)
+    gaps = torch.randn(6, 10)
+    embedding = nn.Embedding(7, 4, sparse=True)
+
+    def looked_up(step):
+        embedding.weight.grad = None
+        embedding(torch.tensor([0, 3, 3, step])).square().sum().backward()
+        return embedding.weight.grad
+
+    def noise(p):
+        return lambda step: torch.randn_like(p)
+
+    return {
+        "complex": (p := nn.Parameter(torch.randn(4, 3, dtype=torch.complex64)), noise(p)),
+        "sparse": (embedding.weight, looked_up),
+        "number": (p := nn.Parameter(torch.randn(())), noise(p)),
+        "empty": (p := nn.Parameter(torch.randn(0, 3)), noise(p)),
+        "gaps": (p := nn.Parameter(gaps[:, :7]), noise(p)),
+        "turned": (p := nn.Parameter(torch.randn(5, 4).T), noise(p)),
+        "half": (p := nn.Parameter(torch.randn(4, 16).half()), noise(p)),
+        "bfloat16": (p := nn.Parameter(torch.randn(4, 16).bfloat16()), noise(p)),
+    }
+
+
+@pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
+@pytest.mark.parametrize("kind", odd_parameters())
+def test_odd_parameters_take_the_steps_of_torch_bit_by_bit(kind, momentum, nesterov):
+    """A5: what is outside every cluster takes torch's own path."""
+    p, gradient = odd_parameters()[kind]
+    q = nn.Parameter(p.detach().clone(memory_format=torch.preserve_format))
+    how = dict(momentum=momentum, nesterov=nesterov, weight_decay=0.0 if kind == "sparse" else 1e-3)
+    fused = kind in ("number", "empty", "turned", "half", "bfloat16")  # which rounds otherwise than one by one
+    beside = nn.Parameter(torch.randn(4, 8))
+    ours, theirs = CSGD([p, beside], 0.1, **how), torch.optim.SGD([q], 0.1, **how, fused=fused)
+    for step in range(5):
+        p.grad = gradient(step)
+        q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        assert torch.equal(p, q)
+
+
+def test_a_network_with_a_sparse_embedding_is_pulled_as_any_other():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.hidden, self.fc = nn.Embedding(9, 6, sparse=True), nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.fc(self.hidden(self.words(x)).relu().mean(1))
+
+    net, words = Words(), torch.randint(9, (4, 5))
+    spaces = csgd.find_spaces(net, words)
+    clusters = {"hidden": [[0, 1, 2], [3, 4]]}
+    groups = csgd.param_groups(net, spaces, clusters, centri_strength=8.0, vector_ratio=1.0)
+    assert [g["weight_decay"] for g in groups if g["name"] == "sparse"] == [0.0]
+    optimizer = CSGD(groups, 0.05)
+    for _ in range(150):
+        F.cross_entropy(net(words), torch.tensor([0, 1, 2, 0])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert csgd.relative_deviation(net, spaces, clusters) < 1e-5
+    net(words).sum().backward()
+    optimizer.param_groups[-1]["weight_decay"] = 0.1
+    with pytest.raises(InputError, match="sparse gradient, which cannot be decayed: its group needs weight_decay=0"):
+        optimizer.step()
+
+
+def trained_by_sgd(net, parameters, steps=4, **options):
+    sgd = torch.optim.SGD(parameters, 0.05, **(dict(momentum=0.9, nesterov=True, weight_decay=1e-3) | options))
+    for step in range(steps):
+        backward(net, step)
+        sgd.step()
+    return sgd
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("given", ["parameters", "trained", "groups"])
+def test_a_warm_state_of_torch_sgd_goes_on(given, frozen):
+    """A19: from SGD's momentum on, means are those of SGD (F3) and the deviation is that of the forecast (F2)."""
+    net, spaces, clusters, _ = clustered_net()
+    net.up.bias.requires_grad_(not frozen)
+    clusters = {name: parts for name, parts in clusters.items() if name == "conv1"}
+    groups = csgd.param_groups(net, spaces, clusters, centri_strength=0.0, vector_ratio=0.0)
+    sgd = trained_by_sgd(
+        net,
+        {
+            "parameters": list(net.parameters()),
+            "trained": [p for p in net.parameters() if p.requires_grad],
+            "groups": [{"params": group["params"]} for group in groups],
+        }[given],
+    )
+    twin = copy.deepcopy(net)
+    groups = csgd.param_groups(net, spaces, clusters, centri_strength=0.3, vector_ratio=1.0)
+    optimizer = CSGD(groups, 0.9, momentum=0.5, weight_decay=0.0)
+    optimizer.load_state_dict(copy.deepcopy(sgd.state_dict()))
+    assert {(g["lr"], g["momentum"], g["weight_decay"]) for g in optimizer.param_groups} == {(0.05, 0.9, 1e-3)}
+    assert {g["centri_strength"] for g in optimizer.param_groups} == {0.3}
+    buffers = {id(p): sgd.state[p]["momentum_buffer"] for p in net.parameters() if p in sgd.state}
+    assert all(torch.equal(optimizer.state[p]["momentum_buffer"], buffers[id(p)]) for p in net.fc.parameters())
+    start, before = float(optimizer.deviation()), net.conv1.weight.detach().clone()
+    generator = torch.Generator().manual_seed(5)
+    gradients = [
+        {id(p): torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in net.parameters()} for _ in range(3)
+    ]
+    for gradient in gradients:
+        for p in net.parameters():
+            p.grad = gradient[id(p)].clone() if p.requires_grad else None
+        optimizer.step()
+    assert float(optimizer.deviation()) == pytest.approx(start * forecast([0.05] * 3, 0.3, 1e-3)[-1] ** 2, rel=1e-9)
+    same = torch.optim.SGD(twin.parameters(), 0.05, 0.9, nesterov=True, weight_decay=1e-3)
+    for p, q in zip(twin.parameters(), net.parameters(), strict=True):
+        if id(q) in buffers:
+            same.state[p]["momentum_buffer"] = buffers[id(q)].clone()
+    for gradient in gradients:
+        for p, q in zip(twin.parameters(), net.parameters(), strict=True):
+            p.grad = gradient[id(q)].clone() if p.requires_grad else None
+        same.step()
+    for p, q in ((net.conv1.weight, twin.conv1.weight), (net.bn1.bias, twin.bn1.bias)):
+        for members in clusters["conv1"]:
+            torch.testing.assert_close(p[members].mean(0), q[members].mean(0))
+    torch.testing.assert_close(net.fc.weight, twin.fc.weight)
+    assert not torch.equal(before, net.conv1.weight)
+
+
+def test_states_of_other_optimizers_and_networks_are_refused_and_change_nothing():
+    net, spaces, clusters, groups = clustered_net()
+    optimizer = CSGD(groups, 0.05)
+    backward(net, 0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    adam, prop = torch.optim.Adam(net.parameters()), torch.optim.RMSprop(net.parameters(), momentum=0.9)
+    for one in (adam, prop):
+        one.step()
+    other = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2), nn.Linear(2, 2))
+    strange = torch.optim.SGD(other.parameters(), 0.1, 0.9)
+    other(torch.randn(3, 4)).sum().backward()
+    strange.step()
+    wide = CSGD(csgd.param_groups(net, spaces, clusters, centri_strength=0.0), 0.05)
+    csgd.merge_equal(net, spaces, clusters)
+    for state_dict, message in (
+        (adam.state_dict(), "this is another one's"),
+        (prop.state_dict(), "this is another one's"),
+        (
+            trained_by_sgd(net, net.parameters(), 1, nesterov=False, dampening=0.1).state_dict(),
+            "CSGD has no dampening=0.1",
+        ),
+        (trained_by_sgd(net, net.parameters(), 1, maximize=True).state_dict(), "CSGD has no maximize=True"),
+        (
+            strange.state_dict(),
+            r"a state_dict of another network: parameter 0 is \[12, 3, 3, 3\], its momentum \[3, 4\]",
+        ),
+        (
+            torch.optim.SGD(list(net.parameters())[:5], 0.1).state_dict(),
+            r"groups of \[5\] parameters does not fit groups",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            optimizer.load_state_dict(state_dict)
+    assert str(before) == str(optimizer.state_dict())
+    csgd.trim(net, spaces, clusters, wide, tolerance=None)
+    with pytest.raises(InputError, match="a state_dict of another network"):
+        wide.load_state_dict(before)
+
+
+def test_a_state_of_sgd_without_momentum_is_taken_and_the_first_step_makes_it():
+    net, *_, groups = clustered_net()
+    optimizer = CSGD(groups, 0.05)
+    state_dict = trained_by_sgd(net, net.parameters(), momentum=0.0, nesterov=False).state_dict()
+    state_dict["state"] = {
+        i: {"momentum_buffer": None} for i in state_dict["param_groups"][0]["params"]
+    }  # as SGD once did
+    optimizer.load_state_dict(state_dict)
+    assert optimizer.param_groups[0]["momentum"] == 0.0
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.9
+    backward(net, 0)
+    optimizer.step()
+    assert all(optimizer.state[p]["momentum_buffer"] is not None for p in net.parameters())
+
+
+def test_an_optimizer_of_an_older_file_has_every_key():
+    net, *_, groups = clustered_net()
+    optimizer = CSGD(groups, 0.05)
+    state_dict = optimizer.state_dict()
+    for group in state_dict["param_groups"]:
+        del group["gradient_scales"], group["positions"]
+    optimizer.load_state_dict(state_dict)
+    backward(net, 0)
+    optimizer.step()
+
+
+def test_f6_a_rate_that_grows_is_refused_at_the_step_before_which_it_does():
+    """A20: under a schedule that ends beyond the limit nothing moves there."""
+    net, *_, groups = clustered_net(centri_strength=8.0, vector_ratio=1.0)
+    optimizer = CSGD(groups, 0.04)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=40, cycle_momentum=False)
+    start, rates = float(optimizer.deviation()), []
+    while (rate := optimizer.param_groups[0]["lr"]) * 8.01 < stability_limit(0.9, nesterov=True):
+        backward(net, len(rates))
+        optimizer.step()
+        scheduler.step()
+        rates.append(rate)
+    assert len(rates) > 2
+    before = [p.detach().clone() for p in net.parameters()]
+    backward(net, 0)
+    with pytest.raises(InputError, match="centri_strength 8 diverges at learning rate 0.2.*so centri_strength below 6"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert float(optimizer.deviation()) <= start
+
+
+def test_f6_strength_ramp_and_momentum_are_looked_at_too():
+    for key, value in (
+        ("centri_strength", 100.0),
+        ("ramp", 50.0),
+        ("lr_factor", 50.0),
+        ("weight_decay", 100.0),
+        ("lr", 9.0),
+    ):
+        net, *_, groups = clustered_net(centri_strength=2.0, vector_ratio=1.0)
+        optimizer = CSGD(groups, 0.05)
+        backward(net, 0)
+        optimizer.step()
+        optimizer.param_groups[0][key] = value
+        with pytest.raises(InputError, match="diverges at learning rate"):
+            optimizer.step()
+    net, *_, groups = clustered_net(centri_strength=27.0, vector_ratio=1.0)
+    optimizer = CSGD(groups, 0.05, nesterov=True)  # the limit is 1.357 at a momentum of 0.9, 1.5 at 0.5
+    optimizer.param_groups[0]["momentum"] = 0.99
+    backward(net, 0)
+    with pytest.raises(InputError, match="diverges"):
+        optimizer.step()
+
+
+def test_all_frozen_tensors_are_refused_in_one_line():
+    """A7: not one a call."""
+    net, spaces, clusters, _ = clustered_net()
+    for module in (net.conv1, net.bn1):
+        module.requires_grad_(False)
+    with pytest.raises(InputError, match="^conv1.weight, conv1.bias, bn1.weight, bn1.bias: not trained, so") as refused:
+        csgd.param_groups(net, spaces, clusters, centri_strength=0.1)
+    assert "\n" not in str(refused.value)
+    csgd.merge_equal(net, spaces, clusters)
+    csgd.param_groups(net, spaces, clusters, centri_strength=0.1)  # they are equal as they are

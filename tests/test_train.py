@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import csgd
-from csgd import CSGD, data
+from csgd import CSGD, InputError, data
 from csgd.centripetal import forecast
 from csgd.pipeline.build import as_trained
 from csgd.plan import Plan, Timetable, plan, strengths_by
 from csgd.schedule import ramp
 from csgd.train import DivergedError, accuracy, criterion, logits_of, predict, train
+from csgd.trim import statistics_momentum
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,7 +116,7 @@ def test_in_16_bits_the_pull_is_that_of_32(precision):
     assert losses[-1] < losses[0]
     assert {p.dtype for p in net.parameters()} == {torch.float32}
     before, _ = predict(net, d)
-    csgd.trim(net, spaces, clusters, tolerance=1e-5)
+    csgd.trim(net, spaces, clusters)  # its statistics lag, at a momentum of 0.1
     assert (before - predict(net, d)[0]).abs().max() / before.abs().max() < 1e-4
 
 
@@ -216,7 +217,7 @@ def test_csgd_in_the_same_loop_follows_its_plan_to_the_collapse():
                 assert float(optimizer.deviation(group)) == pytest.approx(foreseen, rel=0.01)
     assert optimizer.relative_deviation() < 1e-5
     before, labels = predict(net, d)
-    csgd.trim(net, spaces, clusters, tolerance=1e-5)
+    csgd.trim(net, spaces, clusters)  # its statistics lag, at a momentum of 0.1
     after, _ = predict(net, d)
     assert (before - after).abs().max() / before.abs().max() < 1e-4
     assert accuracy(before, labels) == accuracy(after, labels)
@@ -251,6 +252,66 @@ def test_the_collapse_step_by_hand():
     assert Plan({"kernels": [0.5, 0.05]}, tolerance=0.01).collapse_step is None
     lagging = Plan({"kernels": [0.0] * 60}, tolerance=0.01, statistics_momentum=0.1)
     assert lagging.collapse_step == 44, "0.9 to the 44 is below 0.01"
+
+
+def test_statistics_that_forget_nothing_are_not_promised_to_collapse():
+    """A16: momentum=None is an average over all batches."""
+    net, d = small_net(), small_data()
+    assert statistics_momentum(net) == 0.1
+    net[1].momentum = None
+    assert statistics_momentum(net) == 0.0
+    spaces = csgd.find_spaces(net, d.example)
+    clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
+    optimizer = CSGD(csgd.param_groups(net, spaces, clusters, centri_strength=8.0, vector_ratio=1.0), 0.05)
+    timetable = Timetable([0.05] * 60, [1.0] * 60, 1e-5, statistics_momentum(net))
+    ahead = plan(optimizer.clustered_groups(), timetable)
+    assert ahead.collapse_step is None
+    assert "average over all batches and forget none, never do" in ahead.warning
+    assert ahead.warning.endswith("(momentum=None) would do")
+    with pytest.raises(InputError, match="no strength makes running statistics collapse that average over all batches"):
+        strengths_by(optimizer.clustered_groups(), timetable, 60)
+    with torch.no_grad():
+        net[1].running_mean.uniform_(-1, 1)
+    net[1].num_batches_tracked.fill_(1000)
+    list(train(net, optimizer, d, **options(steps=range(60))))
+    assert optimizer.relative_deviation() < 1e-5
+    with pytest.raises(InputError, match=r"^1\.running_mean has not collapsed"):
+        csgd.trim(net, spaces, clusters)
+    net[1].momentum = 0.1
+    late = Plan({"kernels": [0.0] * 20}, 1e-5, 0.1)
+    assert "with a momentum of 0.1, not before the end" in late.warning
+    assert Plan({"kernels": [0.0] * 20}, 1e-5).warning is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_parameters_of_16_bits_nothing_is_promised_that_does_not_happen(dtype):
+    """A22: steps below the resolution of a weight vanish."""
+    left, promised = {}, {}
+    for kind in (dtype, torch.float32):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3))
+        spaces = csgd.find_spaces(net, torch.randn(2, 12))
+        clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
+        net.to(kind)
+        groups = csgd.param_groups(net, spaces, clusters, centri_strength=0.3, vector_ratio=1.0)
+        optimizer = CSGD(groups, 0.05)
+        promised[kind] = plan(optimizer.clustered_groups(), Timetable([0.05] * 300, [1.0] * 300, 1e-3))
+        images, labels = torch.randn(32, 12, dtype=kind), torch.arange(32) % 3
+        for _ in range(300):
+            F.cross_entropy(net(images).float(), labels).mul(1e-3).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        left[kind] = csgd.relative_deviation(net, spaces, clusters)
+    assert left[dtype] > 1e-3 > left[torch.float32], "the same pull"
+    fine, coarse = promised[torch.float32], promised[dtype]
+    assert fine.collapses
+    assert not coarse.collapses
+    assert coarse.collapse_step is None
+    assert left[dtype] / 10 < coarse.left < 10 * left[dtype]
+    assert coarse.advice == "float32 parameters (autocast keeps them)"
+    assert coarse.warning.endswith("float32 parameters (autocast keeps them) would do")
+    assert "16 bits round the pull away" in coarse.describe()
+    assert "16 bits" not in fine.describe()
 
 
 @pytest.mark.parametrize("shape", ["linear", "quadratic", "cosine"])

@@ -17,6 +17,7 @@ class Ref:
     dim     the indexed dim
     role    'out' filters of a producer | 'follow' one entry per channel | 'in' input slices of a consumer
     index   [slots, lanes] positions along `dim`
+    extent  size of `dim` when the spaces were found: a tensor of another size has been cut since
     order   rank of this use in the forward pass
     """
 
@@ -24,6 +25,7 @@ class Ref:
     dim: int
     role: str
     index: Tensor
+    extent: int
     order: int = 0
 
 
@@ -76,6 +78,7 @@ def spaces_of(ledger: Ledger, model: nn.Module) -> list[ChannelSpace]:
                 use[1],
                 ledger.uses[use][1],
                 torch.tensor([[position for position, _ in where[slot][use]] for slot in slots]),
+                ledger.tensors[use[0]].size(use[1]),
                 order[use],
             )
             for use, *_ in signature

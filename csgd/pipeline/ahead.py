@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from csgd import report
 from csgd.checkpoint import write_json
-from csgd.clusters import Clusters, cluster
+from csgd.clusters import Clusters, cluster, clustered_tensors
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
@@ -23,7 +23,7 @@ from csgd.pipeline.phase import phase_of
 from csgd.pipeline.pull import Pull, tell_plan
 from csgd.train import criterion
 from csgd.trial import find_spaces
-from csgd.trim import trim
+from csgd.trim import cut
 from csgd.verify import count_macs, count_params
 from csgd.widths import target_widths
 
@@ -128,7 +128,7 @@ def costs_after(
     costs = []
     for widths in stages:
         twin = copy.deepcopy(model)
-        trim(twin, spaces, cluster(twin, spaces, widths, "even"))
+        cut(twin, clustered_tensors(twin, spaces, cluster(twin, spaces, widths, "even")))
         costs.append({"macs": count_macs(twin, data.example), "params": count_params(twin)})
     return costs
 

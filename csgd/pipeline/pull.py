@@ -133,20 +133,8 @@ def tell_plan(pull: Pull) -> None:
     strengths = ", ".join(f"{value:.4g} on {name}" for name, value in pull.strengths.items())
     log.info("centripetal strength: %s", strengths)
     log.info("%s", ahead.describe())
-    if not ahead.collapses:
-        log.warning(
-            "the filters will not collapse: %.1e of their deviation is left at the end, the cut needs %.0e and will "
-            "not be lossless; %s would do",
-            ahead.left,
-            ahead.tolerance,
-            ahead.advice,
-        )
-    elif ahead.collapse_step is None:
-        log.warning(
-            "the filters will collapse, but the running statistics of batch norm, which follow them with a momentum "
-            "of %g, not before the end: the cut will not be lossless; a stronger pull or more epochs would do",
-            ahead.statistics_momentum,
-        )
+    if ahead.warning:
+        log.warning("%s", ahead.warning)
 
 
 @dataclass(frozen=True)
@@ -263,13 +251,13 @@ def cut(
     before, labels = tested or predict(model, data)
     measured = dict(
         deviation=float(optimizer.deviation()),
-        relative_deviation=optimizer.relative_deviation(),
+        relative_deviation=optimizer.relative_deviation() if optimizer.clustered_groups() else 0.0,
         statistics_spread=statistics_spread(model, spaces, clusters),
     )
-    trim(model, spaces, clusters, optimizer)
+    trim(model, spaces, clusters, optimizer, tolerance=None)
     if average:
         merge_equal(average.module, spaces, clusters)
-        trim(average.module, spaces, clusters)
+        trim(average.module, spaces, clusters, tolerance=None)
     if cfg.after_trim == "plain":
         optimizer.unscale()
     after, _ = predict(model, data)

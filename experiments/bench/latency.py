@@ -33,7 +33,8 @@ def main() -> None:
                 label = name if round_to == 1 else f"{name}, round_to=8"
                 networks[label] = copy.deepcopy(dense)
                 widths = csgd.target_widths(spaces, fraction, round_to=round_to)
-                csgd.trim(networks[label], spaces, csgd.cluster(dense, spaces, widths, "even"))
+                clusters = csgd.cluster(dense, spaces, widths, "even")
+                csgd.trim(networks[label], spaces, clusters, tolerance=None)
                 macs[label] = count_macs(networks[label], example)
         for batch in (1, 32):
             images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)

@@ -35,7 +35,7 @@ def main() -> None:
                 clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 5 / 8), "even")
                 optimizer = csgd.CSGD(csgd.param_groups(model, spaces, clusters, centri_strength=0.1), 0.01)
                 if "cut" in way:
-                    csgd.trim(model, spaces, clusters, optimizer)
+                    csgd.trim(model, spaces, clusters, optimizer, tolerance=None)
             with Peak() as peak:
                 for _ in range(2):
                     for part in images.chunk(4 if "parts" in way else 1):

@@ -36,7 +36,7 @@ def main(steps: int) -> float:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    print(f"relative deviation {optimizer.relative_deviation():.1e} after {steps} steps")
+    print(f"relative deviation {csgd.relative_deviation(model, spaces, clusters):.1e} after {steps} steps")
 
     with torch.no_grad():
         before = model(images)

@@ -42,7 +42,8 @@ def main(epochs: int) -> float:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    print(f"relative deviation {optimizer.relative_deviation():.1e} after {epochs} epochs, loss {loss:.3f}")
+    left = csgd.relative_deviation(model, spaces, clusters)
+    print(f"relative deviation {left:.1e} after {epochs} epochs, loss {loss:.3f}")
 
     model.eval()
     with torch.no_grad():

@@ -32,7 +32,7 @@ def main(name: str, steps: int, pretrained: bool = False) -> float:
         nn.functional.cross_entropy(model(images[part]), labels[part]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"relative deviation {optimizer.relative_deviation():.1e} after {steps} steps")
+    print(f"relative deviation {csgd.relative_deviation(model, spaces, clusters):.1e} after {steps} steps")
 
     model.eval()
     with torch.no_grad():

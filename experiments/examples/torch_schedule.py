@@ -38,7 +38,7 @@ def main(steps: int) -> float:
         if step == steps // 4:
             left, expected = float(optimizer.deviation()) / start, csgd.forecast(rates, STRENGTH)[-1] ** 2
             print(f"step {step}: {left:.4e} of the deviation is left, {expected:.4e} by the forecast")
-        if change is None and optimizer.relative_deviation() < 1e-6:
+        if change is None and csgd.relative_deviation(model, spaces, clusters) < 1e-6:
             before = model(images)
             csgd.trim(model, spaces, clusters, optimizer)  # the optimizer, and so the scheduler, go on
             change = float(((model(images) - before).abs().max() / before.abs().max()).detach())
