@@ -80,7 +80,7 @@ def test_spaces_steps_cut_and_carry_over_leave_nothing_on_the_cpu(name):
     optimizer.step()
     assert optimizer.deviation().device == CUDA
     before = sum(p.numel() for p in model.parameters())
-    csgd.trim(model, spaces, clusters, optimizer)
+    csgd.trim(model, spaces, clusters, optimizer, tolerance=None)
     random_gradients(model)
     optimizer.step()
     optimizer.unscale()
@@ -98,7 +98,7 @@ def test_a_checkpoint_read_on_the_cpu_goes_on_there():
     spaces = csgd.find_spaces(model, example, trial=False)
     clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 0.5), "even")
     optimizer = csgd.CSGD(csgd.param_groups(model, spaces, clusters, centri_strength=1.0), 0.01)
-    csgd.trim(model, spaces, clusters, optimizer)
+    csgd.trim(model, spaces, clusters, optimizer, tolerance=None)
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
         group["gradient_scales"] = [

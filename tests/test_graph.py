@@ -348,7 +348,7 @@ def test_frozen_members_cannot_become_equal():
     model.conv1.requires_grad_(False)
     spaces = csgd.find_spaces(model, nets.example_of(nets.Plain))
     clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 0.5))
-    with pytest.raises(csgd.InputError, match="conv1.weight is not trained, so its rows cannot become equal"):
+    with pytest.raises(csgd.InputError, match="conv1.weight, conv1.bias: not trained, so their rows cannot"):
         csgd.param_groups(model, spaces, clusters, centri_strength=0.1)
 
 

@@ -52,7 +52,7 @@ def fifty_steps(accumulation: int = 1):
     how = dict(steps_per_epoch=d.steps_per_epoch, lr_at=lambda step: 0.05, seed=0, check_every=1, clip_norm=1.0)
     wide, narrow = range(25), range(25, 50)
     epochs = list(train(ranks.parallel(net), optimizer, d, steps=wide, accumulation=accumulation, **how))
-    csgd.trim(net, spaces, clusters, optimizer)
+    csgd.trim(net, spaces, clusters, optimizer, tolerance=None)
     epochs += train(ranks.parallel(net), optimizer, d, steps=narrow, accumulation=accumulation, **how)
     torch.set_default_dtype(torch.float32)
     return *predict(net, d), [(e.loss, e.train_accuracy) for e in epochs], net.features[0].out_channels

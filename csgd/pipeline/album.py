@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from csgd.checkpoint import load_weights, save_weights
-from csgd.clusters import Clusters, clustered_tensors, tensor_of
+from csgd.clusters import Clusters, clustered_tensors, dotted, tensor_of
 from csgd.graph import ChannelSpace
 
 
@@ -51,7 +51,7 @@ class Album:
     def keep(self, model: nn.Module, when: str) -> None:
         """Adds the filters of now; when: start (of the stage) | collapse | cut (just after it)."""
         ref = self.space.producers[0]
-        kernel = tensor_of(model, ref).detach().float().cpu()
+        kernel = model.get_parameter(dotted(*ref.owners[0])).detach().float().cpu()  # before the cut, and after it
         rows = self.cut_rows if when == "cut" else self.rows
         fresh = when == "start" and self.prefix.startswith("1/")
         kept = load_weights(self.path) if self.path.exists() and not fresh else {}
