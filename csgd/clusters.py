@@ -3,9 +3,10 @@
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -223,6 +224,9 @@ def check_clusters(spaces: list[ChannelSpace], clusters: Clusters) -> None:
         if name not in by_name:
             raise InputError(f"clusters: there is no channel space '{name}'")
         space = by_name[name]
+        listed = all(isinstance(members, Iterable) for members in parts)
+        if not listed or not all(isinstance(slot, Integral) for members in parts for slot in members):
+            raise InputError(f"clusters.{name} must be a list of lists of slots, as [[0, 1], [2]]")
         slots = [slot for members in parts for slot in members]
         if not all(members for members in parts):
             raise InputError(f"clusters.{name} has an empty cluster")

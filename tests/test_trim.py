@@ -8,6 +8,7 @@ import csgd
 from csgd import CSGD, InputError
 from csgd.clusters import ClusteredTensor, clustered_tensors
 from csgd.trial import random_clusters, randomise
+from csgd.trim import replace_data
 from tests import nets
 
 
@@ -101,6 +102,8 @@ def test_trimmed_parameters_stay_parameters_and_stay_tied():
         ({"conv1": [[0, 1], [1, 2]]}, "clusters.conv1 must name each slot of 0 … 7 at most once"),
         ({"conv1": [[0, 8]]}, "clusters.conv1 must name each slot of 0 … 7 at most once"),
         ({"conv1": [[0, 1], []]}, "clusters.conv1 has an empty cluster"),
+        ({"conv1": [0, 1]}, "clusters.conv1 must be a list of lists of slots"),
+        ({"conv1": [[0.0, 1.0]]}, "clusters.conv1 must be a list of lists of slots"),
         ({"fc2": [[0, 1]]}, "clusters.fc2: the space is pinned .network output."),
     ],
 )
@@ -432,14 +435,14 @@ def test_a_csgd_that_was_not_taken_along_says_so(momentum):
 
 def test_constants_that_are_expanded_complex_or_whole_numbers_are_followers_too():
     segments = torch.tensor([0, 0, 2, 2])
-    for tensor, mean in (
-        (torch.tensor([1 + 2j, 3 + 4j, 5j, 5j]), [2 + 3j, 5j]),
-        (torch.tensor([3, 3, 7, 7]), [3, 7]),
-        (torch.tensor([True, False, False, False]), [True, False]),
-        (torch.tensor(2.0).expand(4), [2.0, 2.0]),
+    for tensor, mean, equal in (
+        (torch.tensor([1 + 2j, 3 + 4j, 5j, 5j]), [2 + 3j, 5j], False),
+        (torch.tensor([3, 3, 7, 7]), [3, 7], True),
+        (torch.tensor([True, False, False, False]), [True, False], False),
+        (torch.tensor(2.0).expand(4), [2.0, 2.0], True),
     ):
-        t = ClusteredTensor([("", "x")], tensor, (0, segments), None)
-        assert t.narrowed(tensor).tolist() == mean
-        assert (t.relative_deviation() > 0) == (
-            len(set(tensor.tolist())) > len(set(mean)) or tensor.dtype == torch.bool
-        )
+        t, dtype = ClusteredTensor([("", "x")], tensor, (0, segments), None), tensor.dtype
+        assert (t.relative_deviation() == 0) is equal
+        replace_data(tensor, t.narrowed(tensor))
+        assert tensor.tolist() == mean
+        assert tensor.dtype == dtype
