@@ -3,8 +3,9 @@
 from csgd.centripetal import decay_matrix, forecast, merge_matrix
 from csgd.clusters import cluster, relative_deviation
 from csgd.errors import InputError
-from csgd.graph import ChannelSpace, Ref
+from csgd.graph import ChannelSpace, Inputs, Ref, describe
 from csgd.optim import CSGD, param_groups
+from csgd.proof import Proof, prove
 from csgd.pruned import load_pruned, save_pruned
 from csgd.trial import find_spaces, pin_failures
 from csgd.trim import load_trimmed, merge_equal, trim
@@ -14,9 +15,12 @@ __all__ = [
     "CSGD",
     "ChannelSpace",
     "InputError",
+    "Inputs",
+    "Proof",
     "Ref",
     "cluster",
     "decay_matrix",
+    "describe",
     "find_spaces",
     "forecast",
     "load_pruned",
@@ -25,6 +29,7 @@ __all__ = [
     "merge_matrix",
     "param_groups",
     "pin_failures",
+    "prove",
     "relative_deviation",
     "save_pruned",
     "target_widths",

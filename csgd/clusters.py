@@ -173,6 +173,11 @@ class ClusteredTensor:
             tensor = tensor.index_select(dim, _representatives(segments).to(tensor.device))
         return tensor.permute(order).contiguous().permute(inverse(order))
 
+    def after_cut(self, positions: Tensor) -> Tensor:
+        """Where the rows of some positions are after the cut: the members of a cluster in one place."""
+        segments = self.merged[1]
+        return torch.searchsorted(_representatives(segments), segments[positions])
+
     def gradient_scales(self, device, dtype) -> list[tuple[int, Tensor]]:
         """(dim, factors) along the dims of the narrowed tensor: 1/|H| on rows, |H| on input slices (fact F7)."""
         scales = []
@@ -199,7 +204,8 @@ def clustered_tensors(model: nn.Module, spaces: list[ChannelSpace], clusters: Cl
                 for slot in members:
                     first[slot] = members[0]
             for ref in space.refs:
-                refs[tuple(ref.owners)].append((ref, first))
+                if ref.role != "size":
+                    refs[tuple(ref.owners)].append((ref, first))
     touched = []
     for owners, uses in refs.items():
         (tensor,) = {tensor_of(model, ref) for ref, _ in uses}

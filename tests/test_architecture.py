@@ -19,6 +19,7 @@ FLOORS = {
     "csgd.models": 0,
     "csgd.optim": 1,
     "csgd.trim": 1,
+    "csgd.proof": 1,
     "csgd.trial": 1,
     "csgd.plan": 1,
     "csgd.train": 1,

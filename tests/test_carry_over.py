@@ -9,8 +9,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import csgd
 from csgd import CSGD, InputError
+from csgd.proof import randomise
 from csgd.train import criterion
-from csgd.trial import random_clusters, randomise
+from csgd.trial import random_clusters
 from tests import nets
 
 CONSTANTS = dict(

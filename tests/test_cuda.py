@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 import csgd
 from csgd.centripetal import Segments
 from csgd.models import resnet20, vgg16_bn
-from csgd.trial import random_clusters, randomise
+from csgd.proof import randomise
+from csgd.trial import random_clusters
 from tests import nets
 
 CUDA = torch.device("cuda", 0)

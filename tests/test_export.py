@@ -11,7 +11,8 @@ from csgd.card import export_table
 from csgd.checkpoint import save_weights
 from csgd.export import export, latency, weight_bytes
 from csgd.models import resnet20, torchvision
-from csgd.trial import random_clusters, randomise
+from csgd.proof import randomise
+from csgd.trial import random_clusters
 from tests import nets
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import csgd
-from csgd.trial import Trial, random_clusters
+from csgd.trial import random_clusters
 
 
 class RandomNet(nn.Module):
@@ -158,9 +158,9 @@ def test_random_networks_are_cut_exactly(chunk):
         clusters = random_clusters(spaces, seed)
         if not any(len(parts) < space.size for space in spaces if (parts := clusters.get(space.name))):
             continue
-        trial = Trial(model, example, seed)
-        assert trial.change(spaces, clusters) <= 1e-11, f"seed {seed}"
-        shown += trial.change(spaces, clusters, equal=False) > 1e-6  # the control: unequal members show …
+        proof = csgd.prove(model, spaces, clusters, example, seed=seed)
+        assert proof.change <= 1e-11, f"seed {seed}"
+        shown += proof.control > 1e-6  # unequal members show …
         cut += 1
     assert cut >= 40
     assert shown >= cut - 2, "… but where the channels that were cut are dead"

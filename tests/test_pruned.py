@@ -15,7 +15,8 @@ import csgd
 import csgd.build
 import csgd.models
 from csgd import InputError, load_pruned, save_pruned
-from csgd.trial import random_clusters, randomise
+from csgd.proof import randomise
+from csgd.trial import random_clusters
 from tests import nets
 
 ROOT = Path(__file__).parents[1]

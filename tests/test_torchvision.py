@@ -6,7 +6,8 @@ from torch import nn
 
 import csgd
 from csgd.models import torchvision
-from csgd.trial import Trial, random_clusters, relative_difference, tensors_in
+from csgd.proof import Trial
+from csgd.trial import random_clusters
 
 FAMILIES = {  # name: image size; the first few run in CI, all of them with -m 'slow or not slow'
     "resnet18": 32,
@@ -49,16 +50,18 @@ def test_family_is_cut_exactly_and_reloads(name):
     size = FAMILIES[name]
     model, example = without_randomness(torchvision(name, 10)), torch.randn(2, 3, size, size)
     spaces = csgd.find_spaces(model, example, trial=False)
-    trial = Trial(model, example)
-    assert trial.modes == (False, True)
     clusters = random_clusters(spaces)
-    trimmed, before = trial.cut(spaces, clusters, equal=True)
-    assert trial.compare(trimmed, before) <= 1e-12
-    assert trial.change(spaces, clusters, equal=False) > 0.05, "the control: unequal members must show"
+    proof = csgd.prove(model, spaces, clusters, example)
+    assert proof.exact
+    assert None not in proof.changes.values()
+    assert proof.change <= 1e-11
+    assert proof.control > 0.05, "unequal members must show"
 
-    fresh = csgd.load_trimmed(without_randomness(torchvision(name, 10)).double(), trimmed.state_dict()).eval()
-    outputs = [list(tensors_in(net.eval()(*trial.args))) for net in (trimmed, fresh)]
-    assert relative_difference(*outputs) == 0.0
+    trial = Trial(model, spaces, clusters, example)
+    trimmed = trial.cut(clusters)
+    fresh = csgd.load_trimmed(without_randomness(torchvision(name, 10)).double(), trimmed.state_dict())
+    for a, b in zip(*(trial.passes(net, False).outputs for net in (trimmed, fresh)), strict=True):
+        assert torch.equal(a, b)
     attributes = [[(m.extra_repr(), type(m)) for m in net.modules()] for net in (trimmed, fresh)]
     assert attributes[0] == attributes[1]
 

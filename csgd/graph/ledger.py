@@ -4,8 +4,10 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from csgd.graph.labels import UnionFind, along, compact, fold_constant_dims, wide_dims
+from csgd.graph.twin import own_tensors
 
 
 class Ledger:
@@ -21,15 +23,17 @@ class Ledger:
         self.channel, self.slot = UnionFind(), UnionFind()
         self.tensors: dict[int, Tensor] = {}  # keeps every tensor alive, so that its id stays its own
         self.owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
-        for path, module in model.named_modules():
-            for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is not None:
-                    self.tensors[id(tensor)] = tensor
-                    self.owners[id(tensor)].append((path, attribute))
+        for path, _, attribute, tensor in own_tensors(model):
+            self.tensors[id(tensor)] = tensor
+            self.owners[id(tensor)].append((path, attribute))
+        self.paths = {id(module): path for path, module in model.named_modules()}
         self.uses: dict[tuple[int, int], tuple[Tensor, str]] = {}  # (id of tensor, dim) -> (atoms, role)
         self.outputs: dict[tuple[int, int], Tensor] = {}  # (id of weight, dim) -> atoms of the channels it produces
         self.frozen: dict[int, str] = {}  # id of parameter -> why nothing of it may change shape
-        self.seen: set[int] = set()  # ids of the tensors recorded since this was last emptied
+        self.sizes: dict[tuple[str, str], Tensor] = {}  # (module path, attribute that counts channels) -> atoms
+        self.seen: set[int] = set()  # ids of the tensors read since this was last emptied
+        self.activations: list[Tensor] = []  # labels of all that was computed
+        self._labels = WeakTensorKeyDictionary()
         self.pins: list[tuple[Tensor, str]] = []  # (atoms, why they must stay)
 
     def owns(self, tensor: Tensor | None) -> bool:
@@ -76,17 +80,26 @@ class Ledger:
                 self.record(tensor, wide[0], atoms, "follow")
                 return along(atoms, wide[0], tensor.dim()).expand(tensor.shape)
             self.freeze(tensor, "parameter used outside conv, linear and norm layers")
-        elif getattr(tensor, "_csgd_labels", (None,))[0] is self:
-            labels = tensor._csgd_labels[1]
-            if labels.shape == tensor.shape:
-                return self.channel.find(compact(labels)).expand(tensor.shape)
-            self.pin(labels, "its shape is changed in place")
-        atom = self.fresh(1, "meets a constant or an untracked tensor")
-        return atom.view([1] * tensor.dim()).expand(tensor.shape)
+            return self.blank(tensor, f"meets {self.name(tensor)}, which is not one value per channel")
+        labels = self._labels.get(tensor)
+        if labels is None:
+            return self.blank(tensor, "meets a constant of the network's code")
+        if labels.shape == tensor.shape:
+            return self.channel.find(compact(labels)).expand(tensor.shape)
+        self.pin(labels, "its shape is changed in place")
+        return self.blank(tensor, "its shape is changed in place")
+
+    def blank(self, tensor: Tensor, reason: str) -> Tensor:
+        """Labels of a tensor whose entries no rule tells apart: what meets them must stay."""
+        return self.fresh(1, reason).view([1] * tensor.dim()).expand(tensor.shape)
 
     def label(self, tensor: Tensor, labels: Tensor) -> None:
         if not self.owns(tensor) and tensor.numel() > 1:
-            tensor._csgd_labels = self, self.canonical(labels.expand(tensor.shape))
+            self._labels[tensor] = labels = self.canonical(labels.expand(tensor.shape))
+            self.activations.append(labels)
+
+    def name(self, tensor: Tensor) -> str:
+        return ".".join(self.owners[id(tensor)][0]).lstrip(".")
 
     def channels(self, labels: Tensor, dim: int) -> Tensor:
         """One atom per position along `dim`; what differs along other dims is clustered alike."""
@@ -104,11 +117,16 @@ class Ledger:
         if not self.owns(tensor):
             self.pin(atoms, "meets an operand that is not a registered parameter")
             return
-        self.seen.add(id(tensor))
         earlier, earlier_role = self.uses.setdefault((id(tensor), dim), (atoms, role))
         self.same_channel(earlier, atoms)
         if earlier_role != role:
             self.pin(atoms, "parameter used in two roles")
+
+    def count(self, module: nn.Module | None, attributes: tuple[str, ...], atoms: Tensor) -> None:
+        """Notes that integers of a layer without tensors say how many channels there are."""
+        for attribute in attributes if module is not None and id(module) in self.paths else ():
+            earlier = self.sizes.setdefault((self.paths[id(module)], attribute), atoms)
+            self.same_channel(earlier, atoms)
 
     def mixed(self, labels: Tensor, dims: set[int]) -> Tensor | None:
         """Labels (dims kept, compact) after an operation that mixes values along `dims`.

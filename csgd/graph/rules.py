@@ -5,12 +5,13 @@ linear layers make new channels, norms follow.  A function without a rule pins e
 analysis may lose channels, never correctness.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from csgd.graph.labels import along, compact, wide_dims
@@ -54,8 +55,13 @@ class Call:
 
 def apply_rule(ledger: Ledger, func: Callable, args: tuple, kwargs: dict, out) -> None:
     call = Call.of(func, args, kwargs, out)
-    if not call.inputs or not call.outputs:
+    if not call.outputs:
         return
+    if not call.inputs:
+        for made in call.outputs:
+            ledger.label(made, ledger.blank(made, f"meets what the network's code makes by {call.name}"))
+        return
+    ledger.seen.update(map(id, call.inputs))
     try:
         RULES.get(call.name, unknown)(ledger, call)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # a form of the call no rule foresaw
@@ -175,6 +181,8 @@ def join(ledger: Ledger, call: Call) -> None:
 
 def blank(ledger: Ledger, call: Call) -> None:
     """Only the shape and the dtype of an operand are read."""
+    for out in call.outputs:
+        ledger.label(out, ledger.blank(out, f"meets what the network's code makes by {call.name}"))
 
 
 def pick(ledger: Ledger, call: Call) -> None:
@@ -298,12 +306,30 @@ def _follow(ledger: Ledger, call: Call, first: int, keys: tuple[str, ...]) -> No
 
 def batch_norm(ledger: Ledger, call: Call) -> None:
     _follow(ledger, call, 1, ("running_mean", "running_var", "weight", "bias"))
+    if len(call.inputs) == 1:
+        ledger.count(_calling(nn.modules.batchnorm._NormBase), ("num_features",), _channels_of(ledger, call))
 
 
 def group_norm(ledger: Ledger, call: Call) -> None:
     if call.arg(1, "num_groups") != call.inputs[0].size(1):
         return unknown(ledger, call, "normalises over channels")
     _follow(ledger, call, 2, ("weight", "bias"))
+    if len(call.inputs) == 1:
+        ledger.count(_calling(nn.GroupNorm), ("num_groups", "num_channels"), _channels_of(ledger, call))
+
+
+def _channels_of(ledger: Ledger, call: Call) -> Tensor:
+    return ledger.channels(ledger.labels(call.inputs[0]), 1)
+
+
+def _calling(kind: type[nn.Module]) -> nn.Module | None:
+    """The layer of this kind in whose forward pass a function is called."""
+    frame = sys._getframe()
+    while frame is not None:
+        if isinstance(module := frame.f_locals.get("self"), nn.Module):
+            return module if isinstance(module, kind) else None
+        frame = frame.f_back
+    return None
 
 
 def layer_norm(ledger: Ledger, call: Call) -> None:

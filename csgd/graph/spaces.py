@@ -1,8 +1,10 @@
 """Channel spaces: sets of slots that occur alike in the same tensors, so that any two of them may merge."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,8 @@ class Ref:
 
     owners  [(module path, attribute)], several where the tensor is shared
     dim     the indexed dim
-    role    'out' filters of a producer | 'follow' one entry per channel | 'in' input slices of a consumer
+    role    'out' filters of a producer | 'follow' one entry per channel | 'in' input slices of a consumer |
+            'size' no tensor, but an integer that counts the channels, of a layer without tensors
     index   [slots, lanes] positions along `dim`
     extent  size of `dim` when the spaces were found: a tensor of another size has been cut since
     order   rank of this use in the forward pass
@@ -29,11 +32,12 @@ class Ref:
     order: int = 0
 
 
-@dataclass
+@dataclass(repr=False)
 class ChannelSpace:
     """Channels that are clustered together.
 
-    name    module path of the pacesetter (first producer), '#2', '#3' … where its channels fall into several spaces
+    name    module path of the pacesetter (first producer; a parameter of the network itself has its own name),
+            with '#2', '#3' … where its channels fall into several spaces
     size    number of slots
     refs    every tensor dim that the slots index
     pinned  reasons why nothing of it may be trimmed; empty if it may
@@ -53,48 +57,79 @@ class ChannelSpace:
         """The pacesetter, and the followers that have filters of their own."""
         return [ref for ref in self.refs if ref.role == "out"]
 
+    def __repr__(self) -> str:
+        state = f"pinned: {'; '.join(self.pinned)}" if self.pinned else "trimmable" if self.trimmable else "one slot"
+        return f"<ChannelSpace {self.name}: {self.size} slots in {len(self.refs)} tensors, {state}>"
+
+
+def describe(spaces: Sequence[ChannelSpace]) -> str:
+    """The spaces as a table: slots, the layers whose filters move together, and whether they are free or why not."""
+    rows = [("space", "slots", "moves together with", "")]
+    for space in spaces:
+        with_it = dict.fromkeys(path for ref in space.producers for path, _ in ref.owners if path != space.name)
+        state = "; ".join(space.pinned) if space.pinned else "free" if space.trimmable else "one slot"
+        rows.append((space.name, str(space.size), ", ".join(with_it) or "-", state))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
 
 def spaces_of(ledger: Ledger, model: nn.Module) -> list[ChannelSpace]:
     """Groups the slots of a ledger into spaces, in the order in which the network first produces them."""
-    reasons = _reasons(ledger)
-    where = defaultdict(lambda: defaultdict(list))  # slot -> use -> [(position, channel)]
-    for use, (atoms, _) in ledger.uses.items():
-        slots, channels = ledger.slot.find(atoms).tolist(), ledger.channel.find(atoms).tolist()
-        for position, (slot, channel) in enumerate(zip(slots, channels, strict=True)):
-            where[slot][use].append((position, channel))
+    reasons, uses = _reasons(ledger), _uses(ledger)
+    lengths = [len(atoms) for _, _, _, atoms in uses]
+    slots = np.concatenate([ledger.slot.find(atoms).numpy() for *_, atoms in uses]) if uses else np.empty(0, int)
+    channels = np.concatenate([ledger.channel.find(atoms).numpy() for *_, atoms in uses]) if uses else slots
+    which, positions = (
+        np.repeat(np.arange(len(uses)), lengths),
+        np.concatenate([np.arange(n) for n in lengths] or [slots]),
+    )
 
-    order = {use: rank for rank, use in enumerate(ledger.uses)}
+    by_slot = np.argsort(slots, kind="stable")  # of one slot: use after use, position after position
+    names, starts = np.unique(slots[by_slot], return_index=True)
+    stops = np.append(starts[1:], len(slots))
     alike = defaultdict(list)
-    for slot, uses in where.items():
-        lane = {}  # the slot's channels, numbered by first occurrence: lanes must match from use to use
-        signature = tuple((use, *(lane.setdefault(c, len(lane)) for _, c in at)) for use, at in uses.items())
-        alike[signature, slot in reasons].append(slot)
+    for k in np.argsort(by_slot[starts]):  # slots in the order of their first use
+        entries = by_slot[starts[k] : stops[k]]
+        pinned = int(names[k]) in reasons
+        alike[which[entries].tobytes(), _lanes(channels[entries]), pinned].append((int(names[k]), entries))
 
     spaces, count = [], defaultdict(int)
-    for (signature, _), slots in alike.items():
+    for members in alike.values():
+        entries = np.stack([of_slot for _, of_slot in members])
+        of_use, first = np.unique(which[entries[0]], return_index=True)
+        columns = np.split(positions[entries], first[1:], axis=1)
         refs = [
-            Ref(
-                ledger.owners[use[0]],
-                use[1],
-                ledger.uses[use][1],
-                torch.tensor([[position for position, _ in where[slot][use]] for slot in slots]),
-                ledger.tensors[use[0]].size(use[1]),
-                order[use],
-            )
-            for use, *_ in signature
+            Ref(owners, dim, role, torch.from_numpy(index.copy()), len(atoms), int(order))
+            for order, index in zip(of_use, columns, strict=True)
+            for owners, dim, role, atoms in [uses[order]]
         ]
         pacesetter = next((ref for ref in refs if ref.role == "out"), None)
         if pacesetter is None:
             continue
-        pinned = sorted(set().union(*(reasons.get(slot, ()) for slot in slots)))
-        if not pinned and len(slots) == 1 and pacesetter.index.numel() > 1:
+        pinned = sorted(set().union(*(reasons.get(slot, ()) for slot, _ in members)))
+        if not pinned and len(members) == 1 and pacesetter.index.numel() > 1:
             pinned = ["all its channels are tied together"]
         if not pinned and not any(ref.role == "in" for ref in refs):
             pinned = ["no layer is seen to read its channels"]
-        name = pacesetter.owners[0][0]
+        path, attribute = pacesetter.owners[0]
+        name = path or attribute
         count[name] += 1
-        spaces.append(ChannelSpace(f"{name}#{count[name]}" if count[name] > 1 else name, len(slots), refs, pinned))
+        spaces.append(ChannelSpace(f"{name}#{count[name]}" if count[name] > 1 else name, len(members), refs, pinned))
     return spaces + _uncovered(ledger, model, spaces)
+
+
+def _uses(ledger: Ledger) -> list[tuple[list[tuple[str, str]], int, str, Tensor]]:
+    """(owners, dim, role, atoms) of every use, in the order of the forward pass."""
+    uses = [(ledger.owners[key], dim, role, atoms) for (key, dim), (atoms, role) in ledger.uses.items()]
+    return uses + [([owner], 0, "size", atoms) for owner, atoms in ledger.sizes.items()]
+
+
+def _lanes(channels: np.ndarray) -> bytes | None:
+    """The channels of a slot numbered by first occurrence: lanes must match from use to use; None where it is one."""
+    if (channels == channels[0]).all():
+        return None
+    _, first, number = np.unique(channels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number].tobytes()
 
 
 def _reasons(ledger: Ledger) -> dict[int, set[str]]:

@@ -1,65 +1,66 @@
 """Carries labels along a real forward pass, at the level of torch.*, F.* and tensor methods."""
 
-import copy
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import MethodType
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from csgd.errors import InputError
+from csgd.graph.labels import compact
 from csgd.graph.ledger import Ledger
 from csgd.graph.rules import Call, apply_rule, unknown
 from csgd.graph.spaces import ChannelSpace, spaces_of
+from csgd.graph.twin import (
+    Inputs,
+    check_has_values,
+    keep_random_state,
+    own_tensors,
+    random_state,
+    run,
+    set_random_state,
+    tensors_in,
+    twin_of,
+)
 
-TRAINING_PASSES = 8  # at most, until blocks that are left out at random have all been seen
-
-
-def tensors_in(value) -> Iterator[Tensor]:
-    """The tensors of a nested value: containers of any class, dataclasses and plain objects."""
-    return _tensors_in(value, set())
-
-
-def _tensors_in(value, seen: set[int]) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-        return
-    if id(value) in seen or isinstance(value, type | nn.Module | str | bytes):
-        return
-    seen.add(id(value))
-    parts = []
-    if isinstance(value, Mapping):
-        parts += value.values()
-    elif isinstance(value, list | tuple | set | frozenset):
-        parts += value
-    parts += getattr(value, "__dict__", {}).values()
-    parts += [getattr(value, slot) for slot in getattr(type(value), "__slots__", ()) if hasattr(value, slot)]
-    for part in parts:
-        yield from _tensors_in(part, seen)
+TRAINING_PASSES = 8  # at most, until what is left out at random has all been seen
 
 
 class _Functions(TorchFunctionMode):
-    """Applies the rule of each function to the labels of its operands."""
+    """Applies the rule of each function to the labels of its operands.
 
-    def __init__(self, ledger: Ledger):
+    originals  {id: name} of tensors that a copy of their network must not reach
+    """
+
+    def __init__(self, ledger: Ledger, originals: dict[int, str]):
         super().__init__()
-        self.ledger = ledger
+        self.ledger, self.originals = ledger, originals
         self.inside = False  # within a call that a rule accounts for
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, self.inside = kwargs or {}, True
         try:
+            if self.originals:
+                self._refuse_originals(args, kwargs)
             out = func(*args, **kwargs)
-            apply_rule(self.ledger, func, args, kwargs, out)
+            with torch._C._DisableTorchDispatch():  # labels need no watching, and are many
+                apply_rule(self.ledger, func, args, kwargs, out)
         finally:
             self.inside = False
         return out
+
+    def _refuse_originals(self, args: tuple, kwargs: dict) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and id(value) in self.originals:
+                raise InputError(
+                    f"{self.originals[id(value)]} of the network is used while a copy of it runs: code outside of its "
+                    "modules holds it, so nothing can be tried without changing the network"
+                )
 
 
 class _Escapes(TorchDispatchMode):
@@ -75,53 +76,53 @@ class _Escapes(TorchDispatchMode):
         if not self.functions.inside:
             self.functions.inside = True
             call = Call.of(func, args, kwargs, out)
+            self.functions.ledger.seen.update(map(id, call.inputs))
             if call.inputs and call.outputs:
                 unknown(self.functions.ledger, call, "runs in compiled code")
             self.functions.inside = False
         return out
 
 
-def trace_spaces(model: nn.Module, example) -> list[ChannelSpace]:
-    """Channel spaces of `model` by label tracing alone, without the trial trim.
+def trace_spaces(
+    model: nn.Module, example: Any, *, examples: Sequence[Any] = (), unused: Sequence[str] = ()
+) -> list[ChannelSpace]:
+    """Channel spaces of `model` by label tracing alone, without the trial trim; see `find_spaces`.
 
-    `example` is an input tensor (batch of 2 or more) or a tuple of inputs.  Eval and train mode are both run,
-    since auxiliary heads exist in train mode only, on a copy of the model, so that whatever a forward pass changes
-    the model stays as it is.  InputError if the model returns no tensor that can be found.
+    Eval and train mode are both run, since auxiliary heads exist in train mode only, on a copy of the model and of its
+    inputs, so that whatever a forward pass changes they stay as they are.
     """
+    inputs = [Inputs.of(one) for one in (example, *examples)]
+    check_has_values(model)
     with keep_random_state(model):
         try:
-            model = twin_of(model)
+            twin = twin_of(model)
         except Exception:  # a model that cannot be copied is traced itself
             modes = [(module, module.training) for module in model.modules()]
             buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
             try:
-                return _trace(model, example)
+                return _trace(model, inputs, unused, {})
             finally:
                 for module, training in modes:
                     module.training = training
                 with torch.no_grad():
                     for buffer, saved in buffers:
                         buffer.copy_(saved)
-        return _trace(model, example)
+        originals = {id(tensor): f"{path}.{name}".lstrip(".") for path, _, name, tensor in own_tensors(model)}
+        return _trace(twin, inputs, unused, originals)
 
 
-def twin_of(model: nn.Module) -> nn.Module:
-    """A copy that this process can run alone: its batch norm does not wait for the images of other ranks."""
-    twin = copy.deepcopy(model)
-    for module in twin.modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            module.forward = MethodType(nn.modules.batchnorm._BatchNorm.forward, module)
-    return twin
-
-
-def _trace(model: nn.Module, example) -> list[ChannelSpace]:
+def _trace(
+    model: nn.Module, examples: list[Inputs], unused: Sequence[str], originals: dict[int, str]
+) -> list[ChannelSpace]:
     ledger = Ledger(model)
-    _run(ledger, model.eval(), example, seed=0)
+    for inputs in examples:
+        _run(ledger, model.eval(), inputs, 0, originals)
     statistics = {id(buffer): buffer.clone() for buffer in model.buffers()}
-    used, ledger.seen = ledger.seen & statistics.keys(), set()
+    used, evaluated, ledger.seen = ledger.seen & statistics.keys(), ledger.seen, set()
     for seed in range(TRAINING_PASSES):
-        _run(ledger, model.train(), example, seed)
-        if used <= ledger.seen:
+        drew = [_run(ledger, model.train(), inputs, seed, originals) for inputs in examples]
+        left = _unreached(ledger, model, evaluated | ledger.seen)
+        if used <= ledger.seen and not (left and any(drew)):
             break
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -129,47 +130,85 @@ def _trace(model: nn.Module, example) -> list[ChannelSpace]:
                 ledger.freeze(buffer, "scaled by a buffer that training does not change")
             elif buffer is not None and name in module._non_persistent_buffers_set:
                 ledger.freeze(buffer, "meets a buffer that is not saved with the network")
+    _pin_what_may_be_read(ledger, _without(left, unused), examples)
     return spaces_of(ledger, model)
 
 
-def _run(ledger: Ledger, model: nn.Module, example, seed: int) -> None:
-    """One forward pass of which the ledger takes note, the same one whatever was drawn before."""
+def _run(ledger: Ledger, model: nn.Module, inputs: Inputs, seed: int, originals: dict[int, str]) -> bool:
+    """One forward pass of which the ledger takes note, the same one whatever was drawn before; whether it draws."""
     set_random_state(model, seed)
-    inputs = tree_map_only(Tensor, Tensor.clone, example if isinstance(example, tuple) else (example,))
-    for tensor in tensors_in(inputs):
+    before, inputs = random_state(model), inputs.copied()
+    for tensor in inputs.tensors():
         ledger.label(tensor, ledger.fresh(1, "network input"))
-    functions = _Functions(ledger)
+    functions = _Functions(ledger, originals)
     with torch.no_grad(), _Escapes(functions), functions:
-        out = model(*inputs)
+        out = run(model, inputs)
     outputs = list(tensors_in(out))
     if not outputs:
         raise InputError(f"the model returns no tensor that can be found, but {type(out).__name__}")
     for tensor in outputs:
         if tensor.numel() > 1:
             ledger.pin(ledger.labels(tensor), "network output")
+    return random_state(model) != before
 
 
-def set_random_state(model: nn.Module, seed: int) -> None:
-    """Seeds what `keep_random_state` restores: torch.manual_seed would also seed the devices of others."""
-    on_cuda = _cuda_devices(model) if torch.cuda.is_initialized() else []
-    for generator in (torch.default_generator, *(torch.cuda.default_generators[device] for device in on_cuda)):
-        generator.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
+@dataclass
+class _Unreached:
+    """A layer that no pass has called: numbers of channels that it may read and put out, and whether it may read them
+    from a flattened block."""
+
+    reads: set[int] = field(default_factory=set)
+    makes: set[int] = field(default_factory=set)
+    flattened: bool = False
 
 
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+def _unreached(ledger: Ledger, model: nn.Module, seen: set[int]) -> dict[str, _Unreached]:
+    left: dict[str, _Unreached] = defaultdict(_Unreached)
+    for path, module, _, tensor in own_tensors(model):
+        if id(tensor) in seen or not tensor.is_floating_point() or tensor.numel() < 2:
+            continue
+        layer = left[path]
+        if isinstance(module, nn.modules.conv._ConvNd):
+            layer.reads.add(module.in_channels)
+            layer.makes.add(module.out_channels)
+        elif isinstance(module, nn.Linear):
+            layer.reads.add(module.in_features)
+            layer.makes.add(module.out_features)
+            layer.flattened = True
+        elif isinstance(module, nn.Embedding):
+            layer.makes.add(module.embedding_dim)
+        else:  # of a norm, a scale, a layer of one's own: any dim may lie along the channels
+            layer.makes.update(size for size in tensor.shape if size > 1)
+    return left
 
 
-@contextmanager
-def keep_random_state(model: nn.Module):
-    """Random states of torch, numpy and Python as they were, whatever a forward pass draws."""
-    devices = _cuda_devices(model)
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+def _without(left: dict[str, _Unreached], unused: Sequence[str]) -> dict[str, _Unreached]:
+    """Unreached layers, but for those that the user says are never called."""
+    for pattern in unused:
+        if not any(fnmatchcase(path, pattern) for path in left):
+            raise InputError(f"unused: no layer that the example leaves out matches '{pattern}'")
+    return {path: layer for path, layer in left.items() if not any(fnmatchcase(path, one) for one in unused)}
+
+
+def _pin_what_may_be_read(ledger: Ledger, left: dict[str, _Unreached], examples: list[Inputs]) -> None:
+    """Pins the channels that a layer which no pass has called may read, or meet in a sum: all of a fitting number.
+
+    Where nothing fits, what it reads is put together in code that was not seen, and may hold any channels.
+    """
+    known = {size for layer in left.values() for size in layer.makes}
+    known.update(size for inputs in examples for tensor in inputs.tensors() for size in tensor.shape)
+    activations = [compact(labels) for labels in ledger.activations] if left else []
+    for path, layer in left.items():
+        reason = f"{path}, which the example does not reach, may read it: examples=[…] or unused=['{path}'] free it"
+        for size in layer.reads | layer.makes:
+            flattened = layer.flattened and size in layer.reads
+            fits = [labels for labels in activations if any(_fits(size, n, flattened) for n in labels.shape)]
+            if not fits and size in layer.reads and not any(_fits(size, n, flattened) for n in known):
+                fits = [torch.arange(len(ledger.channel))]
+            for labels in fits:
+                ledger.pin(labels, reason)
+
+
+def _fits(size: int, channels: int, flattened: bool) -> bool:
+    """Whether so many channels are `size` values, or may be when a block of positions is flattened."""
+    return channels > 1 and (size == channels or (flattened and size % channels == 0))

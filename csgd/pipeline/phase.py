@@ -11,7 +11,7 @@ from torch import nn
 
 from csgd.data import Data
 from csgd.errors import InputError
-from csgd.graph.tracer import keep_random_state, twin_of
+from csgd.graph.twin import keep_random_state, twin_of
 from csgd.pipeline.build import PRECISIONS
 from csgd.pipeline.launch import rank_count
 from csgd.report import duration

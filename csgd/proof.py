@@ -1,0 +1,372 @@
+"""The proof of a cut before it is made: a float64 twin of the network, its members made equal, is cut and compared."""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csgd.clusters import Clusters, clustered_tensors, dotted
+from csgd.errors import InputError
+from csgd.graph import ChannelSpace, Inputs
+from csgd.graph.twin import (
+    check_has_values,
+    keep_random_state,
+    random_state,
+    run,
+    set_random_state,
+    tensors_in,
+    twin_of,
+)
+from csgd.trim import cut, merge_equal
+
+TOLERANCE = {torch.float64: 1e-8}  # change of an output above which a cut is not exact
+ROUGH = 1e-3  # the same in another dtype
+VISIBLE = 10  # times the tolerance: what a channel must matter for a cut of it to be judged
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a twin says of a cut before anything is trained.
+
+    changes    {"eval": …, "train": …}: the largest change of an output entry by the cut, relative to the median size of
+               the entries of its tensor; None where the network draws random numbers in that mode: there it ran, and
+               its outputs kept their shapes
+    control    the same for members that are not equal: what a cut that is not exact would have shown
+    failing    {space name: why}, of the spaces whose cut is not exact
+    tolerance  what a change must stay below
+    dtype      of the twin: float64, but for a network that cannot run in it
+    """
+
+    changes: dict[str, float | None]
+    control: float
+    failing: dict[str, str]
+    tolerance: float
+    dtype: torch.dtype
+
+    @property
+    def change(self) -> float:
+        """The largest change of any mode that could be compared."""
+        return max((change for change in self.changes.values() if change is not None), default=math.inf)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the cut is proven: nothing fails, and the control shows that a failure would have been seen."""
+        return not self.failing and self.change <= self.tolerance and self.control > VISIBLE * self.tolerance
+
+    def __str__(self) -> str:
+        changes = ", ".join(f"{mode} {'random' if c is None else f'{c:.1e}'}" for mode, c in self.changes.items())
+        told = "exact" if self.exact else "not exact" if self.failing else "nothing was seen"
+        reasons = "".join(f"; {name}: {reason}" for name, reason in self.failing.items())
+        return f"{told}: outputs change by {changes} (unequal members: {self.control:.1e}){reasons}"
+
+
+def prove(
+    model: nn.Module,
+    spaces: list[ChannelSpace],
+    clusters: Clusters,
+    example: Any,
+    *,
+    examples: Sequence[Any] = (),
+    seed: int = 0,
+) -> Proof:
+    """Proves, before a single step is trained, that cutting these clusters will not change what the network computes.
+
+    A float64 twin with random weights and statistics and inputs drawn anew has the members of each cluster made equal,
+    is cut, and is compared with itself before the cut, in eval and in train mode; a control with members that are not
+    equal shows what a cut that changes the function would do.  The model and the example stay as they are.
+    InputError if the network cannot be copied, or cannot run on its example.
+    """
+    trial = Trial(model, spaces, clusters, example, examples=examples, seed=seed)
+    names = [name for name, parts in clusters.items() if any(len(members) > 1 for members in parts)]
+    changes, reason = trial.changes(names)
+    failing = dict(trial.failures(names, reason)) if reason else {}
+    return Proof(changes, trial.control(), failing, trial.tolerance, trial.dtype)
+
+
+@dataclass
+class Passes:
+    """Forward passes of one network over all examples in one mode; random where they drew numbers."""
+
+    outputs: list[Tensor]
+    random: bool
+
+
+class Trial:
+    """A float64 twin whose members are equal, and its outputs, with which those of every cut of it are compared.
+
+    A network that cannot run in float64 is tried in the dtype that it has, and judged less sharply; one that random
+    weights or inputs make fail, or drive to infinity, with its own under noise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spaces: list[ChannelSpace],
+        clusters: Clusters,
+        example: Any,
+        *,
+        examples: Sequence[Any] = (),
+        seed: int = 0,
+    ):
+        check_has_values(model)
+        self.spaces, self.clusters, self.seed = spaces, clusters, seed
+        self._model, self._examples = model, [Inputs.of(one) for one in (example, *examples)]
+        clustered_tensors(model, spaces, clusters)  # refuses what does not belong together
+        self.model, self.before = self._first_that_runs()
+
+    def _first_that_runs(self) -> tuple[nn.Module, dict[bool, Passes]]:
+        failed: InputError | None = None
+        for dtype in (torch.float64, torch.float32):
+            for weights, inputs in ((_random, _drawn), (_noisy, _drawn), (_noisy, _as_given)):
+                self.dtype, self.tolerance = dtype, TOLERANCE.get(dtype, ROUGH)
+                self._weights, generator = weights, torch.Generator().manual_seed(self.seed)
+                self.inputs = [one.copied(partial(inputs, dtype, generator)) for one in self._examples]
+                try:
+                    model = self.twin()
+                    merge_equal(model, self.spaces, self.clusters)
+                    before = {training: self.passes(model, training) for training in (False, True)}
+                except InputError as error:
+                    failed = failed or error
+                    continue
+                held = [out for passes in before.values() for out in passes.outputs]
+                infinite = weights is _noisy and not any(out.isnan().any() for out in held)  # masked, not overflown
+                if infinite or all(out.isfinite().all() for out in held):
+                    return model, before
+        raise failed or InputError("the network cannot be tried: its outputs are not numbers (NaN)")
+
+    def twin(self) -> nn.Module:
+        """A copy of the network with the weights of this trial, the same ones each time."""
+        generator = torch.Generator().manual_seed(self.seed)
+        try:
+            model = twin_of(self._model, partial(self._weights, self.dtype, generator))
+        except InputError:
+            raise
+        except Exception as error:  # whatever a module raises that cannot be copied
+            raise InputError(
+                f"the network cannot be copied for its trial ({type(error).__name__}: {error}); "
+                "trial=False leaves it out"
+            ) from None
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+        if self._weights is _random:
+            _randomise_statistics(model, generator)
+        return model
+
+    @torch.no_grad()
+    def passes(self, model: nn.Module, training: bool, seed: int = 1, grad: bool = False) -> Passes:
+        """Every example once, in eval or train mode, the running statistics left as they are."""
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training and not grad else []
+        default = torch.get_default_dtype()
+        outputs, drew = [], False
+        with keep_random_state(model):
+            try:
+                torch.set_default_dtype(self.dtype)  # constants that `forward` makes are to fit
+                model.train(training)
+                for inputs in self.inputs:
+                    set_random_state(model, seed)
+                    state, given = random_state(model), inputs.copied()
+                    with torch.set_grad_enabled(grad):
+                        outputs += tensors_in(run(model, given))
+                    drew = drew or random_state(model) != state
+            finally:
+                torch.set_default_dtype(default)
+        for buffer, saved in buffers:
+            buffer.copy_(saved)
+        return Passes(outputs if grad else [out.detach() for out in outputs], drew)
+
+    def cut(self, names: Collection[str]) -> nn.Module:
+        """A copy of the twin in which the clusters of some spaces are cut; it shares the tensors that stay whole."""
+        model = twin_of(self.model, Tensor.detach)
+        clusters = {name: self.clusters[name] for name in names}
+        cut(model, clustered_tensors(model, self.spaces, clusters))
+        return model
+
+    def changes(self, names: Collection[str]) -> tuple[dict[str, float | None], str | None]:
+        """What cutting some spaces changes in each mode, and why that is not exact, or None if it is."""
+        changes, model = {}, self.cut(names)
+        for training, mode in ((False, "eval"), (True, "train")):
+            try:
+                after = self.passes(model, training)
+            except InputError as error:  # whatever the model raises when its sizes no longer fit
+                return changes | {mode: math.inf}, f"its trial trim raises in {mode} mode: {_cause(error)}"
+            before = self.before[training]
+            if before.random and training:
+                changes[mode] = None
+                if [out.shape for out in before.outputs] != [out.shape for out in after.outputs]:
+                    return changes | {mode: math.inf}, "its trial trim changes the shape of the output in train mode"
+                continue
+            changes[mode] = largest_change(before.outputs, after.outputs)
+            if not changes[mode] <= self.tolerance:
+                why = "its trial trim changes the output"
+                if before.random:
+                    why = "the network draws random numbers in eval mode, so its trial cannot be compared"
+                return changes, why
+        return changes, None
+
+    def failures(self, names: Sequence[str], reason: str) -> Iterator[tuple[str, str]]:
+        """(space, why) of those that fail, found by halves; of all that are left where they fail only together."""
+        left, found = list(names), []
+        while reason:
+            found_now = [*self._search(left, reason)]
+            found += found_now or [(name, "its trial trim fails together with other spaces") for name in left]
+            failed = {name for name, _ in found}
+            left = [name for name in left if name not in failed]
+            reason = self.changes(left)[1] if left else None
+        yield from found
+
+    def _search(self, names: list[str], reason: str) -> Iterator[tuple[str, str]]:
+        if len(names) == 1:
+            yield names[0], reason
+            return
+        middle = len(names) // 2
+        for half in (names[:middle], names[middle:]):
+            if why := self.changes(half)[1]:
+                yield from self._search(half, why)
+
+    def control(self, names: Collection[str] | None = None) -> float:
+        """The change by a cut of members that are not equal, in some spaces or in all; 0 where nothing is to be seen.
+
+        The cut network is the same whether its members are made equal first, so only the wide one is run again: in eval
+        mode, and where that shows nothing in train mode.
+        """
+        unequal = self.twin()
+        if names is not None:
+            merge_equal(unequal, self.spaces, {k: v for k, v in self.clusters.items() if k not in names})
+        change = 0.0
+        for training in (False, True):
+            if not change > VISIBLE * self.tolerance:
+                after = self.passes(unequal, training)
+                change = max(change, largest_change(self.before[training].outputs, after.outputs))
+        return change
+
+    def unseen(self, names: Collection[str]) -> list[str]:
+        """The spaces whose channels do not reach any output, so that no cut of them could be judged.
+
+        By the gradient of the outputs with respect to the filters of the cut network; where that is zero or cannot be
+        had, by the control.
+        """
+        model, seen = twin_of(self.cut(names)), set()
+        for p in model.parameters():
+            p.requires_grad_(p.is_floating_point() or p.is_complex())
+        for training in (False, True):
+            if any(name not in seen for name in names):
+                seen |= self._seen(model, names, training)
+        return [name for name in names if name not in seen and not self.control({name}) > VISIBLE * self.tolerance]
+
+    def _seen(self, model: nn.Module, names: Collection[str], training: bool) -> set[str]:
+        """Spaces of which the outputs have a gradient with respect to a filter that counts."""
+        model.zero_grad()
+        try:
+            outputs = self.passes(model, training, grad=True).outputs
+            outputs = [out[out.isfinite()] for out in outputs if out.requires_grad]
+            generator = torch.Generator().manual_seed(self.seed)
+            signs = [torch.randn(out.shape, generator=generator).sign().to(out) for out in outputs]
+            torch.autograd.backward(outputs, signs)
+        except Exception:  # an operation without a gradient, or one in place of what another needs
+            return set()
+        size = sum(float(out.detach().abs().sum()) for out in outputs)
+        touched = clustered_tensors(self.model, self.spaces, {name: self.clusters[name] for name in names})
+        of_owner, seen = {t.owners[0]: t for t in touched}, set()
+        for space in self.spaces:
+            for ref in space.producers if space.name in names else ():
+                tensor = model.get_parameter(dotted(*ref.owners[0]))
+                if tensor.grad is None:
+                    continue
+                rows = of_owner[ref.owners[0]].after_cut(ref.index.flatten()).to(tensor.device)
+                weighed = (tensor.grad * tensor.detach()).abs().index_select(ref.dim, rows)
+                if float(weighed.sum()) > VISIBLE * self.tolerance * size:
+                    seen.add(space.name)
+        return seen
+
+
+def _cause(error: InputError) -> str:
+    return str(error).removeprefix("the network cannot run on its example: ")
+
+
+@torch.no_grad()
+def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Largest |a − b| of any entry of any pair of tensors, relative to the median of the finite |a| ≠ 0 of that pair.
+
+    Equal infinities are equal; NaN, and tensors that do not fit, are infinitely apart.  The median keeps one large
+    entry from hiding the others.
+    """
+    if not before or [a.shape for a in before] != [b.shape for b in after]:
+        return math.inf
+    largest = 0.0
+    for a, b in zip(before, after, strict=True):
+        if not a.numel() or torch.equal(a, b):
+            continue
+        a, b = (t if t.is_complex() else t.double() for t in (a, b))
+        change, size = torch.where(a == b, 0.0, (a - b).abs()).max(), a.abs()
+        size = size[size.isfinite() & (size > 0)]
+        relative = float(change / size.median()) if len(size) and not change.isnan() else math.inf
+        largest = max(largest, relative)
+    return largest
+
+
+@torch.no_grad()
+def _random(dtype: torch.dtype, generator: torch.Generator, tensor: Tensor) -> Tensor:
+    """Values under which every channel matters, for a parameter: zero-initialised gammas would hide errors."""
+    if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point() or not tensor.numel():
+        return _as_given(dtype, generator, tensor)
+    values = torch.empty(tensor.shape, dtype=dtype).uniform_(-(3**0.5), 3**0.5, generator=generator)
+    fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
+    values = values.mul_((1.5 / fan_in) ** 0.5) if fan_in > 1 else values.mul_(0.4).add_(0.7)
+    return torch.empty_like(tensor, dtype=dtype).copy_(values)
+
+
+@torch.no_grad()
+def _noisy(dtype: torch.dtype, generator: torch.Generator, tensor: Tensor) -> Tensor:
+    """A parameter's own values, each made larger at random; zeros become small positive numbers."""
+    if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
+        return _as_given(dtype, generator, tensor)
+    noise = torch.rand(tensor.shape, generator=generator, dtype=dtype).to(tensor.device)
+    own = tensor.to(dtype)
+    return torch.where(own == 0, 0.1 * noise, own * (1 + 0.3 * noise))
+
+
+def _as_given(dtype: torch.dtype, generator: torch.Generator, tensor: Tensor) -> Tensor:
+    return tensor.detach().to(dtype, copy=True) if tensor.is_floating_point() else tensor.detach().clone()
+
+
+@torch.no_grad()
+def _drawn(dtype: torch.dtype, generator: torch.Generator, tensor: Tensor) -> Tensor:
+    """An input of the same shape and range, drawn anew: an example may be all zeros.  Of two values it draws either;
+    a mask with infinities, and whole numbers, stay."""
+    own = _as_given(dtype, generator, tensor)
+    if not own.is_floating_point() or not own.numel() or not own.isfinite().all():
+        return own
+    low, high = float(own.min()), float(own.max())
+    drawn = torch.rand(own.shape, generator=generator, dtype=dtype)
+    if low == high:
+        drawn = torch.randn(own.shape, generator=generator, dtype=dtype) if low == 0 else low * (0.5 + drawn)
+    elif bool(((own == low) | (own == high)).all()):
+        drawn = torch.where(drawn < 0.5, low, high)
+    else:
+        drawn = low + (high - low) * drawn
+    return own.copy_(drawn)
+
+
+def _randomise_statistics(model: nn.Module, generator: torch.Generator) -> None:
+    for module in model.modules():
+        for name, draw, scale, shift in (
+            ("running_mean", torch.randn, 0.2, 0.0),
+            ("running_var", torch.rand, 1.0, 0.5),
+        ):
+            statistic = module._buffers.get(name)
+            if statistic is not None and statistic.is_floating_point():
+                statistic.copy_(draw(statistic.shape, generator=generator) * scale + shift)
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Gives a network the random weights and statistics of a trial, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.copy_(_random(p.dtype if p.is_floating_point() else torch.float64, generator, p))
+    _randomise_statistics(model, generator)
