@@ -87,9 +87,9 @@ def check_has_values(model: nn.Module) -> None:
 def twin_of(model: nn.Module, new: Callable[[Tensor], Tensor] = Tensor.clone) -> nn.Module:
     """A copy that this process can run alone, with new(t) in the place of each parameter and buffer t.
 
-    Functions that hang on a module (hooks, a replaced `forward`, a lambda that calls another layer) are copied too, with
-    all that their closures and globals hold, so that a twin that runs neither reads nor writes the original.  Batch
-    norm does not wait for the images of other ranks.
+    Functions that hang on a module (hooks, a replaced `forward`, a lambda that calls another layer) are copied too,
+    with all that their closures and globals hold, so that a twin that runs neither reads nor writes the original.
+    Batch norm does not wait for the images of other ranks.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
