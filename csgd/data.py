@@ -4,7 +4,7 @@ Small datasets live on the device as tensors and are augmented there, batch by b
 workers.  Of several ranks each makes its own share of every batch, and together they make the batches that one would.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
+from csgd import folders
 from csgd.errors import InputError
 from csgd.ranks import Share
 
@@ -224,15 +225,17 @@ def image_folder(
     device: torch.device,
     share: Share = WHOLE,
 ) -> Data:
-    """Images in one folder per class, below root/train and root/val, or below root alone with a seeded split.
+    """Images in one folder per class, below root/train and root/val, or with a part of each class held back.
 
-    Random resized crops and flips; for the test a resize to 8/7 of the size and a centre crop.
+    Random resized crops and flips; for the test a resize to 8/7 of the size and a centre crop.  Every file is looked
+    at first: InputError names those that cannot be used.
     """
-    from torchvision import datasets
     from torchvision.transforms import v2
 
-    if not Path(root).is_dir():
-        raise InputError(f"dataset.root '{root}' is not a folder")
+    classes, trained_on, held_back = folders.labelled(Path(root), test_fraction)
+    if len(trained_on) < 2:
+        raise InputError(f"dataset.root: '{root}' holds {len(trained_on)} training images, 2 are the least")
+    folders.check_images([path for path, _ in trained_on + held_back], share)
     finish = [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
@@ -240,32 +243,13 @@ def image_folder(
     ]
     augmented = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *finish])
     centred = v2.Compose([v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size), *finish])
-
-    def folder(path: Path, transform) -> datasets.ImageFolder:
-        try:
-            return datasets.ImageFolder(str(path), transform)
-        except (FileNotFoundError, OSError) as error:
-            raise InputError(f"dataset.root: no folders of images in '{path}' ({error})") from None
-
-    root_path = Path(root)
-    if (root_path / "train").is_dir() and (root_path / "val").is_dir():
-        train, test = folder(root_path / "train", augmented), folder(root_path / "val", centred)
-        if train.classes != test.classes:
-            raise InputError(f"dataset.root: '{root}/train' and '{root}/val' do not hold the same classes")
-        classes = train.classes
-    else:
-        whole = folder(root_path, augmented)
-        classes = whole.classes
-        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)).tolist()
-        held_out = max(1, round(len(order) * test_fraction))
-        train, test = Subset(whole, order[held_out:]), Subset(folder(root_path, centred), order[:held_out])
-    if len(train) < 2:
-        raise InputError(f"dataset.root: '{root}' holds {len(train)} training images, 2 are the least")
+    train, test = folders.Images(trained_on, augmented), folders.Images(held_back, centred)
     loading = dict(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_one_thread,
+        collate_fn=folders.batch_of,
         generator=torch.Generator(),  # of seeds for the workers, which draw from their own: torch's stays untouched
     )
     shares = Shares(len(train), batch_size, share, seed)
@@ -274,14 +258,20 @@ def image_folder(
 
     def train_batches(epoch: int) -> Batches:
         shares.epoch = epoch
-        for images, labels in train_loader:
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        yield from on_device(train_loader)
 
     def test_batches() -> Batches:
-        for images, labels in test_loader:
+        yield from on_device(test_loader)
+
+    def on_device(batches: Iterable) -> Batches:
+        for batch in batches:
+            if isinstance(batch, InputError):
+                raise batch
+            images, labels = batch
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
-    example = torch.stack([test[i % len(test)][0] for i in range(2)]).to(device)
+    pair = [test[i % len(test)] for i in range(2)]
+    ((example, _),) = on_device([folders.batch_of(pair)])
     return Data(train_batches, test_batches, example, len(classes), len(train_loader), len(train), len(test))
 
 
@@ -319,7 +309,7 @@ class Drawn(Dataset):
     items: Dataset
     seed: int
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | InputError:
         epoch, position = key
         (drawn,) = np.random.SeedSequence((self.seed, epoch, position)).generate_state(1, np.uint64).tolist()
         with torch.random.fork_rng(devices=()):

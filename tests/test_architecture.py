@@ -16,6 +16,7 @@ FLOORS = {
     "csgd.schedule": 0,
     "csgd.ranks": 0,
     "csgd.data": 0,
+    "csgd.folders": 0,
     "csgd.models": 0,
     "csgd.optim": 1,
     "csgd.trim": 1,
