@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Writes metrics.jsonl, and the same rows to W&B.  A W&B that fails is reported once and left alone.
+    """Writes metrics.jsonl, and the same rows to W&B.  A W&B that fails is reported once, finished and left alone.
 
     A context manager: the W&B run is finished when it closes, also by an error, so that the next job of a sweep
     starts its own.
@@ -60,7 +60,8 @@ class Tracker:
                 dir=output_dir,
                 mode=mode,
                 config=dict(config),
-                settings=wandb.Settings(silent=True, console="off"),
+                # A run of its own, also beside one that is still open: by default W&B would go on in that.
+                settings=wandb.Settings(silent=True, console="off", reinit="create_new"),
                 **settings,
             )
         except wandb.errors.UsageError as error:  # no key, a name that is not allowed: better said before training
@@ -77,7 +78,15 @@ class Tracker:
             raise
         except Exception as error:  # whatever W&B raises, training goes on
             log.warning("W&B is left alone from here on: %s", line_of(error))
-            self._run = None
+            self._finish(exit_code=1)
+
+    def _finish(self, exit_code: int) -> None:
+        run, self._run = self._run, None
+        try:
+            if run:
+                run.finish(exit_code=exit_code)
+        except Exception as error:  # as above
+            log.warning("the W&B run could not be finished: %s", line_of(error))
 
     def log(self, row: Mapping[str, Any]) -> None:
         if self._file:
@@ -118,5 +127,4 @@ class Tracker:
     def __exit__(self, kind, error, trace) -> None:
         if self._file:
             self._file.close()
-        if self._run:
-            self._attempt(lambda: self._run.finish(exit_code=1 if kind else 0))
+        self._finish(exit_code=1 if kind else 0)
