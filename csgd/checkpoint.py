@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from csgd.errors import InputError
+from csgd.errors import InputError, line_of
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +30,25 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The checkpoint under `path`, or the previous one if that was cut short; None if there is none."""
+    """The checkpoint under `path`, or the previous one if that was cut short; None if there is none.
+
+    InputError if there are files and none of them can be read: a run that started anew would overwrite them.
+    """
+    damaged = {}
     for candidate in (path, path.with_suffix(path.suffix + ".previous")):
         if not candidate.exists():
             continue
         try:
-            return torch.load(candidate, map_location="cpu", weights_only=True)
+            state = torch.load(candidate, map_location="cpu", weights_only=True)
         except Exception as error:  # zip, pickle and runtime errors, as the damage falls
-            log.warning("%s is damaged (%s), the one before it is used", candidate, type(error).__name__)
+            damaged[candidate] = line_of(error)
+            continue
+        for other in damaged:
+            log.warning("%s is damaged (%s), the one before it is used", other, damaged[other])
+        return state
+    if damaged:
+        told = " and ".join(f"'{candidate}' ({why})" for candidate, why in damaged.items())
+        raise InputError(f"resume=auto: {told} cannot be read; move the folder away or say resume=never to start anew")
     return None
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from csgd import InputError
-from csgd.checkpoint import load_weights, save_checkpoint, save_weights
+from csgd.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
 from tests import nets
 
 
@@ -30,6 +30,19 @@ def test_a_checkpoint_replaces_the_last_one_and_keeps_it(tmp_path):
     assert torch.load(path)["epoch"] == 2
     assert torch.load(path.with_suffix(".pt.previous"))["epoch"] == 1
     assert sorted(p.name for p in path.parent.iterdir()) == ["last.pt", "last.pt.previous"]
+
+
+def test_a_checkpoint_gives_way_to_the_one_before_and_none_that_can_be_read_is_told(tmp_path, caplog):
+    path = tmp_path / "last.pt"
+    assert load_checkpoint(path) is None
+    for epoch in (1, 2):
+        save_checkpoint(path, {"epoch": epoch})
+    path.write_bytes(path.read_bytes()[:500])
+    assert load_checkpoint(path) == {"epoch": 1}
+    assert f"{path} is damaged" in caplog.text
+    path.with_suffix(".pt.previous").write_bytes(b"")
+    with pytest.raises(InputError, match=f"resume=auto: '{path}' .* and '{path}.previous' .* cannot be read"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize(
