@@ -14,6 +14,7 @@ def card(summary: dict[str, Any], sizes: dict[str, int]) -> str:
     own = "" if target.startswith(("csgd.", "torchvision.")) else f"; {target} must be importable"
     widths = [(name, sizes[name], width) for name, width in summary["widths"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    origin = f"commit `{summary['commit']}`" if summary["commit"] else "outside of a checkout"
     parts = [
         f"# {label(config['model'])} on {label(config['dataset'])}, pruned",
         f"`{target}` after Centripetal SGD (Ding et al., CVPR 2019): the filters of each cluster were trained into one "
@@ -34,7 +35,7 @@ def card(summary: dict[str, Any], sizes: dict[str, int]) -> str:
         "`pruned.safetensors` and `pruned.json` are all it needs. `python -m csgd.evaluate path/to/this/folder` tests "
         "it again, on the dataset of the run or on another one.",
         "## Origin",
-        f"Seed {summary['seed']}, on {summary['device']}, commit `{summary['commit']}`; {versions}. "
+        f"Seed {summary['seed']}, on {summary['device']}, {origin}; {versions}. "
         f"Base network: `{summary['base']['source']}`.",
         "csgd is under the MIT licence; these weights are under the terms of the data and of the base network they "
         "come from.",

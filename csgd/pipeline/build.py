@@ -21,6 +21,8 @@ from csgd.errors import InputError
 from csgd.train import logits_of
 
 VECTOR = 16  # float32 entries of the largest vector register of a CPU
+GIT_SECONDS = 10  # that git may take for an answer
+GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -113,9 +115,35 @@ def code() -> str:
     return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 
-def commit() -> str | None:
-    """The commit of the checkout that holds this package, None outside of one."""
+def commit(package: Path = Path(csgd.__file__).parent) -> str | None:
+    """The commit of csgd's own checkout, with "-dirty" behind it if files that it tracks differ; else None.
+
+    None as well where the package lies in a repository of the user's, or git is missing, hangs or refuses: where a
+    result comes from is worth telling, and no reason to lose it.
+    """
+    package = package.resolve()
+    try:
+        top, head = _git(package, "rev-parse", "--show-toplevel", "HEAD").splitlines()
+        if Path(top).resolve() != package.parent:
+            return None
+        _git(package, "ls-files", "--error-unmatch", "__init__.py")
+        changed = _git(package, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return f"{head}-dirty" if changed else head
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git says in `folder`, whatever repository the environment names; it takes no lock and starts no daemon."""
+    environment = {key: value for key, value in os.environ.items() if key not in GIT_PLACES}
     done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", "-c", "core.fsmonitor=false", *arguments],
+        cwd=folder,
+        env=environment | {"GIT_OPTIONAL_LOCKS": "0"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=GIT_SECONDS,
     )
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return done.stdout
