@@ -34,7 +34,7 @@ class Share:
     @property
     def offset(self) -> int:
         """What is added to a seed, so that ranks draw different numbers; rank 0 draws what a single one does."""
-        return self.rank << 40
+        return self.rank * 2_654_435_761  # torch on a CPU reads the lower 32 bits of a seed alone
 
 
 def own_share() -> Share:

@@ -19,6 +19,7 @@ from csgd import ranks
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.optim import CSGD, set_lr, set_ramp
+from csgd.seeds import RandomState, seed_all, set_random_state
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -69,7 +70,7 @@ def train(
     check_every: int | None = None,
     seed: int,
     bar: "tqdm | None" = None,
-    random_state: Tensor | None = None,
+    random_state: RandomState | None = None,
 ) -> Iterator[Epoch]:
     """Trains the steps of a run that `steps` names, and yields at the end of each epoch and of `steps`, so that the
     caller tests, logs, saves and cuts.
@@ -78,7 +79,7 @@ def train(
     gradient (fact F9: the forecast holds all the same).  A batch goes through the network in `accumulation` parts,
     or in as many as have two images, whose gradients add up to that of its mean loss; batch norm sees one part at a
     time.  Data and random state of an epoch are fixed by (seed, epoch); where `steps` starts within one,
-    `random_state` is that of torch at this step.  `bar` is of the caller's, for more than these steps.  DivergedError
+    `random_state` is that of `seeds` at this step.  `bar` is of the caller's, for more than these steps.  DivergedError
     names the step at which the loss stopped being a number; the weights are then lost.
 
     In a `precision` of 16 bits the network is run under autocast, and its parameters, gradients and their update stay
@@ -95,12 +96,12 @@ def train(
     for epoch in range(steps.start // steps_per_epoch, -(-steps.stop // steps_per_epoch)):
         started = time.perf_counter()
         first, last = max(steps.start, epoch * steps_per_epoch), min(steps.stop, (epoch + 1) * steps_per_epoch)
-        torch.manual_seed(seed * 1_000_003 + epoch + own.offset)
+        seed_all(seed * 1_000_003 + epoch + own.offset)
         batches = data.train_batches(epoch)
         if first > epoch * steps_per_epoch:
             deque(islice(batches, first - epoch * steps_per_epoch), maxlen=0)
             if random_state is not None:
-                torch.set_rng_state(random_state)
+                set_random_state(random_state)
         model.train()
         losses, correct, seen = [], torch.zeros((), device=data.example.device), 0
         for step, (images, labels) in enumerate(islice(batches, last - first), first):

@@ -17,6 +17,7 @@ FLOORS = {
     "csgd.ranks": 0,
     "csgd.data": 0,
     "csgd.folders": 0,
+    "csgd.seeds": 0,
     "csgd.models": 0,
     "csgd.optim": 1,
     "csgd.trim": 1,

@@ -15,6 +15,7 @@ from csgd.centripetal import forecast
 from csgd.pipeline.build import as_trained
 from csgd.plan import Plan, Timetable, plan, strengths_by
 from csgd.schedule import ramp
+from csgd.seeds import random_state
 from csgd.train import DivergedError, accuracy, criterion, logits_of, predict, train
 from csgd.trim import statistics_momentum
 
@@ -196,7 +197,7 @@ def test_a_run_in_parts_is_the_run_bit_by_bit():
         net, d = small_net(), small_data()
         optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
         for first, last in pairwise(cuts):
-            list(train(net, optimizer, d, **options(steps=range(first, last), random_state=torch.get_rng_state())))
+            list(train(net, optimizer, d, **options(steps=range(first, last), random_state=random_state())))
         ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     assert torch.equal(*ends)
 

@@ -15,10 +15,12 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 import csgd.data
+import csgd.folders
 import csgd.optim
 import csgd.schedule
+import csgd.seeds
 import csgd.train
-from csgd import ranks
+from csgd import ranks, seeds
 from csgd.build import label, named
 from csgd.checkpoint import load_weights, save_weights
 from csgd.data import Data
@@ -109,7 +111,7 @@ def _train(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tr
                     row = {"epoch": epoch.step / phase["steps_per_epoch"]}
                     log_epoch("base", epoch, test_accuracy, tracker, row, clock.seconds_left)
                 journal.save("base", epoch.step, model, optimizer, tracker, scaler=scaler and scaler.state_dict())
-            random_state = torch.get_rng_state()
+            random_state = seeds.random_state()
 
 
 def _load(cfg: Any, model: nn.Module) -> bool:
@@ -163,7 +165,8 @@ def _sources(cfg: Any, model: nn.Module) -> list[str]:
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     written_in = [sys.modules.get(target.rpartition(".")[0]) for target in targets.values()]
     written_in += map(inspect.getmodule, [*made, *kinds])
-    files = {csgd.data, csgd.optim, csgd.schedule, csgd.train, *filter(None, written_in)}
+    own = (csgd.data, csgd.folders, csgd.optim, csgd.schedule, csgd.seeds, csgd.train)
+    files = {*own, *filter(None, written_in)}
     sources = []
     for file in sorted(files, key=lambda module: module.__name__):
         with suppress(OSError, TypeError):  # of a session without files, or of compiled code

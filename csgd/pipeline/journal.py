@@ -16,6 +16,7 @@ from csgd import ranks
 from csgd.checkpoint import load_checkpoint, save_checkpoint
 from csgd.errors import InputError
 from csgd.pipeline.build import code, versions
+from csgd.seeds import random_state
 from csgd.tracking import Tracker
 
 log = logging.getLogger("csgd")
@@ -54,12 +55,15 @@ class Journal:
     def of(cls, cfg: Any, output_dir: Path) -> "Journal":
         """The journal in `output_dir`, opened at its last checkpoint if cfg.resume is auto and there is one.
 
-        InputError if that is of a run whose result would not be this one's, with the differences.
+        InputError if that is of a run whose result would not be this one's, with the differences, or if checkpoints are
+        there and none of them can be read.
         """
         path, config = output_dir / "checkpoints" / "last.pt", _flat(asdict(cfg))
         config |= {"versions.torch": versions()["torch"], "versions.csgd": code()}
         saved = ranks.from_first(load_checkpoint(path) if cfg.resume == "auto" and ranks.is_first() else None)
         if saved is None:
+            if cfg.resume == "auto":
+                log.info("resume=auto: there is no checkpoint in '%s', the run starts anew", output_dir)
             return cls(path, config, {"seconds": {}}, None)
         _refuse_other("resume=auto", output_dir, saved["config"], config)
         log.info("resumed from %s: %s, step %d", path, saved["phase"], saved["step"])
@@ -86,7 +90,7 @@ class Journal:
 
         phase  base | between (two stages, with all that is known in `record`) | wide | trimmed
         """
-        random_states = ranks.gathered(torch.get_rng_state())
+        random_states = ranks.gathered(random_state())
         if not ranks.is_first():
             return
         state = {

@@ -4,12 +4,12 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from csgd import seeds
 from csgd.clusters import Clusters
 from csgd.data import Data
 from csgd.errors import InputError
@@ -20,6 +20,7 @@ from csgd.pipeline.clock import Clock
 from csgd.pipeline.journal import Journal
 from csgd.pipeline.phase import chunks, log_epoch, phase_of
 from csgd.plan import Plan, Timetable, plan, strengths_by
+from csgd.seeds import RandomState
 from csgd.tracking import Tracker
 from csgd.train import Epoch, accuracy, predict, train
 from csgd.trim import merge_equal, statistics_momentum, trim
@@ -157,7 +158,7 @@ class Stage:
     clock: Clock
     bar: tqdm
 
-    def train_wide(self, done: int, random_state: Tensor | None) -> tuple[int, Tensor | None, Tested | None]:
+    def train_wide(self, done: int, random_state: RandomState | None) -> tuple[int, RandomState | None, Tested | None]:
         """Trains the wide network from step `done` to its cut; the step of that, and what `train` returns there."""
         network, tested = as_trained(self.cfg, self.model), None
         end = self.pull.phase["steps"].stop
@@ -175,11 +176,11 @@ class Stage:
         return done, random_state, tested
 
     def train(
-        self, network: nn.Module, phase: str, steps: range, random_state: Tensor | None
-    ) -> tuple[Tensor | None, Tested | None]:
+        self, network: nn.Module, phase: str, steps: range, random_state: RandomState | None
+    ) -> tuple[RandomState | None, Tested | None]:
         """Some steps, wide or trimmed: metrics at the end of each epoch and of `steps`, and checkpoints.
 
-        Takes and returns the random state of torch at the first and after the last step, and returns what the network
+        Takes and returns the random state at the first and after the last step, and returns what the network
         says of the test set after the last one; None where there is no step.
         """
         arguments, optimizer, tested = self.pull.phase, self.pull.optimizer, None
@@ -195,7 +196,7 @@ class Stage:
                 if tested:
                     self.log(epoch, accuracy(*tested))
                 self.save(phase, epoch.step)
-            random_state = torch.get_rng_state()
+            random_state = seeds.random_state()
         return random_state, tested
 
     def save(self, phase: str, step: int) -> None:

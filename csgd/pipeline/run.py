@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from csgd import ranks, report
@@ -41,6 +40,7 @@ from csgd.pipeline.phase import check_batches
 from csgd.pipeline.pull import Pull, Stage, check_strengths, cut, tell_plan
 from csgd.pipeline.ship import ship
 from csgd.pruned import save_pruned
+from csgd.seeds import seed_all
 from csgd.tracking import Tracker
 from csgd.train import accuracy, predict
 from csgd.trial import find_spaces
@@ -79,10 +79,11 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
         check_packages(cfg.export)
     check_strengths(cfg)
     offered = dict(batch_size=cfg.schedule.batch_size, seed=cfg.seed, device=device, share=ranks.own_share())
+    seed_all(cfg.seed)  # a dataset of the user's may draw its split
     data = build("dataset", cfg.dataset, **offered, needed=["share"] if offered["share"].ranks > 1 else [])
     if not isinstance(data, Data):
         raise InputError(f"dataset._target_ must make a csgd.data.Data, got {type(data).__name__}")
-    torch.manual_seed(cfg.seed)
+    seed_all(cfg.seed)
     model = build("model", cfg.model, num_classes=data.num_classes, image_size=data.example.size(-1))
     model = placed(model, device, cfg.precision)
     check_fit(model, data)
@@ -91,7 +92,7 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
         return plan_only(cfg, model, data, output_dir) if ranks.is_first() else None
     if cfg.distributed.sync_bn and ranks.own_share().ranks > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    journal = Journal.of(cfg, output_dir)
+    journal, origin = Journal.of(cfg, output_dir), commit()
     record, seconds = journal.record, journal.record["seconds"]
     before = seconds.get("total", 0.0)
     name = f"{label(cfg.model)}-{label(cfg.dataset)}-{cfg.deps.fraction:g}-s{cfg.seed}"
@@ -103,6 +104,8 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
         settings=settings | {"name": name},
         rows=journal.saved["rows"] if journal.saved else 0,
     ) as tracker:
+        if ranks.is_first():  # the folder is this run's from here on
+            (output_dir / "failed.txt").unlink(missing_ok=True)
         with clocked(seconds, "cluster"):
             spaces = find_spaces(model, data.example)
             stages = stages_of(cfg, spaces)
@@ -135,7 +138,7 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
             "command": command,
             "seed": cfg.seed,
             "device": device_name(device),
-            "commit": commit(),
+            "commit": origin,
             "versions": versions(),
             "config": asdict(cfg),
         }
