@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import hydra
+from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -43,6 +44,8 @@ def main() -> int:
     @hydra.main(config_path="conf", config_name="config", version_base="1.3")
     def job(cfg):
         # Errors are kept from Hydra, which would print a trace, and would stop a sweep after the job's log is lost.
+        output_dir = Path(HydraConfig.get().runtime.output_dir)
+        found = _begun(output_dir)
         try:
             status, accuracy = _run(OmegaConf.to_object(cfg))
         except Exception as error:
@@ -52,7 +55,7 @@ def main() -> int:
                 log.exception("the job failed")
             print(f"error: {_one_line(error)}", file=sys.stderr)
             if FIRST_RANK:
-                (Path(HydraConfig.get().runtime.output_dir) / "failed.txt").write_text(_one_line(error) + "\n")
+                _leave_failure(output_dir, found, _one_line(error))
             status, accuracy = 2, float("nan")
         if HydraConfig.get().mode == RunMode.RUN:
             statuses.append(status)
@@ -84,10 +87,10 @@ def _run(cfg) -> tuple[int, float]:
 
     hydra_config = HydraConfig.get()
     output_dir = Path(hydra_config.runtime.output_dir)
-    (output_dir / "failed.txt").unlink(missing_ok=True)
     if hydra_config.mode == RunMode.MULTIRUN:
         if summary := finished(cfg, output_dir):
             log.info("finished before: %s", output_dir)
+            (output_dir / "failed.txt").unlink(missing_ok=True)
             return 0 if summary["verdict"]["lossless"] else 1, summary["verdict"]["accuracy"]
         cfg.wandb.group = cfg.wandb.group or hydra_config.sweep.dir
         cfg.progress = cfg.progress and _kind(hydra_config.launcher) == "BasicLauncher"
@@ -97,6 +100,25 @@ def _run(cfg) -> tuple[int, float]:
     if verdict is None:  # plan_only
         return 0, float("nan")
     return 0 if verdict.lossless else 1, verdict.accuracy
+
+
+def _begun(output_dir: Path) -> int | None:
+    """What tells a run that began in the folder from an earlier one: it puts a new metrics.jsonl in its place."""
+    rows = output_dir / "metrics.jsonl"
+    return rows.stat().st_ino if rows.exists() else None
+
+
+def _leave_failure(output_dir: Path, found: int | None, line: str) -> None:
+    """Writes failed.txt, unless the folder is another run's: one that is alive, or one beside which none has begun.
+
+    found  what `_begun` said before
+    """
+    try:
+        with FileLock(output_dir / ".lock", timeout=0):
+            if (now := _begun(output_dir)) is None or now != found:
+                (output_dir / "failed.txt").write_text(line + "\n")
+    except Timeout:
+        pass
 
 
 class Sweep(Callback):
@@ -128,7 +150,7 @@ class Sweep(Callback):
         print(f"\n{sweep.leave(folder, jobs)}\n\nfiles: {folder}/sweep.csv, sweep.md, *.png")
         if any(folder.glob("*/wandb/offline-run-*")):
             print(f"W&B, offline: upload every run with `wandb sync {folder}/*/wandb/offline-run-*`")
-        if any(job.status in ("failed", "killed") for job in jobs):
+        if any(job.status in ("failed", "running", "killed") for job in jobs):
             print(f"what is missing or failed runs again with the same command and hydra.sweep.dir={folder}")
             raise SystemExit(2)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from csgd.errors import line_of
 from csgd.report import table
 
@@ -22,7 +24,7 @@ COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab
 class Job:
     """One job: its folder, what sets it apart from the others, and its summary if it came to its end.
 
-    status  lossless | not lossless | failed | killed
+    status  lossless | not lossless | failed | running | killed
     """
 
     folder: Path
@@ -66,9 +68,21 @@ def _job(folder: Path, settings: dict[str, str]) -> Job:
     if failed.exists():
         return Job(folder, settings, "failed", failed.read_text().strip(), None)
     if not finished.exists():
-        return Job(folder, settings, "killed", "it was killed", None)
+        told = ("running", "it is still running") if _is_alive(folder) else ("killed", "it was killed")
+        return Job(folder, settings, *told, None)
     summary = json.loads(finished.read_text())
     return Job(folder, settings, "lossless" if summary["verdict"]["lossless"] else "not lossless", "", summary)
+
+
+def _is_alive(folder: Path) -> bool:
+    """Whether a run holds the lock of the folder."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def leave(sweep_dir: Path, jobs: list[Job]) -> str:

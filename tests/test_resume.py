@@ -79,6 +79,7 @@ def test_a_killed_run_goes_on_bit_by_bit(whole, tmp_path, seed):
         process.send_signal(signal.SIGKILL)
         process.wait()
     text = finish(start(folder), folder)
+    assert "resume=auto: there is no checkpoint in '" in text
     assert "resumed from" in text
     assert_same_run(out, folder / "out")
 
@@ -138,6 +139,15 @@ def test_another_configuration_is_refused_with_the_difference(whole):
     assert "centri_strength: 15.0 then, 7 now" in last
     assert "schedule.csgd.lr: 0.05 then, 0.04 now" in last
     assert "widths" not in last
+    assert not (out / "failed.txt").exists(), "the run in that folder is in good health"
+
+
+def test_a_slip_leaves_the_folder_of_another_run_as_it_is(whole):
+    out, _ = whole
+    before = (out / "metrics.jsonl").read_bytes()
+    assert "tolerance.logits must be above 0" in finish(start(out.parent, "tolerance.logits=-1"), out.parent, status=2)
+    assert not (out / "failed.txt").exists()
+    assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_checkpoint_of_other_code_is_refused(whole, tmp_path):
@@ -172,4 +182,19 @@ def test_a_folder_in_use_is_refused(tmp_path):
     (folder / "out").mkdir(parents=True)
     with FileLock(folder / "out" / ".lock"):
         text = finish(start(folder), folder, status=2)
+        finish(start(folder, "tolerance.logits=-1"), folder, status=2)
     assert "is in use by a run that is still alive" in text.splitlines()[-1]
+    assert not (folder / "out" / "failed.txt").exists()
+
+
+def test_checkpoints_of_which_none_can_be_read_are_kept(tmp_path):
+    checkpoints = tmp_path / "damaged" / "out" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for name in ("last.pt", "last.pt.previous"):
+        (checkpoints / name).write_bytes(b"PK cut short")
+    last = finish(start(tmp_path / "damaged"), tmp_path / "damaged", status=2).splitlines()[-1]
+    assert last.startswith("error: resume=auto: 'out/checkpoints/last.pt' (".replace("out/", f"{checkpoints.parent}/"))
+    assert last.endswith("cannot be read; move the folder away or say resume=never to start anew")
+    assert {path.name: path.read_bytes() for path in checkpoints.iterdir()} == {
+        "last.pt": b"PK cut short", "last.pt.previous": b"PK cut short",
+    }  # fmt: skip

@@ -13,6 +13,7 @@ from shutil import which
 
 import pytest
 import yaml
+from filelock import FileLock
 from joblib import cpu_count
 from matplotlib.figure import Figure
 from test_config import composed
@@ -254,6 +255,14 @@ def test_jobs_are_in_order_and_told_apart_by_what_was_swept(jobs):
     assert [job.settings for job in jobs] == [
         {"deps": deps, "seed": seed} for deps in ("5_8", "1_2") for seed in ("0", "1")
     ]
+
+
+def test_a_job_that_is_alive_is_not_called_killed(tmp_path):
+    written(tmp_path, 0, seed=0, deps="1_2", accuracy=0.5, macs=1)
+    (tmp_path / "0" / "summary.json").unlink()
+    with FileLock(tmp_path / "0" / ".lock"):
+        assert [job.status for job in sweep.read_jobs(tmp_path)] == ["running"]
+    assert [job.status for job in sweep.read_jobs(tmp_path)] == ["killed"]
 
 
 def test_means_over_seeds(jobs):
