@@ -138,8 +138,8 @@ class Clustering:
 
 @dataclass
 class Tolerance:
-    deviation: float = MISSING  # of ‖W − ΓW‖ / ‖W‖: at most this, and the filters have collapsed
-    logits: float = MISSING  # of the largest logit change / the largest logit: at most this, and the cut is lossless
+    deviation: float = MISSING  # of ‖W − ΓW‖ / ‖W‖ of each tensor, running statistics included: collapsed
+    logits: float = MISSING  # of the change of an image's logits / their spread (max − min): at most this is lossless
 
     def __post_init__(self):
         for key in ("deviation", "logits"):

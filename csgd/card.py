@@ -52,7 +52,7 @@ def export_table(export: dict[str, Any]) -> str:
         faster = f"{wide['median_ms'] / narrow['median_ms']:.2f} times as fast, {narrow['rounds']} rounds"
         rows.append((f"latency, batch {timed['batch']}", _milliseconds(wide), _milliseconds(narrow), faster))
     for name, file in export["files"].items():
-        checked = f"differs from PyTorch by {file['relative_change']:.1e} of the largest logit"
+        checked = f"differs from PyTorch by {file['relative_change']:.1e} of an image's spread"
         rows.append((name, "", f"{file['bytes'] / 1e6:.2f} MB", checked))
     return table((export["device"], "dense", "pruned", ""), rows)
 

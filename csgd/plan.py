@@ -21,7 +21,8 @@ class Timetable:
     learning_rates       τ of each step
     ramp                 factor of ε at each step
     tolerance            a factor of the deviation that counts as collapsed
-    statistics_momentum  of batch norm, None if the network has no running statistics, 0 if they forget nothing
+    statistics_momentum  of the slowest running mean of what is pulled (batch norm's statistics, an average of the
+                         weights): None if there is none, 0 if one forgets nothing
     """
 
     learning_rates: Sequence[float]
@@ -75,7 +76,7 @@ class Plan:
                 lag = f"which follow them with a momentum of {self.statistics_momentum:g}, not before the end"
                 way = "a stronger pull or more epochs"
             return (
-                f"the filters will collapse, but the running statistics of batch norm, {lag}: "
+                f"the filters will collapse, but the running means of batch norm or of schedule.ema, {lag}: "
                 f"the cut will not be lossless; {way} would do"
             )
         return None

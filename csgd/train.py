@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from csgd import ranks
 from csgd.data import Data
 from csgd.errors import InputError
+from csgd.graph.tracer import tensors_in
 from csgd.optim import CSGD, set_lr, set_ramp
 from csgd.seeds import RandomState, seed_all, set_random_state
 
@@ -182,32 +183,51 @@ def criterion(outputs, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     label_smoothing  the share of a label that is spread evenly over all classes (Szegedy et al., 2016)
     """
     cross_entropy = partial(F.cross_entropy, target=labels, label_smoothing=label_smoothing)
-    if isinstance(outputs, Tensor):
-        return cross_entropy(outputs)
-    main, *auxiliary = [logits for logits in outputs if logits is not None]
-    return cross_entropy(main) + AUXILIARY_WEIGHT * sum(cross_entropy(a) for a in auxiliary)
+    main, *auxiliary = map(cross_entropy, tensors_in(outputs))
+    return main + AUXILIARY_WEIGHT * sum(auxiliary) if auxiliary else main
 
 
 def logits_of(outputs) -> Tensor:
-    """The main head of a network's outputs, [n, classes]."""
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
+    """The main head of a network's outputs, [n, classes]: the first tensor of them; InputError if there is none."""
+    logits = next(tensors_in(outputs), None)
+    if logits is None:
+        raise InputError(f"the network returns no tensor, but {type(outputs).__name__}")
+    return logits
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
-    """Logits [n, classes] of the test set, in eval mode and in the precision of the weights, and its labels [n]; on
-    the CPU, and those of all ranks on each."""
+def predict(model: nn.Module, data: Data) -> tuple[list[Tensor], Tensor]:
+    """What the network says of the test set, in eval mode and in the precision of the weights, and its labels [n]; on
+    the CPU, and those of all ranks on each.
+
+    Of each output tensor, the logits [n, classes] first, the rows of all batches.  InputError without an image, or if
+    an output has other tensors or other shapes from batch to batch.
+    """
     model.eval()
-    own = [
-        (logits_of(model(images)).float().cpu(), labels.cpu()) for images, labels in data.test_batches() if len(images)
-    ]
+    own = []
+    for images, labels in data.test_batches():
+        if len(images):
+            own.append(([torch.atleast_1d(t).cpu() for t in tensors_in(model(images))], labels.cpu()))
     batches = zip_longest(*ranks.gathered(own))  # the last one may be too small for every rank to have of it
-    logits, labels = zip(*(pair for shares in batches for pair in shares if pair is not None), strict=True)
-    return torch.cat(logits), torch.cat(labels)
+    parts = [pair for shares in batches for pair in shares if pair is not None]
+    if not parts:
+        raise InputError("the test set holds no image, so there is nothing to judge")
+    by_batch, labels = zip(*parts, strict=True)
+    if len({tuple(t.shape[1:] for t in tensors) for tensors in by_batch}) > 1:
+        raise InputError("the network's outputs have other shapes from batch to batch, so they cannot be judged")
+    return [torch.cat(tensors) for tensors in zip(*by_batch, strict=True)], torch.cat(labels)
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """The fraction of `labels` [n] that the largest of `logits` [n, classes] hits."""
+def accuracy(outputs, labels: Tensor) -> float:
+    """The fraction of `labels` [n] that the largest of the logits [n, classes], the first of the outputs, hits.
+
+    InputError if there is no label, or not one for each row of the logits.
+    """
+    logits = logits_of(outputs)
+    if logits.dim() < 2 or logits.shape[:1] + logits.shape[2:] != labels.shape:
+        raise InputError(f"logits {list(logits.shape)} do not fit labels {list(labels.shape)}")
+    if not labels.numel():
+        raise InputError("there is no image to test")
     return (logits.argmax(1) == labels).double().mean().item()
 
 

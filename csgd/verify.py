@@ -1,27 +1,39 @@
 """The verdict: what a run proves about its cut, and what it saved."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from csgd.clusters import Clusters, clustered_tensors
+from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors
+from csgd.errors import InputError
 from csgd.graph import ChannelSpace
+from csgd.graph.twin import tensors_in
 from csgd.train import accuracy
+
+IMAGES = 256  # compared at once, in float64
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What is measured at the cut, over the whole test set.
 
-    deviation                Σ‖W − ΓW‖² over all clustered tensors just before the cut
-    relative_deviation       ‖W − ΓW‖ / ‖W‖, the larger of kernels' and vectors'
-    max_logit_change         largest |Δ| of any logit by the cut
-    relative_logit_change    the same divided by the largest |logit| before it
-    statistics_spread        largest relative spread of BN running statistics within a cluster (fact F8)
-    accuracy_before_trim, accuracy_after_trim, accuracy   fractions of the test set; the last is the pruned network's
-    collapsed, lossless      whether both numbers are within their tolerance
+    deviation                Σ‖W − ΓW‖² over all clustered parameters just before the cut
+    relative_deviation       ‖W − ΓW‖ / ‖W‖ of the worst tensor, running statistics included
+    max_logit_change         largest |Δ| of any output by the cut
+    relative_logit_change    of the image that changed most: the largest |Δ| of its outputs, divided by their spread
+                             (max − min of its own finite outputs) before the cut; see `relative_change`
+    statistics_spread        ‖S − ΓS‖ / ‖S‖ of the worst of batch norm's running statistics (fact F8)
+    accuracy_before_trim, accuracy_after_trim, accuracy   fractions of the test set; the last is the pruned network's;
+                             NaN where the first output is no logits of the labels
+    collapsed                whether relative_deviation and statistics_spread are within their tolerance
+    lossless                 whether, besides, relative_logit_change is within its own
+
+    Where a moving average of the weights is what ships, the worse of the two networks counts in each number, and the
+    accuracies are the average's.
     """
 
     lossless: bool
@@ -37,8 +49,8 @@ class Verdict:
 
 
 def verdict(
-    before: Tensor,
-    after: Tensor,
+    before,
+    after,
     labels: Tensor,
     *,
     deviation: float,
@@ -47,10 +59,22 @@ def verdict(
     deviation_tolerance: float,
     logit_tolerance: float,
 ) -> Verdict:
-    """Judges a cut from the logits [n, classes] before and after it.  NaN anywhere is never lossless."""
-    change = (before - after).abs().max().item()
-    relative = change / max(before.abs().max().item(), 1e-30)
-    collapsed = relative_deviation <= deviation_tolerance
+    """Judges a cut by what the network says of n images before and after it, `labels` [n] beside it.
+
+    before, after  logits [n, classes], or several outputs in tuples, dicts or objects, the logits first; all are judged
+
+    An image keeps its class wherever that leads by more than twice the largest |Δ| of its logits, since then
+    best − |Δ| > second + |Δ|.  NaN anywhere is never lossless.  InputError if there is nothing to judge: no output, no
+    image, or logits that are all zero.
+    """
+    changes = _changes(before, after)
+    if len(labels) != changes.size(1):
+        raise InputError(f"the verdict needs a label for each image: {len(labels)} for {changes.size(1)}")
+    if not next(tensors_in(before)).count_nonzero():
+        raise InputError("there is nothing to judge: the network answers every image with zeros")
+    change, relative = changes.amax(1).tolist()
+    collapsed = relative_deviation <= deviation_tolerance and statistics_spread <= deviation_tolerance
+    after_trim = _accuracy(after, labels)
     return Verdict(
         lossless=collapsed and relative <= logit_tolerance,
         collapsed=collapsed,
@@ -59,16 +83,111 @@ def verdict(
         max_logit_change=change,
         relative_logit_change=relative,
         statistics_spread=statistics_spread,
-        accuracy_before_trim=accuracy(before, labels),
-        accuracy_after_trim=accuracy(after, labels),
-        accuracy=accuracy(after, labels),
+        accuracy_before_trim=_accuracy(before, labels),
+        accuracy_after_trim=after_trim,
+        accuracy=after_trim,
     )
+
+
+def worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """One verdict of several: lossless if each is, the largest changes, and the accuracies of the last."""
+    largest = ("deviation", "relative_deviation", "max_logit_change", "relative_logit_change", "statistics_spread")
+    return replace(
+        verdicts[-1],
+        **{key: all(getattr(v, key) for v in verdicts) for key in ("lossless", "collapsed")},
+        **{key: _largest(getattr(v, key) for v in verdicts) for key in largest},
+    )
+
+
+def relative_change(before, after) -> Tensor:
+    """Of each image the largest |Δ| of its outputs, divided by their spread before: [n], in float64.
+
+    before, after  what a network says of n images: a tensor [n, …], or several in tuples, dicts or objects
+
+    The spread is max − min of the image's own finite entries of an output tensor; where these are all equal, their
+    absolute value stands for it, and where that is 0 too, nothing may change.  Equal infinities have not changed.  Any
+    other infinity, NaN, an integer that differs and an output of another shape have changed infinitely.  Of several
+    outputs the one that changed most counts; one with another number of rows than n counts for every image.
+
+    InputError if there is no output or no image.
+    """
+    return _changes(before, after)[1]
+
+
+def _changes(before, after) -> Tensor:
+    """Of each of n images the largest |Δ|, and the largest |Δ| / spread: [2, n]."""
+    befores, afters = ([_rows(tensor) for tensor in tensors_in(outputs)] for outputs in (before, after))
+    if not befores:
+        raise InputError("there is nothing to judge: the network returns no tensor")
+    n = len(befores[0])
+    if n == 0:
+        raise InputError("there is nothing to judge: no image")
+    largest = torch.full((2, n), 0.0 if len(befores) == len(afters) else math.inf, dtype=torch.float64)
+    for one, other in zip(befores, afters, strict=False):
+        changes = _changes_of_rows(one, other)
+        largest = largest.maximum(changes if changes.size(1) == n else changes.amax(1, keepdim=True))
+    return largest
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return torch.atleast_1d(torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor)
+
+
+def _changes_of_rows(before: Tensor, after: Tensor) -> Tensor:
+    """The largest |Δ| and |Δ| / spread of each row of one output: [2, rows], or one column for all rows."""
+    if before.shape != after.shape:
+        return torch.full((2, 1), math.inf, dtype=torch.float64)
+    if not before.numel():
+        return torch.zeros(2, 1, dtype=torch.float64)
+    parts = (tensor.reshape(len(tensor), -1).split(IMAGES) for tensor in (before, after))
+    return torch.cat([_changes_of_part(*pair) for pair in zip(*parts, strict=True)], 1)
+
+
+def _changes_of_part(before: Tensor, after: Tensor) -> Tensor:
+    same, is_exact = before == after, not before.is_floating_point()
+    before, after = before.double(), after.double()
+    change = torch.full_like(before, math.inf) if is_exact else (after - before).abs()
+    change = change.masked_fill(same, 0.0).nan_to_num(math.inf, math.inf).amax(1)
+    infinite = ~before.isfinite()
+    top, bottom = before.masked_fill(infinite, -math.inf).amax(1), before.masked_fill(infinite, math.inf).amin(1)
+    size = before.abs().masked_fill(infinite, 0.0).amax(1)
+    scale = torch.where(top > bottom, top - bottom, size).clamp(max=torch.finfo(torch.float64).max)
+    return torch.stack([change, torch.where(change > 0, change / scale, 0.0)])
+
+
+def _accuracy(outputs, labels: Tensor) -> float:
+    try:
+        return accuracy(outputs, labels)
+    except InputError:  # not a classifier
+        return math.nan
+
+
+@torch.no_grad()
+def deviation(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> float:
+    """Σ‖W − ΓW‖² over the clustered parameters."""
+    parameters = (t for t in _merged(model, spaces, clusters) if not t.is_statistic)
+    return sum((t.relative_deviation() * float(t.tensor.norm())) ** 2 for t in parameters)
+
+
+def relative_deviation(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> float:
+    """Largest ‖W − ΓW‖ / ‖W‖ of any tensor whose rows the cut merges, running statistics included."""
+    return _largest(t.relative_deviation() for t in _merged(model, spaces, clusters))
 
 
 def statistics_spread(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> float:
     """Largest ‖S − ΓS‖ / ‖S‖ of any vector S of running statistics: they lag the filters (fact F8)."""
+    return _largest(t.relative_deviation() for t in _merged(model, spaces, clusters) if t.is_statistic)
+
+
+def _merged(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> list[ClusteredTensor]:
     touched = clustered_tensors(model, spaces, clusters)
-    return max((t.relative_deviation() for t in touched if t.is_statistic), default=0.0)
+    return [t for t in touched if t.merged and t.tensor.is_floating_point()]
+
+
+def _largest(values: Iterable[float]) -> float:
+    """NaN if one of them is, where max would depend on the order."""
+    return max(values, key=lambda value: (math.isnan(value), value), default=0.0)
 
 
 @torch.no_grad()

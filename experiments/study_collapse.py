@@ -41,6 +41,7 @@ from csgd.optim import CSGD  # noqa: E402
 from csgd.report import table  # noqa: E402
 from csgd.schedule import RAMPS, learning_rate, ramp  # noqa: E402
 from csgd.train import accuracy, predict, train  # noqa: E402
+from csgd.verify import relative_change  # noqa: E402
 
 RESULTS = HERE / "study_collapse.jsonl"
 EPOCHS, WARMUP, STEPS_PER_EPOCH = 6, 1, 45
@@ -136,7 +137,7 @@ def measure(network: str, width: float, seed: int, setting: Setting) -> dict:
                 return row | {"unreachable": True}
             seconds += done["seconds"]
             looks += done["looks"]
-        row |= {"cut": done["cut"], "cut_step": done["cut_step"], "logit_change": done["logit_change"]}
+        row |= {"cut": done["cut"], "cut_step": done["cut_step"], "relative_change": done["relative_change"]}
     else:
         spaces = csgd.find_spaces(model, data.example, trial=False)
         widths = csgd.target_widths(spaces, width)
@@ -196,8 +197,8 @@ def pull(model, spaces, clusters, data, setting: Setting, lr: float, seed: int, 
             if setting.after_trim == "plain":
                 optimizer.unscale()
             narrow, _ = predict(model, data)
-            change = float((wide - narrow).abs().max() / wide.abs().max())
-            result = {"cut": accuracy(narrow, labels), "cut_step": cut_step, "logit_change": change}
+            change = float(relative_change(wide, narrow).max())
+            result = {"cut": accuracy(narrow, labels), "cut_step": cut_step, "relative_change": change}
     return result | {"seconds": seconds, "looks": looks}
 
 

@@ -55,7 +55,8 @@ def fifty_steps(accumulation: int = 1):
     csgd.trim(net, spaces, clusters, optimizer, tolerance=None)
     epochs += train(ranks.parallel(net), optimizer, d, steps=narrow, accumulation=accumulation, **how)
     torch.set_default_dtype(torch.float32)
-    return *predict(net, d), [(e.loss, e.train_accuracy) for e in epochs], net.features[0].out_channels
+    (logits,), labels = predict(net, d)
+    return logits, labels, [(e.loss, e.train_accuracy) for e in epochs], net.features[0].out_channels
 
 
 def in_group(function, *arguments):

@@ -24,11 +24,11 @@ from csgd.seeds import RandomState
 from csgd.tracking import Tracker
 from csgd.train import Epoch, accuracy, predict, train
 from csgd.trim import merge_equal, statistics_momentum, trim
-from csgd.verify import Verdict, statistics_spread, verdict
+from csgd.verify import Verdict, deviation, relative_deviation, statistics_spread, verdict, worst
 
 log = logging.getLogger("csgd")
 
-Tested = tuple[Tensor, Tensor]  # logits [n, classes] of the test set, and its labels [n]
+Tested = tuple[list[Tensor], Tensor]  # outputs of the test set, the logits [n, classes] first, and its labels [n]
 
 LOOK_EVERY = 10  # steps between two looks at the deviation, once the collapse is due
 
@@ -126,7 +126,9 @@ class Pull:
 def _timetable(cfg: Any, model: nn.Module, data: Data) -> tuple[dict[str, Any], Timetable]:
     phase = phase_of(cfg, data, "csgd")
     rates, ramps = ([phase[at](step) for step in phase["steps"]] for at in ("lr_at", "ramp_at"))
-    return phase, Timetable(rates, ramps, cfg.tolerance.deviation, statistics_momentum(model))
+    momenta = statistics_momentum(model), 1 - cfg.schedule.ema if cfg.schedule.ema else None
+    slowest = min((momentum for momentum in momenta if momentum is not None), default=None)
+    return phase, Timetable(rates, ramps, cfg.tolerance.deviation, slowest)
 
 
 def tell_plan(pull: Pull) -> None:
@@ -148,6 +150,7 @@ class Stage:
     cfg: Any
     model: nn.Module
     data: Data
+    spaces: list[ChannelSpace]
     clusters: Clusters
     pull: Pull
     scaler: GradScaler | None
@@ -168,12 +171,18 @@ class Stage:
             done = foreseen or end
         while foreseen and done < end:
             past = (done - foreseen) % LOOK_EVERY  # a run that goes on looks where it would have looked
-            if not past and self.pull.optimizer.relative_deviation() <= self.cfg.tolerance.deviation:
+            if not past and self.is_collapsed():
                 break
-            more = range(done, min(done + LOOK_EVERY - past, end))  # float32 was slower than the forecast
+            more = range(done, min(done + LOOK_EVERY - past, end))  # slower than the forecast: float32, a mean of means
             random_state, tested = self.train(network, "wide", more, random_state)
             done = more.stop
         return done, random_state, tested
+
+    def is_collapsed(self) -> bool:
+        """Whether every tensor that is to be merged has collapsed, running statistics and the average included."""
+        networks = [self.model, self.average.module] if self.average else [self.model]
+        left = [relative_deviation(network, self.spaces, self.clusters) for network in networks]
+        return all(value <= self.cfg.tolerance.deviation for value in left)
 
     def train(
         self, network: nn.Module, phase: str, steps: range, random_state: RandomState | None
@@ -244,23 +253,31 @@ def cut(
     average: AveragedModel | None,
     tested: Tested | None,
 ) -> Verdict:
-    """Trims the model and the optimizer in place, and measures what that did to the logits, which were `tested`.
+    """Trims the model and the optimizer in place, and judges what that did to the outputs, which were `tested`.
 
-    The average of the weights is trimmed too, by its means: as it is linear in them, it goes on as the average of a run
-    that was narrow from its start.
+    The average of the weights is what ships, if there is one.  It is trimmed too, by its means: as it is linear in the
+    weights, it goes on as the average of a run that was narrow from its start.  The worse of the two cuts counts, and
+    the accuracies are the average's.
     """
-    before, labels = tested or predict(model, data)
-    measured = dict(
-        deviation=float(optimizer.deviation()),
-        relative_deviation=optimizer.relative_deviation() if optimizer.clustered_groups() else 0.0,
-        statistics_spread=statistics_spread(model, spaces, clusters),
-    )
+    networks = [model, average.module] if average else [model]
+    wide = [tested or predict(model, data), *(predict(network, data) for network in networks[1:])]
+    measured = [
+        dict(
+            deviation=deviation(network, spaces, clusters),
+            relative_deviation=relative_deviation(network, spaces, clusters),
+            statistics_spread=statistics_spread(network, spaces, clusters),
+        )
+        for network in networks
+    ]
     trim(model, spaces, clusters, optimizer, tolerance=None)
     if average:
         merge_equal(average.module, spaces, clusters)
         trim(average.module, spaces, clusters, tolerance=None)
     if cfg.after_trim == "plain":
         optimizer.unscale()
-    after, _ = predict(model, data)
     tolerances = dict(deviation_tolerance=cfg.tolerance.deviation, logit_tolerance=cfg.tolerance.logits)
-    return verdict(before, after, labels, **measured, **tolerances)
+    verdicts = [
+        verdict(before, predict(network, data)[0], labels, **measures, **tolerances)
+        for network, (before, labels), measures in zip(networks, wide, measured, strict=True)
+    ]
+    return worst(verdicts)

@@ -45,7 +45,7 @@ from csgd.tracking import Tracker
 from csgd.train import accuracy, predict
 from csgd.trial import find_spaces
 from csgd.trim import load_trimmed
-from csgd.verify import Verdict, count_macs, count_params
+from csgd.verify import Verdict, count_macs, count_params, worst
 
 log = logging.getLogger("csgd")
 
@@ -188,7 +188,7 @@ def _stage(
         _keep(album, model, "start")
     end = pull.phase["steps"].stop
     with bar_of(cfg, "C-SGD", range(done, end)) as bar:
-        stage = Stage(cfg, model, data, clusters, pull, scaler, average, number, journal, tracker, clock, bar)
+        stage = Stage(cfg, model, data, spaces, clusters, pull, scaler, average, number, journal, tracker, clock, bar)
         if wide:
             with clocked(seconds, "csgd_wide"):
                 done, random_state, tested = stage.train_wide(done, random_state)
@@ -229,13 +229,7 @@ def _keep(album: Album | None, model: nn.Module, when: str) -> None:
 
 def _together(stages: list[dict[str, Any]]) -> Verdict:
     """One verdict of all cuts: lossless if every one was, the largest changes, the accuracies around the last."""
-    verdicts = [stage["verdict"] for stage in stages]
-    largest = ("deviation", "relative_deviation", "max_logit_change", "relative_logit_change", "statistics_spread")
-    return Verdict(
-        **verdicts[-1]
-        | {key: all(v[key] for v in verdicts) for key in ("lossless", "collapsed")}
-        | {key: max(v[key] for v in verdicts) for key in largest}
-    )
+    return worst([Verdict(**stage["verdict"]) for stage in stages])
 
 
 def _cost(model: nn.Module, data: Data, when: str) -> dict[str, int]:
@@ -267,7 +261,9 @@ def _report(summary: dict[str, Any], tracker: Tracker, output_dir: Path) -> None
     headline.info("%s\n\n%s\n", "LOSSLESS" if judged["lossless"] else "NOT LOSSLESS", report.verdict_table(summary))
     if not judged["lossless"]:
         lost = judged["accuracy_before_trim"] - judged["accuracy_after_trim"]
-        why = "the cut changed the logits" if judged["collapsed"] else "the filters have not collapsed"
+        why = "the cut changed the logits"
+        if not judged["collapsed"]:
+            why = f"the filters have not collapsed, or what follows them ({judged['relative_deviation']:.1e} is left)"
         log.warning("NOT LOSSLESS: %s; the cut cost %.4f of accuracy", why, lost)
     log.info("files: %s", output_dir)
     if folder := tracker.offline_dir:

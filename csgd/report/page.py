@@ -69,11 +69,12 @@ def _verdict(summary: Mapping[str, Any]) -> str:
     verdict, cost = summary["verdict"], summary["cost"]
     saved = 1 - cost["macs_after"] / cost["macs_before"]
     if verdict["lossless"]:
-        told = f"LOSSLESS: the cut changed no logit by more than {verdict['relative_logit_change']:.1e} of the largest"
+        change = f"{verdict['relative_logit_change']:.1e}"
+        told = f"LOSSLESS: the cut changed no image's logits by more than {change} of their spread"
     elif verdict["collapsed"]:
         told = "NOT LOSSLESS: the cut changed the logits"
     else:
-        told = "NOT LOSSLESS: the filters had not collapsed"
+        told = "NOT LOSSLESS: the filters had not collapsed, or what follows them"
     kind = "lossless" if verdict["lossless"] else "lossy"
     return f'<p class="verdict {kind}">{escape(told)}, and saved {saved:.1%} of the multiply-accumulates.</p>'
 

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import csgd
+from csgd.verify import relative_change
 
 
 def train(wrapped, optimizer, average, images, labels, steps):
@@ -42,7 +43,7 @@ def main(steps: int) -> float:
     with torch.no_grad():
         before = model(images)
         csgd.trim(model, spaces, clusters, optimizer)
-        change = float((model(images) - before).abs().max() / before.abs().max())
+        change = float(relative_change(before, model(images)).max())
     csgd.merge_equal(average.module, spaces, clusters)  # its members lag behind those of the model
     csgd.trim(average.module, spaces, clusters)
     train(DistributedDataParallel(model), optimizer, average, images, labels, steps)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 import csgd
+from csgd.verify import relative_change
 
 
 def train_and_trim(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> float:
@@ -29,8 +30,8 @@ def train_and_trim(model: nn.Module, images: Tensor, labels: Tensor, steps: int)
     with torch.no_grad():
         before = model(images[:256])
         csgd.trim(model, spaces, clusters)
-        change = float((model(images[:256]) - before).abs().max() / before.abs().max())
-    print(f"{type(model).__name__}: {widths}; the logits changed by {change:.1e} of the largest")
+        change = float(relative_change(before, model(images[:256])).max())
+    print(f"{type(model).__name__}: {widths}; the logits changed by at most {change:.1e} of an image's spread")
     return change
 
 

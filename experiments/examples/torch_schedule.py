@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 import csgd
+from csgd.verify import relative_change
 
 STRENGTH, PEAK = 8.0, 0.05
 
@@ -41,8 +42,8 @@ def main(steps: int) -> float:
         if change is None and csgd.relative_deviation(model, spaces, clusters) < 1e-6:
             before = model(images)
             csgd.trim(model, spaces, clusters, optimizer)  # the optimizer, and so the scheduler, go on
-            change = float(((model(images) - before).abs().max() / before.abs().max()).detach())
-            print(f"step {step}: cut to {model[0]}; the logits changed by {change:.1e} of the largest")
+            change = float(relative_change(before, model(images)).max())
+            print(f"step {step}: cut to {model[0]}; the logits changed by at most {change:.1e} of an image's spread")
     print(f"loss {loss:.3f} at the end")
     return change
 
