@@ -7,8 +7,9 @@ from csgd.graph import ChannelSpace, Inputs, Ref, describe
 from csgd.optim import CSGD, param_groups
 from csgd.proof import Proof, prove
 from csgd.pruned import load_pruned, save_pruned
+from csgd.reload import load_trimmed
 from csgd.trial import find_spaces, pin_failures
-from csgd.trim import load_trimmed, merge_equal, trim
+from csgd.trim import merge_equal, trim
 from csgd.widths import target_widths
 
 __all__ = [

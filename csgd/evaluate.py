@@ -23,8 +23,8 @@ from csgd.data import Data
 from csgd.errors import InputError
 from csgd.pipeline.build import check_fit, device_name, device_of, placed
 from csgd.pruned import describe, load_pruned
+from csgd.reload import load_trimmed
 from csgd.train import accuracy, predict
-from csgd.trim import load_trimmed
 from csgd.verify import count_params
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from csgd.build import build, makes, named
 from csgd.checkpoint import save_weights, write_json
 from csgd.errors import InputError
+from csgd.reload import load_trimmed
 from csgd.train import logits_of
-from csgd.trim import load_trimmed
 
 WEIGHTS, DESCRIPTION = "pruned.safetensors", "pruned.json"
 FORMAT = 1

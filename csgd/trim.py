@@ -98,7 +98,7 @@ def cut(model: nn.Module, touched: list[ClusteredTensor], optimizer: CSGD | None
     narrow = [t.narrowed(t.tensor.detach()) for t in touched]
     if optimizer is not None:
         optimizer.carry_over(touched)
-    multipliers, widths = _depthwise_multipliers(model), defaultdict(lambda: defaultdict(set))
+    multipliers, widths = depthwise_multipliers(model), defaultdict(lambda: defaultdict(set))
     for t, data in zip(touched, narrow, strict=True):
         changed = [(old, new) for old, new in zip(t.tensor.shape, data.shape, strict=True) if old != new]
         for path in {part for owner, _ in t.owners for part in _with_ancestors(owner)}:
@@ -106,7 +106,7 @@ def cut(model: nn.Module, touched: list[ClusteredTensor], optimizer: CSGD | None
                 widths[path][old].add(new)
         if changed:
             replace_data(t.tensor, data)
-    _fit_attributes({model.get_submodule(path) for t in touched for path, _ in t.owners}, multipliers)
+    fit_attributes({model.get_submodule(path) for t in touched for path, _ in t.owners}, multipliers)
     return [line for path in widths for line in _stale_integers(model.get_submodule(path), path, widths[path])]
 
 
@@ -163,45 +163,7 @@ def statistics_momentum(model: nn.Module) -> float | None:
     return min(momenta, default=None)
 
 
-def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
-    """Gives a freshly built wide `model` the widths of a trimmed state_dict, and loads it.
-
-    The shapes in the state_dict are the table of widths: no plan file and no analysis is needed.  InputError if keys
-    are missing, left over, or of another number of dims or wider than the model's.
-    """
-    own = model.state_dict(keep_vars=True)
-    if own.keys() != state_dict.keys():
-        missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
-        raise InputError(f"weights of another architecture: missing {missing[:3]}, left over {extra[:3]}")
-    multipliers = _depthwise_multipliers(model)
-    narrowed: dict[int, tuple[Tensor, Tensor]] = {}  # holds the old tensors too, so that their ids stay theirs
-    for key, new in state_dict.items():
-        old = own[key]
-        if not isinstance(old, Tensor):  # what a module's get_extra_state returns
-            continue
-        if old.dim() != new.dim() or any(a < b for a, b in zip(old.shape, new.shape, strict=True)):
-            raise InputError(
-                f"weights of another architecture: {key} is {list(new.shape)}, at most {list(old.shape)} fit"
-            )
-        if new.shape != old.shape and id(old) not in narrowed:
-            # In the layout of a cut in place: another one would round otherwise (fact F10).
-            form = torch.contiguous_format if old.is_contiguous() or old.dim() != 4 else torch.channels_last
-            empty = torch.empty(new.shape, dtype=old.dtype, device=old.device, memory_format=form)
-            is_parameter = isinstance(old, nn.Parameter)
-            narrowed[id(old)] = old, nn.Parameter(empty, old.requires_grad) if is_parameter else empty
-    changed = set()
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for attribute, tensor in store.items():
-                if id(tensor) in narrowed:
-                    store[attribute] = narrowed[id(tensor)][1]
-                    changed.add(module)
-    _fit_attributes(changed, multipliers)
-    model.load_state_dict(state_dict)
-    return model
-
-
-def _depthwise_multipliers(model: nn.Module) -> dict[nn.Module, int]:
+def depthwise_multipliers(model: nn.Module) -> dict[nn.Module, int]:
     """Output channels per input channel of every depthwise conv; read before its shape changes."""
     return {
         module: module.out_channels // module.in_channels
@@ -210,7 +172,7 @@ def _depthwise_multipliers(model: nn.Module) -> dict[nn.Module, int]:
     }
 
 
-def _fit_attributes(modules: Iterable[nn.Module], multipliers: dict[nn.Module, int]) -> None:
+def fit_attributes(modules: Iterable[nn.Module], multipliers: dict[nn.Module, int]) -> None:
     """Makes in_channels, groups, num_features … say what the shapes of the parameters say."""
     for module in modules:
         weight = module._parameters.get("weight")

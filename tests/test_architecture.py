@@ -27,6 +27,7 @@ FLOORS = {
     "csgd.train": 1,
     "csgd.checkpoint": 1,
     "csgd.pruned": 1,
+    "csgd.reload": 1,
     "csgd.verify": 2,
     "csgd.report": 2,
     "csgd.card": 2,

@@ -18,8 +18,8 @@ from csgd.models import resnet20
 from csgd.pipeline.launch import RankError, launch
 from csgd.pipeline.phase import check_batches
 from csgd.ranks import Share
+from csgd.reload import load_trimmed
 from csgd.train import predict, train
-from csgd.trim import load_trimmed
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -40,11 +40,11 @@ from csgd.pipeline.phase import check_batches
 from csgd.pipeline.pull import Pull, Stage, check_strengths, cut, tell_plan
 from csgd.pipeline.ship import ship
 from csgd.pruned import save_pruned
+from csgd.reload import load_trimmed
 from csgd.seeds import seed_all
 from csgd.tracking import Tracker
 from csgd.train import accuracy, predict
 from csgd.trial import find_spaces
-from csgd.trim import load_trimmed
 from csgd.verify import Verdict, count_macs, count_params, worst
 
 log = logging.getLogger("csgd")

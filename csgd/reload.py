@@ -1,0 +1,284 @@
+"""The narrow network again: a wide one takes the widths of a trimmed state_dict, once they are seen to fit."""
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
+
+from csgd.errors import InputError, line_of
+from csgd.graph import trace_spaces
+from csgd.graph.tracer import keep_random_state, tensors_in
+from csgd.trim import depthwise_multipliers, fit_attributes
+
+SIZES = (8, 16, 28, 32, 64, 96, 128, 224, 256, 299)  # of images that networks are made for
+
+Shapes = Mapping[str, torch.Size]
+
+
+@torch.no_grad()
+def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor], *, example=None) -> nn.Module:
+    """Gives a freshly built wide `model` the widths of a trimmed state_dict, and loads it.
+
+    The shapes in the state_dict are the table of widths: no plan file is needed.  They are checked against each other
+    before anything of the model changes: within each layer, and between layers by the channel spaces of the wide
+    network on an `example` (as `find_spaces` takes it, on the model's device).  Without one, copies of both networks
+    are run without data, on inputs that fit a layer of the wide one, as far as it takes any; not where it has hooks.
+
+    Parameters and buffers stay the objects that they are.  InputError if keys are missing, left over, of another kind
+    or number of dims or wider than the model's, or if the shapes do not fit together.
+    """
+    own = model.state_dict(keep_vars=True)
+    _check_keys(model, own, state_dict)
+    versioned = OrderedDict(state_dict)  # some modules ask for their version, which files of safetensors do not hold
+    versioned._metadata = getattr(state_dict, "_metadata", own._metadata)
+    tensors = {key: old for key, old in own.items() if isinstance(old, Tensor)}
+    shapes = {key: state_dict[key].shape for key in tensors}
+    narrowed = {id(old): shapes[key] for key, old in tensors.items() if shapes[key] != old.shape}
+    if narrowed:
+        for path, module in model.named_modules():
+            _check_layer(path, module, narrowed)
+        if example is not None:
+            _check_spaces(model, shapes, example)
+        _check_run(model, versioned, narrowed, shapes, example)
+
+    changed = list(_touched(model.modules(), narrowed))
+    multipliers = depthwise_multipliers(model)
+    for old in {id(old): old for old in tensors.values() if id(old) in narrowed}.values():
+        # In the layout of a cut in place: another one would round otherwise (fact F10).
+        form = torch.contiguous_format if old.is_contiguous() or old.dim() != 4 else torch.channels_last
+        empty = torch.empty(narrowed[id(old)], dtype=old.dtype, device=old.device, memory_format=form)
+        _replace_data(old, empty)
+    fit_attributes(changed, multipliers)
+    model.load_state_dict(versioned)
+    return model
+
+
+def _replace_data(tensor: Tensor, narrow: Tensor) -> None:
+    """Puts `narrow` into `tensor`, which stays the object that hooks, optimizers and other modules hold."""
+    tensor.grad = None
+    # A graph that is still alive keeps the shape of its leaves; torch forgets it where the dtype changes.
+    other = torch.float16 if tensor.dtype != torch.float16 else torch.float32
+    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = narrow
+
+
+def _touched(modules: Iterable[nn.Module], narrowed: Mapping[int, torch.Size]) -> Iterator[nn.Module]:
+    """The modules that own a tensor which is narrowed."""
+    for module in modules:
+        if any(id(tensor) in narrowed for tensor in (*module._parameters.values(), *module._buffers.values())):
+            yield module
+
+
+def _check_keys(model: nn.Module, own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+    """Each tensor by itself, and tied ones by pairs."""
+    other = "weights of another architecture"
+    if own.keys() != state_dict.keys():
+        missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+        raise InputError(f"{other}: missing {missing[:3]}, left over {extra[:3]}")
+    held = {id(tensor) for module in model.modules() for tensor in _tensors_of(module).values()}
+    first: dict[int, str] = {}
+    for key, old in own.items():
+        new = state_dict[key]
+        if not isinstance(old, Tensor):  # what a module's get_extra_state returns
+            continue
+        if is_lazy(old):
+            raise InputError(f"{key} of the model has no shape yet; call the model once on an example")
+        if not isinstance(new, Tensor):
+            raise InputError(f"{other}: {key} is a {type(new).__name__}, a tensor of {list(old.shape)} is wanted")
+        fits = old.dim() == new.dim() and all(0 < b <= a or a == b for a, b in zip(old.shape, new.shape, strict=True))
+        if not fits:
+            raise InputError(f"{other}: {key} is {list(new.shape)}, at most {list(old.shape)} fit")
+        if (old.is_floating_point(), old.is_complex()) != (new.is_floating_point(), new.is_complex()):
+            raise InputError(f"{other}: {key} is of {new.dtype}, {old.dtype} is wanted")
+        if new.shape != old.shape and id(old) not in held:
+            raise InputError(f"{key} is computed by the model and cannot be narrowed to {list(new.shape)}")
+        tied = first.setdefault(id(old), key)
+        if tied != key and not _equal(state_dict[tied], new):
+            raise InputError(f"{other}: {tied} and {key} are one tensor in the model, and two different ones here")
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in {**module._buffers, **module._parameters}.items() if tensor is not None}
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b.to(a.device), 0, 0, equal_nan=True)
+
+
+def _check_layer(path: str, module: nn.Module, narrowed: Mapping[int, torch.Size]) -> None:
+    """The tensors of one layer fit each other, if they did so before."""
+    if not any(_touched([module], narrowed)) or _misfit(module):
+        return
+    layer = type(module).__new__(type(module))
+    layer.__dict__ = {**module.__dict__, "_parameters": {}, "_buffers": {}}
+    for name, tensor in _tensors_of(module).items():
+        store = layer._parameters if name in module._parameters else layer._buffers
+        store[name] = torch.empty(narrowed.get(id(tensor), tensor.shape), device="meta")
+    fit_attributes([layer], depthwise_multipliers(layer))
+    if misfit := _misfit(layer):
+        name, wanted = misfit
+        dot = f"{path}." if path else ""
+        beside = [
+            f"{dot}{other} is {list(tensor.shape)}" for other, tensor in _tensors_of(layer).items() if other != name
+        ]
+        raise InputError(
+            f"weights that do not fit together: {dot}{name} is {list(_tensors_of(layer)[name].shape)}, its layer "
+            f"takes {list(wanted)}{f' where {beside[-1]}' if beside else ''}"
+        )
+
+
+def _misfit(layer: nn.Module) -> tuple[str, tuple[int, ...]] | None:
+    """The first tensor of a layer that has another shape than the layer's attributes ask for, and that shape."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        groups = max(layer.groups, 1)
+        outer, inner = layer.out_channels // groups, layer.in_channels // groups
+        rows, columns = (inner, outer) if layer.transposed else (outer, inner)
+        asked = {"weight": (rows * groups, columns, *layer.kernel_size), "bias": (outer * groups,)}
+    elif isinstance(layer, nn.Linear):
+        asked = {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}
+    elif isinstance(layer, nn.modules.batchnorm._NormBase):
+        asked = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (layer.num_features,))
+    elif isinstance(layer, nn.GroupNorm):
+        asked = dict.fromkeys(("weight", "bias"), (layer.num_channels // layer.num_groups * layer.num_groups,))
+    elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        asked = dict.fromkeys(("weight", "bias"), tuple(layer.normalized_shape))
+    elif isinstance(layer, nn.Embedding):
+        asked = {"weight": (layer.num_embeddings, layer.weight.size(1))}
+    else:
+        return None
+    tensors = _tensors_of(layer)
+    odd = (name for name, shape in asked.items() if name in tensors and tensors[name].shape != shape)
+    return next(((name, asked[name]) for name in odd), None)
+
+
+def _check_spaces(model: nn.Module, shapes: Shapes, example) -> None:
+    """Every channel space of the wide network keeps as many slots in each tensor that its slots index.
+
+    A dim that several spaces share, as of a concatenation, keeps the sum; one that no space indexes keeps its size.
+    """
+    try:
+        spaces = trace_spaces(model, example)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a network raises on inputs that it cannot take
+        taken = ", ".join(str(list(tensor.shape)) for tensor in tensors_in(example))
+        raise InputError(f"the wide network cannot take the example of {taken}: {line_of(error)}") from None
+    names, slots, parts = {}, defaultdict(int), defaultdict(dict)
+    for space in spaces:
+        uses = [
+            (key, ref.dim, ref.index.size(1))
+            for ref in space.refs
+            for key in (f"{path}.{attribute}".lstrip(".") for path, attribute in ref.owners)
+            if key in shapes
+        ]
+        alike = tuple(uses)  # a space of which some slots are pinned is listed in two parts
+        names.setdefault(alike, space.name)
+        slots[alike] += space.size
+        for key, dim, lanes in uses:
+            parts[key, dim][alike] = lanes
+    own = model.state_dict()
+    kept: dict[tuple, tuple[int, str]] = {}
+    left = {(key, dim): parts[key, dim] for key, shape in shapes.items() for dim in range(len(shape))}
+    while left:
+        ready = [use for use, lanes in left.items() if sum(alike not in kept for alike in lanes) <= 1]
+        if not ready:  # dims of several spaces each: their sums alone say no more
+            return
+        for key, dim in ready:
+            lanes = left.pop((key, dim))
+            before, size = own[key].size(dim), shapes[key][dim]
+            if not lanes:
+                if size != before:
+                    raise InputError(
+                        f"weights that do not fit together: {key} is {list(shapes[key])}, its dim {dim} stays {before}"
+                    )
+                continue
+            last = next((alike for alike in lanes if alike not in kept), next(reversed(lanes)))
+            others = {alike: n for alike, n in lanes.items() if alike != last}
+            rest = before - sum(slots[alike] * n for alike, n in lanes.items())
+            width = (size - rest - sum(kept[alike][0] * n for alike, n in others.items())) / lanes[last]
+            says = f"{key} of {list(shapes[key])} keeps {width:g} of the {slots[last]} channels of '{names[last]}'"
+            if last in kept and width != kept[last][0]:
+                known, by = kept[last]
+                raise InputError(f"weights that do not fit together: {by} of {list(shapes[by])} keeps {known}, {says}")
+            if not (width.is_integer() and 1 <= width <= slots[last]):
+                among = "".join(f", {kept[alike][1]} of {list(shapes[kept[alike][1]])} others" for alike in others)
+                raise InputError(f"weights that do not fit together: {says}{among}")
+            kept.setdefault(last, (int(width), key))
+
+
+def _check_run(
+    model: nn.Module, state_dict: OrderedDict, narrowed: Mapping[int, torch.Size], shapes: Shapes, example
+) -> None:
+    """The narrow network takes what the wide one takes: both are run without data, as far as they can be."""
+    try:
+        wide, narrow = _without_data(model, {}), _without_data(model, narrowed)
+    except Exception:  # a model that cannot be copied
+        return
+    weights = copy.copy(state_dict)
+    weights.update((key, value.to("meta")) for key, value in state_dict.items() if isinstance(value, Tensor))
+    try:
+        narrow.load_state_dict(weights)
+    except Exception as error:  # whatever a module of the user's raises when it is loaded
+        raise InputError(f"the weights cannot be loaded: {line_of(error)}") from None
+    if any(_has_hooks(module) for module in model.modules()):  # they may reach what is the user's
+        return
+    for inputs in _inputs_for(model) if example is None else [example]:
+        try:
+            _run(wide, inputs)
+        except Exception:  # not an input of this network
+            continue
+        try:
+            _run(narrow, inputs)
+        except Exception as error:  # whatever a network raises whose layers do not fit together
+            if example is None:
+                device = next((tensor.device for tensor in model.parameters()), None)
+                _check_spaces(model, shapes, torch.zeros_like(inputs, device=device))  # names the tensors
+            raise InputError(f"weights that do not fit together: {line_of(error)}") from None
+        return
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _without_data(model: nn.Module, narrowed: Mapping[int, torch.Size]) -> nn.Module:
+    """A copy of shapes alone, of these where they are given."""
+    memo = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty(narrowed.get(id(tensor), tensor.shape), dtype=tensor.dtype, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    copied = copy.deepcopy(model, memo)
+    pairs = zip(model.modules(), copied.modules(), strict=True)
+    changed = [twin for module, twin in pairs if any(_touched([module], narrowed))]
+    fit_attributes(changed, depthwise_multipliers(copied))
+    return copied.eval()
+
+
+def _run(model: nn.Module, inputs) -> None:
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    with torch.device("meta"), keep_random_state(model):
+        model(*tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), args))
+
+
+def _inputs_for(model: nn.Module) -> Iterator[Tensor]:
+    """Inputs that one of the layers takes, without data, beginning with the first layer."""
+    tried = set()
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            dims = len(layer.kernel_size)
+            shapes = [(2, layer.in_channels, *[size] * dims) for size in SIZES]
+        elif isinstance(layer, nn.Linear):
+            shapes = [(2, layer.in_features), (2, 7, layer.in_features)]
+        elif isinstance(layer, nn.Embedding):
+            shapes = [(2, 7)]
+        else:
+            continue
+        dtype = torch.long if isinstance(layer, nn.Embedding) else layer.weight.dtype
+        for shape in shapes:
+            if (shape, dtype) not in tried:
+                tried.add((shape, dtype))
+                yield torch.empty(shape, dtype=dtype, device="meta")
