@@ -1,8 +1,12 @@
 """What a configuration names: a network or a dataset, by the dotted path of what makes it."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
+from types import FunctionType
 from typing import Any, get_type_hints
 
 from csgd.errors import InputError
@@ -25,13 +29,69 @@ def makes(made: Any, kind: type) -> bool:
     return isinstance(returned, type) and issubclass(returned, kind)
 
 
+def within(name: str, packages: Collection[str]) -> bool:
+    """Whether the dotted `name` is one of `packages`, or lies below one."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def judged(
+    group: str, target: str, own: Mapping[str, Callable[[Any], bool]], allow: Collection[str] = (), otherwise: str = ""
+) -> Any:
+    """What the dotted path `target` of a file names, judged before anything is imported or called.
+
+    own        {package: whether what it holds runs by itself}: known packages, whose names are only looked up
+    allow      dotted names on the user's word: modules to import, classes and functions to call, and all below them
+    otherwise  what the user can do instead, for the message
+
+    What is found must be written in such a package too: no path leads through one into another.  InputError if not.
+    """
+    if isinstance(allow, str):
+        raise InputError(f"allow must be a list of dotted names, got the text {allow!r}")
+    owner, _, name = target.rpartition(".")
+    made = None
+    if within(target, allow):
+        made = named(group, target)
+    elif within(owner, own) and "._" not in target:
+        import_module(next(package for package in own if within(owner, [package])))
+        made = vars(sys.modules[owner]).get(name) if owner in sys.modules else None
+    written = f"{made.__module__}.{made.__qualname__}" if isinstance(made, type | FunctionType) else ""
+    if callable(made) and (target in allow or within(written, allow)):
+        return made
+    if any(within(written, [package]) and runs(made) for package, runs in own.items()):
+        return made
+    if within(target, allow):
+        why = f"it is {written or 'neither a class nor a function'}"
+        advice = [otherwise, f'allow=["{target}"] calls it']
+    else:
+        why = f"by themselves only makers in {', '.join(own)} are"
+        root = target.split(".")[0]
+        known = {*sys.stdlib_module_names, *(package.split(".")[0] for package in own)}
+        advice = [otherwise, "" if root in known else f'allow=["{root}"] (--allow {root}) trusts the code of {root}']
+    raise InputError(f"{group}._target_ '{target}' is not called: {why}; {', '.join(filter(None, advice))}")
+
+
+@contextmanager
+def off_the_path(folder: Path | str) -> Iterator[None]:
+    """Nothing is imported from `folder` in here, also where it is the current directory."""
+    before, folder = list(sys.path), Path(folder).resolve()
+    sys.path[:] = [entry for entry in before if Path(entry).resolve() != folder]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
 def build(group: str, settings: Mapping[str, Any], *, needed: Sequence[str] = (), **offered: Any) -> Any:
-    """Calls settings._target_ with its own settings, and with what is offered as far as it takes it.
+    """Calls settings._target_ on the user's word: with its own settings, and what is offered as far as it takes that.
 
     InputError if that does not fit, or if it does not take what is `needed`.
     """
+    return call(group, named(group, settings["_target_"]), settings, needed=needed, **offered)
+
+
+def call(group: str, made: Any, settings: Mapping[str, Any], *, needed: Sequence[str] = (), **offered: Any) -> Any:
+    """What `build` does with `made`, which settings._target_ names."""
     target = settings["_target_"]
-    made = named(group, target)
     own = {key: value for key, value in settings.items() if key != "_target_"}
     parameters = inspect.signature(made).parameters
     arguments = {key: value for key, value in offered.items() if key in parameters} | own

@@ -11,7 +11,12 @@ def card(summary: dict[str, Any], sizes: dict[str, int]) -> str:
     config, cost = summary["config"], summary["cost"]
     target = config["model"]["_target_"]
     verdict = "LOSSLESS" if summary["verdict"]["lossless"] else "NOT LOSSLESS"
-    own = "" if target.startswith(("csgd.", "torchvision.")) else f"; {target} must be importable"
+    targets = [config[group]["_target_"] for group in ("model", "dataset")]
+    own = [name.split(".")[0] for name in targets if not name.startswith(("csgd.", "torchvision.", "torch."))]
+    allow = (
+        f', allow=["{own[0]}"]' if target.split(".")[0] in own else ""
+    )  # the user's word, without which nothing runs
+    options = "".join(f" --allow {name}" for name in dict.fromkeys(own))
     widths = [(name, sizes[name], width) for name, width in summary["widths"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     origin = f"commit `{summary['commit']}`" if summary["commit"] else "outside of a checkout"
@@ -29,11 +34,12 @@ def card(summary: dict[str, Any], sizes: dict[str, int]) -> str:
         "```python\n"
         "import csgd\n"
         "\n"
-        f'model = csgd.load_pruned("path/to/this/folder")  # in eval mode, on the CPU{own}\n'
+        f'model = csgd.load_pruned("path/to/this/folder"{allow})  # in eval mode, on the CPU\n'
         "logits = model(images)  # normalised as in csgd/data.py\n"
         "```",
-        "`pruned.safetensors` and `pruned.json` are all it needs. `python -m csgd.evaluate path/to/this/folder` tests "
-        "it again, on the dataset of the run or on another one.",
+        "`pruned.safetensors` and `pruned.json` are all it needs. "
+        f"`python -m csgd.evaluate path/to/this/folder{options}` tests it again, on the dataset of the run "
+        "or on another one.",
         "## Origin",
         f"Seed {summary['seed']}, on {summary['device']}, {origin}; {versions}. "
         f"Base network: `{summary['base']['source']}`.",

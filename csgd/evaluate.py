@@ -5,8 +5,11 @@ run or on any other.
 """
 
 import argparse
+import json
 import re
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from csgd.build import build, label, makes, named
+from csgd.build import build, call, judged, label, makes, off_the_path, within
 from csgd.checkpoint import load_weights
 from csgd.data import Data
 from csgd.errors import InputError
@@ -35,11 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m csgd.evaluate", description="Tests a saved network on a dataset.")
     parser.add_argument("network", type=Path, help="folder of a pruned network, or a file of weights with model=…")
     parser.add_argument(
-        "settings", nargs="*", help="dataset=…, device=…, threads=…, schedule.batch_size=…, as of run.py"
+        "settings", nargs="*", help="dataset=…, device=…, threads=…, seed=…, schedule.batch_size=…, as of run.py"
     )
-    chosen = parser.parse_args(arguments)
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="mynet", help="a module of yours that the folder may name"
+    )
+    chosen = parser.parse_intermixed_args(arguments)
     try:
-        print(evaluate(chosen.network, chosen.settings))
+        print(evaluate(chosen.network, chosen.settings, chosen.allow))
     except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
         text = str(error).split("Config search path")[0]
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
@@ -47,15 +53,30 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def evaluate(network: Path, settings: list[str]) -> str:
-    """Two lines: what was tested on what, and the accuracy."""
+def evaluate(network: Path, settings: list[str], allow: Sequence[str] = ()) -> str:
+    """Two lines: what was tested on what, and the accuracy.
+
+    What the folder names is judged as `load_pruned` does, its dataset too; what `settings` name is the user's word.
+    """
     if not network.exists():
         raise InputError(f"'{network}' is neither a folder nor a file")
     described = describe(network) if network.is_dir() else {}
-    cfg = _composed(settings, described.get("dataset"), of_file=not described)
+    with off_the_path(network):
+        cfg = _composed(settings, described)
     device = device_of(cfg)
-    data = build("dataset", cfg.dataset, batch_size=cfg.schedule.batch_size, seed=cfg.seed, device=device)
-    model = placed(load_pruned(network) if described else _from_file(network, cfg, data), device)
+    offered = dict(batch_size=cfg.schedule.batch_size, seed=cfg.seed, device=device)
+    target, typed = cfg.dataset["_target_"], _says(settings, "dataset")
+    own_code = allow or (typed and not within(target, ["csgd"]))  # which may lie in the folder
+    with nullcontext() if own_code else off_the_path(network):
+        if typed:
+            data = build("dataset", cfg.dataset, **offered)
+        else:
+            instead = f"dataset._target_={target} on the command line calls it"
+            made = judged("dataset", target, {"csgd.data": _is_dataset}, allow, instead)
+            data = call("dataset", made, cfg.dataset, **offered)
+    if not isinstance(data, Data):
+        raise InputError(f"dataset._target_ must make a csgd.data.Data, got {type(data).__name__}")
+    model = placed(load_pruned(network, allow=allow) if described else _from_file(network, cfg, data), device)
     check_fit(model, data)
     measured = accuracy(*predict(model, data))
     name = label(described.get("model", cfg.model))
@@ -68,40 +89,54 @@ def evaluate(network: Path, settings: list[str]) -> str:
 def _from_file(path: Path, cfg: Any, data: Data) -> nn.Module:
     state = load_weights(path, "the file")
     model = build("model", cfg.model, num_classes=data.num_classes, image_size=data.example.size(-1))
-    return load_trimmed(model, state)
+    return load_trimmed(model, state, example=data.example.cpu())
 
 
-def _composed(settings: list[str], of_the_run: dict[str, Any] | None, of_file: bool) -> Any:
-    """The configuration with `settings`, and with the dataset `of_the_run` where they name none."""
+def _is_dataset(made: Any) -> bool:
+    return not isinstance(made, type) and makes(made, Data)
+
+
+def _says(settings: list[str], group: str) -> bool:
+    """Whether the user names what makes it."""
+    return any(re.match(rf"\+*{group}(=|\._target_=)", setting) for setting in settings)
+
+
+def _composed(settings: list[str], described: dict[str, Any]) -> Any:
+    """The configuration with `settings`, and with the dataset and the seed of the run where they name none."""
     try:
         from conf.schema import ConfigError, register
     except ModuleNotFoundError:
         raise InputError(f"the folder conf/ of the checkout is needed, and is not in '{CONF.parent}'") from None
-    allowed = ("dataset", "device", "threads", "schedule.batch_size") + (("model",) if of_file else ())
+    allowed = ("dataset", "device", "threads", "seed", "schedule.batch_size") + (() if described else ("model",))
     for setting in settings:
         if not re.match(rf"[+~]*({'|'.join(allowed)})\b", setting):
             raise InputError(f"'{setting}' is no setting of a test; there are {', '.join(allowed)}")
-    says = {group: any(re.match(rf"{group}(=|\._target_=)", s) for s in settings) for group in ("dataset", "model")}
-    for group, missing in (("dataset", of_the_run is None), ("model", of_file)):
-        if missing and not says[group]:
+    of_the_run = described.get("dataset")
+    for group, missing in (("dataset", of_the_run is None), ("model", not described)):
+        if missing and not _says(settings, group):
             raise InputError(f"{group}=… is needed: the network does not say which")
     if of_the_run is not None and not any(setting.startswith("dataset=") for setting in settings):
-        ConfigStore.instance().store(group="dataset", name="of_the_run", node=of_the_run)
+        ConfigStore.instance().store(group="dataset", name="of_the_run", node=_plain(of_the_run))
         settings = ["dataset=of_the_run", *settings]
+    seed = described.get("seed")
+    if isinstance(seed, int) and not any(re.match(r"\+*seed=", setting) for setting in settings):
+        settings = [f"seed={seed:d}", *settings]
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", settings)
     try:
-        cfg = OmegaConf.to_object(cfg)
+        return OmegaConf.to_object(cfg)
     except ConfigError as error:
         raise InputError(str(error)) from None
-    target = cfg.dataset["_target_"]
-    if not says["dataset"] and not makes(named("dataset", target), Data):
-        raise InputError(
-            f"dataset._target_ '{target}' of the saved network is not called: it is not annotated to return "
-            f"csgd.data.Data; dataset._target_={target} calls it"
-        )
-    return cfg
+
+
+def _plain(of_the_run: Any) -> dict[str, Any]:
+    """The saved settings of a dataset, which download nothing and are values alone, to Hydra too."""
+    if not isinstance(of_the_run, dict) or not isinstance(of_the_run.get("_target_"), str):
+        raise InputError("pruned.json is damaged: dataset has no '_target_'")
+    if "defaults" in of_the_run or "${" in json.dumps(of_the_run):
+        raise InputError("pruned.json: dataset may hold neither 'defaults' nor '${'; dataset=… names another")
+    return of_the_run | ({"download": False} if "download" in of_the_run else {})
 
 
 if __name__ == "__main__":

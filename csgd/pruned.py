@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from csgd.build import build, makes, named
+from csgd.build import call, judged, makes, off_the_path, within
 from csgd.checkpoint import save_weights, write_json
-from csgd.errors import InputError
+from csgd.errors import InputError, line_of
 from csgd.reload import load_trimmed
 from csgd.train import logits_of
 
@@ -51,12 +52,13 @@ def save_pruned(
     write_json(folder / DESCRIPTION, described | facts)
 
 
-def load_pruned(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
+def load_pruned(folder: Path | str, model: nn.Module | None = None, *, allow: Collection[str] = ()) -> nn.Module:
     """The pruned network in `folder`, on the CPU and in eval mode.
 
-    It is built as pruned.json says, or from a wide `model` that is given.  Nothing is unpickled, and what pruned.json
-    names is called only if it makes a network: a subclass of nn.Module, or a function annotated to return one.
-    InputError if a file is missing, changed, or does not fit the others.
+    It is built as pruned.json says, or from a wide `model` that is given.  Nothing is unpickled or downloaded, and
+    what pruned.json names is judged before it is imported or called: by themselves only the networks of csgd.models,
+    torchvision.models and torch.nn are, others on the user's word, allow=["mynet"].  InputError if a file is missing,
+    changed, or does not fit the others.
     """
     folder = Path(folder)
     described = describe(folder)
@@ -71,8 +73,12 @@ def load_pruned(folder: Path | str, model: nn.Module | None = None) -> nn.Module
     except SafetensorError as error:
         raise InputError(f"'{path}' is damaged: {error}") from None
     _check_widths(state, described["widths"])
-    model = load_trimmed(_wide(described) if model is None else model, state).eval()
-    _check_outputs(model, described)
+    with off_the_path(folder) if not allow else nullcontext():  # what the user allows may lie there
+        wide = _wide(described, allow) if model is None else model
+        like = next(wide.parameters(), torch.empty(0))
+        example = torch.zeros(2, *described["input"], dtype=like.dtype, device=like.device)
+        model = load_trimmed(wide, state, example=example).eval()
+        _check_outputs(model, example, described["num_classes"])
     return model
 
 
@@ -103,20 +109,48 @@ def describe(folder: Path | str) -> dict[str, Any]:
     return described
 
 
-def _wide(described: Mapping[str, Any]) -> nn.Module:
+def _wide(described: Mapping[str, Any], allow: Collection[str]) -> nn.Module:
     settings = described["model"]
     target = settings["_target_"]
-    if not makes(named("model", target), nn.Module):
-        raise InputError(
-            f"model._target_ '{target}' is not called: it is neither a torch.nn.Module nor a function annotated to "
-            "return one; load_pruned(folder, model) takes a wide network of your own making"
-        )
+    instead = "load_pruned(folder, model) takes a wide network that you made"
+    made = judged("model", target, NETWORKS, allow, instead)
+    offered = dict(num_classes=described["num_classes"], image_size=described["input"][-1])
+    if not within(target, allow):
+        for key, value in settings.items():
+            if value and ("weights" in key or "pretrained" in key):
+                raise InputError(
+                    f"model.{key} '{value}' of {DESCRIPTION} is not downloaded; {instead}, "
+                    f'allow=["{target}"] (--allow {target}) downloads it'
+                )
+        offered |= dict(weights=None, weights_backbone=None)  # some builders of torchvision would download them
     try:
-        return build("model", settings, num_classes=described["num_classes"], image_size=described["input"][-1])
+        model = call("model", made, settings, **offered)
     except InputError:
         raise
     except Exception as error:  # whatever a user's class raises on settings that it cannot take
-        raise InputError(f"model._target_ '{target}' fails on the settings of {DESCRIPTION}: {error}") from None
+        why = f"fails on the settings of {DESCRIPTION}: {line_of(error)}"
+        raise InputError(f"model._target_ '{target}' {why}") from None
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model._target_ '{target}' must make a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _is_network_class(made: Any) -> bool:
+    return isinstance(made, type) and issubclass(made, nn.Module)
+
+
+def _is_torchvisions(made: Any) -> bool:
+    """A class, or a builder that torchvision lists: other functions there take networks and names of builders."""
+    from torchvision import models
+
+    return _is_network_class(made) or made in map(models.get_model_builder, models.list_models())
+
+
+NETWORKS = {  # what a folder may name on its own word
+    "csgd.models": lambda made: makes(made, nn.Module),
+    "torchvision.models": _is_torchvisions,
+    "torch.nn": lambda made: _is_network_class(made) and made.__module__.startswith("torch.nn.modules."),
+}
 
 
 def _check_widths(state: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
@@ -130,12 +164,12 @@ def _check_widths(state: Mapping[str, Tensor], widths: Mapping[str, int]) -> Non
 
 
 @torch.no_grad()
-def _check_outputs(model: nn.Module, described: Mapping[str, Any]) -> None:
-    shape, num_classes = described["input"], described["num_classes"]
+def _check_outputs(model: nn.Module, example: Tensor, num_classes: int) -> None:
     try:
-        outputs = logits_of(model(torch.zeros(2, *shape)))
+        outputs = logits_of(model(example))
     except Exception as error:  # whatever a network raises whose layers do not fit together
-        raise InputError(f"{WEIGHTS} does not fit together, it cannot take {shape}: {error}") from None
+        shape = list(example.shape[1:])
+        raise InputError(f"{WEIGHTS} does not fit together, it cannot take {shape}: {line_of(error)}") from None
     if outputs.shape[-1] < num_classes:
         raise InputError(f"{DESCRIPTION}: num_classes is {num_classes}, the network has {outputs.shape[-1]} outputs")
 

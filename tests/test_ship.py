@@ -192,20 +192,123 @@ def test_bad_input_of_a_test_is_one_clear_line(shipped, monkeypatch, capsys, arg
     assert message in line
 
 
-def test_a_dataset_that_a_saved_network_names_is_called_only_if_it_makes_one(shipped, tmp_path):
+def described(folder, **changes):
+    """Changes pruned.json; what it says now."""
+    says = json.loads((folder / "pruned.json").read_text()) | changes
+    (folder / "pruned.json").write_text(json.dumps(says))
+    return says
+
+
+def test_what_a_saved_network_names_is_called_on_the_users_word(shipped, tmp_path, monkeypatch, capsys):
     shutil.copytree(shipped[0], tmp_path / "out")
-    described = json.loads((tmp_path / "out" / "pruned.json").read_text())
     (tmp_path / "mine.py").write_text(
+        "__import__('pathlib').Path('ran').touch()\n"
+        "import csgd.data\n"
+        "from csgd.models.resnet import CifarResNet\n"
+        "def digits(batch_size, seed, device) -> csgd.data.Data:\n"
+        "    return csgd.data.digits(image_size=16, shift=0, batch_size=batch_size, seed=seed, device=device)\n"
+        "class Net(CifarResNet):\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__(3, num_classes)\n"
+        "def other():\n"
+        "    return 'no data'\n"
+    )
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def said(*arguments, status):
+        sys.modules.pop("mine", None)
+        assert main(list(arguments)) == status
+        printed = capsys.readouterr()
+        assert status == 0 or (printed.out == "" and len(printed.err.splitlines()) == 1)
+        return printed.out + printed.err
+
+    described(tmp_path / "out", dataset={"_target_": "mine.digits"})
+    line = said("out", status=2)
+    assert line.startswith(
+        "error: dataset._target_ 'mine.digits' is not called: by themselves only makers in csgd.data"
+    )
+    assert "dataset._target_=mine.digits on the command line calls it, " in line
+    assert "(--allow mine)" in line
+    assert not (tmp_path / "ran").exists()
+    for word in (["--allow", "mine"], ["dataset._target_=mine.digits"]):
+        assert "360 images" in said("out", *word, status=0)
+    (tmp_path / "ran").unlink()
+    described(tmp_path / "out", model={"_target_": "mine.Net"})
+    assert "model._target_ 'mine.Net' is not called" in said(
+        "out", "dataset=synthetic", "dataset.image_size=16", "dataset.test_size=8", status=2
+    )
+    assert not (tmp_path / "ran").exists()
+    assert said("--allow", "mine", "out", "seed=1", status=0).startswith("Net of out, ")
+    described(tmp_path / "out", dataset={"_target_": "mine.other"})
+    assert "dataset._target_ must make a csgd.data.Data, got str" in said("out", "--allow", "mine", status=2)
+
+
+@pytest.mark.parametrize(
+    "dataset, message",
+    [
+        ({"_target_": "csgd.data.Data"}, "dataset._target_ 'csgd.data.Data' is not called"),
+        ({"_target_": "csgd.data._in_memory"}, "dataset._target_ 'csgd.data._in_memory' is not called"),
+        ({"_target_": "csgd.data.Path"}, "dataset._target_ 'csgd.data.Path' is not called"),
+        ({"_target_": "torch.hub.load", "repo_or_dir": ".", "model": "net"}, "'torch.hub.load' is not called"),
+        ({"_target_": "csgd.data.digits", "defaults": [{"/model": "vgg16"}]}, "neither 'defaults' nor '${'"),
+        ({"_target_": "csgd.data.digits", "shift": "${oc.env:HOME}"}, "neither 'defaults' nor '${'"),
+        ({"root": "data"}, "pruned.json is damaged: dataset has no '_target_'"),
+        ("csgd.data.digits", "pruned.json is damaged: dataset has no '_target_'"),
+    ],
+)
+def test_a_saved_dataset_is_judged_before_it_is_made(shipped, tmp_path, capsys, dataset, message):
+    shutil.copytree(shipped[0], tmp_path / "out")
+    described(tmp_path / "out", dataset=dataset)
+    assert main([str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert message in line
+
+
+def test_a_download_is_asked_for_on_the_command_line(shipped, tmp_path, capsys, monkeypatch):
+    """A run that downloaded its data does not make its test download them."""
+    for proxy in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # where nothing listens
+    shutil.copytree(shipped[0], tmp_path / "out")
+    root = tmp_path / "data"
+    saved = {"_target_": "csgd.data.cifar", "classes": 10, "root": str(root), "download": True}
+    described(tmp_path / "out", dataset=saved)
+    assert main([str(tmp_path / "out")]) == 2
+    assert "is not there; dataset.download=true fetches it" in capsys.readouterr().err
+    assert not root.exists()
+    assert main([str(tmp_path / "out"), "dataset.download=true"]) == 2
+    assert "could not be downloaded" in capsys.readouterr().err
+    assert root.exists()
+
+
+def test_the_data_are_drawn_with_the_seed_of_the_run(shipped, tmp_path, monkeypatch, capsys):
+    shutil.copytree(shipped[0], tmp_path / "out")
+    assert described(tmp_path / "out")["seed"] == 0
+    (tmp_path / "drawn.py").write_text(
         "import csgd.data\n"
         "def digits(batch_size, seed, device):\n"
+        "    print('seed', seed)\n"
         "    return csgd.data.digits(image_size=16, shift=0, batch_size=batch_size, seed=seed, device=device)\n"
     )
-    described["dataset"] = {"_target_": "mine.digits"}
-    (tmp_path / "out" / "pruned.json").write_text(json.dumps(described))
-    done = evaluated(tmp_path, "out")
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: dataset._target_ 'mine.digits' of the saved network is not called")
-    done = evaluated(tmp_path, "out", "dataset._target_=mine.digits")
-    assert done.returncode == 0, done.stderr
-    assert "360 images" in done.stdout
+    monkeypatch.syspath_prepend(tmp_path)
+    described(tmp_path / "out", dataset={"_target_": "drawn.digits"}, seed=7)
+    assert main([str(tmp_path / "out"), "--allow", "drawn"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "seed 7"
+    assert main([str(tmp_path / "out"), "seed=3", "--allow", "drawn"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "seed 3"
+
+
+def test_a_test_imports_nothing_that_lies_in_the_folder(shipped, tmp_path):
+    """The folder is the current directory, where Python looks first."""
+    out = tmp_path / "out"
+    shutil.copytree(shipped[0], out)
+    for name in ("conf/schema.py", "sklearn/__init__.py", "mine.py"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    described(out, model={"_target_": "mine.Net"})
+    done = evaluated(out, ".", "dataset=digits", "dataset.image_size=16")
+    assert "model._target_ 'mine.Net' is not called" in done.stderr
+    assert not (tmp_path / "ran").exists()

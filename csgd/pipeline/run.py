@@ -238,7 +238,7 @@ def _cost(model: nn.Module, data: Data, when: str) -> dict[str, int]:
 
 def _leave(model: nn.Module, data: Data, summary: dict[str, Any], output_dir: Path) -> None:
     """The pruned network as safetensors and JSON, and the summary."""
-    facts = {key: summary[key] for key in ("widths", "verdict", "cost", "command", "versions", "commit")}
+    facts = {key: summary[key] for key in ("widths", "verdict", "cost", "command", "seed", "versions", "commit")}
     facts["dataset"] = summary["config"]["dataset"]
     save_pruned(output_dir, model, summary["config"]["model"], data.example, data.num_classes, **facts)
     write_json(output_dir / "summary.json", summary)
