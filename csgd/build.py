@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, get_type_hints
 
-from csgd.errors import InputError
+from csgd.errors import InputError, line_of
 
 
 def named(group: str, target: str) -> Any:
@@ -17,7 +17,7 @@ def named(group: str, target: str) -> Any:
     try:
         return _found(target)
     except Exception as error:  # whatever importing a user's module raises
-        raise InputError(f"{group}._target_ '{target}' cannot be imported: {error}") from None
+        raise InputError(f"{group}._target_ '{target}' cannot be imported: {line_of(error)}") from None
 
 
 def makes(made: Any, kind: type) -> bool:
@@ -59,15 +59,16 @@ def judged(
         return made
     if any(within(written, [package]) and runs(made) for package, runs in own.items()):
         return made
+    root = target.split(".")[0]
     if within(target, allow):
         why = f"it is {written or 'neither a class nor a function'}"
-        advice = [otherwise, f'allow=["{target}"] calls it']
+        word = f'allow=["{target}"] calls it'
     else:
         why = f"by themselves only makers in {', '.join(own)} are"
-        root = target.split(".")[0]
-        known = {*sys.stdlib_module_names, *(package.split(".")[0] for package in own)}
-        advice = [otherwise, "" if root in known else f'allow=["{root}"] (--allow {root}) trusts the code of {root}']
-    raise InputError(f"{group}._target_ '{target}' is not called: {why}; {', '.join(filter(None, advice))}")
+        word = f'allow=["{root}"] (--allow {root}) trusts the code of {root}'
+    foreign = root not in {*sys.stdlib_module_names, *(package.split(".")[0] for package in own)}
+    advice = ", ".join(filter(None, [otherwise, word if foreign else ""]))
+    raise InputError(f"{group}._target_ '{target}' is not called: {why}; {advice}")
 
 
 @contextmanager
