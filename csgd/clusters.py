@@ -220,6 +220,21 @@ def clustered_tensors(model: nn.Module, spaces: list[ChannelSpace], clusters: Cl
     return touched
 
 
+def counted_channels(
+    model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters
+) -> dict[tuple[nn.Module, str], int]:
+    """{(layer without tensors, integer attribute): the number of channels that it says after the cut}."""
+    counts: dict[tuple[nn.Module, str], int] = {}
+    for space in spaces:
+        lost = sum(len(members) - 1 for members in clusters.get(space.name, ()))
+        for ref in space.refs if lost else ():
+            if ref.role == "size":
+                (path, attribute) = ref.owners[0]
+                key = model.get_submodule(path), attribute
+                counts[key] = counts.get(key, getattr(*key)) - lost * ref.index.size(1)
+    return counts
+
+
 def check_clusters(spaces: list[ChannelSpace], clusters: Clusters) -> None:
     """Raises InputError unless every entry is a set of disjoint clusters of a trimmable space's slots.
 

@@ -183,7 +183,7 @@ class Trial:
         """A copy of the twin in which the clusters of some spaces are cut; it shares the tensors that stay whole."""
         model = twin_of(self.model, Tensor.detach)
         clusters = {name: self.clusters[name] for name in names}
-        cut(model, clustered_tensors(model, self.spaces, clusters))
+        cut(model, self.spaces, clusters)
         return model
 
     def changes(self, names: Collection[str]) -> tuple[dict[str, float | None], str | None]:

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map_only
 
 from csgd.errors import InputError, line_of
 from csgd.graph import trace_spaces
-from csgd.graph.tracer import keep_random_state, tensors_in
-from csgd.trim import depthwise_multipliers, fit_attributes
+from csgd.graph.twin import keep_random_state, tensors_in
+from csgd.trim import depthwise_multipliers, fit_attributes, replace_data
 
 SIZES = (8, 16, 28, 32, 64, 96, 128, 224, 256, 299)  # of images that networks are made for
 
@@ -51,19 +51,10 @@ def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor], *, example=
         # In the layout of a cut in place: another one would round otherwise (fact F10).
         form = torch.contiguous_format if old.is_contiguous() or old.dim() != 4 else torch.channels_last
         empty = torch.empty(narrowed[id(old)], dtype=old.dtype, device=old.device, memory_format=form)
-        _replace_data(old, empty)
+        replace_data(old, empty)
     fit_attributes(changed, multipliers)
     model.load_state_dict(versioned)
     return model
-
-
-def _replace_data(tensor: Tensor, narrow: Tensor) -> None:
-    """Puts `narrow` into `tensor`, which stays the object that hooks, optimizers and other modules hold."""
-    tensor.grad = None
-    # A graph that is still alive keeps the shape of its leaves; torch forgets it where the dtype changes.
-    other = torch.float16 if tensor.dtype != torch.float16 else torch.float32
-    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
-    tensor.data = narrow
 
 
 def _touched(modules: Iterable[nn.Module], narrowed: Mapping[int, torch.Size]) -> Iterator[nn.Module]:

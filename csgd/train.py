@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from csgd import ranks
 from csgd.data import Data
 from csgd.errors import InputError
-from csgd.graph.tracer import tensors_in
+from csgd.graph.twin import tensors_in
 from csgd.optim import CSGD, set_lr, set_ramp
 from csgd.seeds import RandomState, seed_all, set_random_state
 

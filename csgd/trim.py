@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from csgd.centripetal import segment_mean
-from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors, dotted
+from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors, counted_channels, dotted
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 from csgd.optim import CSGD
@@ -64,7 +64,7 @@ def trim(
     touched = clustered_tensors(model, spaces, clusters)
     if tolerance is not None:
         _refuse_unequal(model, touched, tolerance)
-    stale = cut(model, touched, optimizer)
+    stale = cut(model, spaces, clusters, optimizer)
     if stale:
         log.info("the cut leaves attributes that may say an old width: %s", "; ".join(stale))
 
@@ -93,8 +93,9 @@ def _refuse_unequal(model: nn.Module, touched: list[ClusteredTensor], tolerance:
 
 
 @torch.no_grad()
-def cut(model: nn.Module, touched: list[ClusteredTensor], optimizer: CSGD | None = None) -> list[str]:
+def cut(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters, optimizer: CSGD | None = None) -> list[str]:
     """The cut of `trim`, whatever the members are; returns the attributes that may say an old width."""
+    touched, counted = clustered_tensors(model, spaces, clusters), counted_channels(model, spaces, clusters)
     narrow = [t.narrowed(t.tensor.detach()) for t in touched]
     if optimizer is not None:
         optimizer.carry_over(touched)
@@ -107,6 +108,8 @@ def cut(model: nn.Module, touched: list[ClusteredTensor], optimizer: CSGD | None
         if changed:
             replace_data(t.tensor, data)
     fit_attributes({model.get_submodule(path) for t in touched for path, _ in t.owners}, multipliers)
+    for (module, attribute), count in counted.items():
+        setattr(module, attribute, count)
     return [line for path in widths for line in _stale_integers(model.get_submodule(path), path, widths[path])]
 
 

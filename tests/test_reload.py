@@ -9,7 +9,8 @@ from torch import nn
 import csgd
 from csgd import InputError, load_trimmed
 from csgd.models import resnet20, torchvision
-from csgd.trial import random_clusters, randomise
+from csgd.proof import randomise
+from csgd.trial import random_clusters
 from tests import nets
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from csgd import report
 from csgd.checkpoint import write_json
-from csgd.clusters import Clusters, cluster, clustered_tensors
+from csgd.clusters import Clusters, cluster
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
@@ -21,6 +21,7 @@ from csgd.pipeline.clock import Clock
 from csgd.pipeline.console import headline
 from csgd.pipeline.phase import phase_of
 from csgd.pipeline.pull import Pull, tell_plan
+from csgd.proof import Proof, prove
 from csgd.train import criterion
 from csgd.trial import find_spaces
 from csgd.trim import cut
@@ -38,7 +39,9 @@ def plan_only(cfg: Any, model: nn.Module, data: Data, output_dir: Path) -> None:
     stages = stages_of(cfg, spaces)
     ready = weights_at_hand(cfg, model)
     clusters = _clusters(cfg, model, spaces, stages[0], ready)
-    pull = Pull.of(cfg, model, data, spaces, clusters or cluster(model, spaces, stages[0], "even"))
+    planned_clusters = clusters or cluster(model, spaces, stages[0], "even")
+    proof = proven(model, spaces, planned_clusters, data)
+    pull = Pull.of(cfg, model, data, spaces, planned_clusters)
     before = {"macs": count_macs(model, data.example), "params": count_params(model)}
     after = costs_after(model, data, spaces, stages)
     clock = clock_of(cfg, data, pull, before["macs"], after)
@@ -51,6 +54,7 @@ def plan_only(cfg: Any, model: nn.Module, data: Data, output_dir: Path) -> None:
         "widths": stages,
         "clusters": {name: [len(part) for part in parts] for name, parts in clusters.items()},
         "cost": [before, *after],
+        "proof": {"changes": proof.changes, "control": proof.control},
         "strengths": pull.strengths,
         "forecast": {
             "steps": pull.phase["steps"].stop,
@@ -83,6 +87,17 @@ def plan_only(cfg: Any, model: nn.Module, data: Data, output_dir: Path) -> None:
         memory / 1e9,
     )
     log.info("nothing was trained (plan_only=true); files: %s", output_dir)
+
+
+def proven(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters, data: Data) -> Proof:
+    """The proof of a cut with these clusters, told in the log; InputError, before training, where it fails."""
+    proof = prove(model, spaces, clusters, data.example)
+    log.info("proof of the cut, on a twin: %s", proof)
+    if proof.failing:
+        failing = "; ".join(f"{name}: {reason}" for name, reason in proof.failing.items())
+        keep = ", ".join(f"'{name}'" for name in proof.failing)
+        raise InputError(f"these clusters cannot be cut exactly ({failing}); deps.keep=[{keep}] leaves them whole")
+    return proof
 
 
 def stages_of(cfg: Any, spaces: list[ChannelSpace]) -> list[dict[str, int]]:
@@ -128,7 +143,7 @@ def costs_after(
     costs = []
     for widths in stages:
         twin = copy.deepcopy(model)
-        cut(twin, clustered_tensors(twin, spaces, cluster(twin, spaces, widths, "even")))
+        cut(twin, spaces, cluster(twin, spaces, widths, "even"))
         costs.append({"macs": count_macs(twin, data.example), "params": count_params(twin)})
     return costs
 

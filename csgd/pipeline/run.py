@@ -18,7 +18,7 @@ from csgd.clusters import cluster
 from csgd.data import Data
 from csgd.errors import InputError, line_of
 from csgd.export import check_packages
-from csgd.pipeline.ahead import clock_of, costs_after, described, plan_only, stages_of, tell_spaces
+from csgd.pipeline.ahead import clock_of, costs_after, described, plan_only, proven, stages_of, tell_spaces
 from csgd.pipeline.album import Album
 from csgd.pipeline.base import base_network
 from csgd.pipeline.build import (
@@ -172,6 +172,7 @@ def _stage(
         with clocked(seconds, "cluster"):
             how = cfg.clustering.method, cfg.seed, cfg.clustering.of
             clusters = ranks.from_first(cluster(model, spaces, widths, *how) if ranks.is_first() else None)
+            proven(model, spaces, clusters, data)
         pull, done, random_state = Pull.of(cfg, model, data, spaces, clusters), 0, None
         journal.record["pace"] = {}
     scaler, average = scaler_of(cfg, data.example.device), average_of(cfg, model)

@@ -1,0 +1,375 @@
+"""The proof of a cut before training, and the trial of find_spaces: what they see, and what they must not touch."""
+
+import copy
+import time
+from collections import UserDict
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import csgd
+from csgd.trial import random_clusters
+from tests import nets
+
+
+class Body(nn.Module):
+    """conv → function → linear head over positions."""
+
+    def __init__(self, function, channels=12, **modules):
+        super().__init__()
+        self.conv, self.inner = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, channels, 1)
+        self.function, self.last = function, nn.Conv2d(channels, 5, 1)
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x, *more, **how):
+        return self.last(torch.tanh(self.function(self.conv(x), self, *more, **how))).mean((2, 3))
+
+
+IMAGES = torch.randn(nets.IMAGES, generator=torch.Generator().manual_seed(3))
+
+
+def free(net, example=IMAGES, **how):
+    return {space.name for space in csgd.find_spaces(net, example, **how) if space.trimmable}
+
+
+def state_of(net):
+    return {key: value.clone() for key, value in net.state_dict().items()}, [m.training for m in net.modules()]
+
+
+# the clusters in use
+
+
+def test_control_flow_that_looks_at_widths_is_seen_with_the_clusters_in_use():
+    """A1: random widths pass it, the widths in use go wrong."""
+    net = Body(lambda y, m: y + m.inner(y).relu() if y.shape[1] > 7 else y, channels=16)
+    spaces = csgd.find_spaces(net, IMAGES, trial=False)
+    narrow, wide = (csgd.cluster(net, spaces, csgd.target_widths(spaces, n), "even") for n in (0.25, 0.75))
+    assert csgd.prove(net, spaces, wide, IMAGES).exact
+    proof = csgd.prove(net, spaces, narrow, IMAGES)
+    assert not proof.exact
+    assert proof.change > 1e-3
+    assert set(proof.failing) == {"conv"}
+    assert "its trial trim changes the output" in str(proof)
+
+
+def test_a_proof_tells_each_mode_and_its_control():
+    net = nets.Plain()
+    spaces = csgd.find_spaces(net, IMAGES)
+    proof = csgd.prove(net, spaces, random_clusters(spaces), IMAGES)
+    assert proof.exact
+    assert proof.changes.keys() == {"eval", "train"}
+    assert proof.change < 1e-12 < 1e-3 < proof.control
+    assert not proof.failing
+
+
+def test_a_random_train_mode_is_run_all_the_same():
+    """A14: a typed size behind dropout."""
+
+    def typed(y, m):
+        return y if not m.training else F.dropout(y, 0.5).view(-1, 12 * 64).view(-1, 12, 8, 8)
+
+    assert free(Body(typed)) == set()
+    net = Body(lambda y, m: F.dropout(y, 0.5, m.training))
+    spaces = csgd.find_spaces(net, IMAGES)
+    proof = csgd.prove(net, spaces, random_clusters(spaces), IMAGES)
+    assert proof.exact
+    assert proof.changes["train"] is None
+
+
+# inputs
+
+
+@pytest.mark.parametrize("example", [torch.zeros(nets.IMAGES), torch.ones(nets.IMAGES), IMAGES > 0])
+def test_the_trial_draws_its_own_inputs(example):
+    """A13: without biases all activations of an example of zeros are 0."""
+    example = example.float()
+    net = Body(lambda y, m: y / y.shape[1])
+    net.conv.bias = net.last.bias = None
+    assert "conv" not in free(net, example)
+    assert "conv" in free(Body(lambda y, m: y.relu()), example)
+
+
+def test_channels_that_reach_no_output_are_not_called_free():
+    net = Body(lambda y, m: y.relu() + 0.0 * m.inner(y))
+    pinned = {space.name: space.pinned for space in csgd.find_spaces(net, IMAGES)}
+    assert pinned["conv"] == []
+    unseen = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1), nn.Hardtanh(7.0, 7.1), nn.Conv2d(5, 4, 1))
+    (first, *_) = csgd.find_spaces(unseen, IMAGES)
+    assert first.pinned == ["its trial cannot see it: no output depends on these channels"]
+
+
+def test_infinities_in_the_output_are_no_change():
+    """A12: a sound network that masks a class."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Body(lambda y, m: y.relu())
+
+        def forward(self, x):
+            out = self.body(x)
+            return out.masked_fill(torch.tensor([False, True, False, False, False]), float("-inf"))
+
+    assert "body.conv" in free(Masked())
+
+
+def test_one_large_output_hides_no_change():
+    """A12: a tolerance relative to the largest entry would."""
+
+    class Loud(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.loud = Body(lambda y, m: y / y.shape[1]), nn.Conv2d(3, 1, 1)
+
+        def forward(self, x):
+            return torch.cat([self.body(x), 1e12 * self.loud(x).mean((2, 3)).abs()], 1)
+
+    assert "body.conv" not in free(Loud())
+
+
+# what must stay as it was
+
+
+def test_replaced_methods_hooks_and_lambdas_reach_the_twin_only():
+    """A3."""
+    net, seen = Body(lambda y, m: m.norm(y), norm=nn.BatchNorm2d(12)), {}
+    old = net.norm.forward
+    net.norm.forward = lambda x: old(x).relu()
+    net.scale = lambda x: net.inner(x)
+    net.function = lambda y, m: net.scale(m.norm(y)) + seen.get("conv", y).mean()
+    net.conv.register_forward_hook(lambda m, i, out: seen.__setitem__("conv", out))
+    before, modes = state_of(net)
+    names = free(net)
+    after, now = state_of(net)
+    assert seen == {}
+    assert modes == now
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert names == set(), "a mean over the channels of what the hook kept"
+    assert free(Body(lambda y, m: m.inner(y).relu())) == {"conv", "inner"}
+
+
+def test_a_network_that_is_reached_from_outside_is_refused_with_the_name():
+    norm = nn.BatchNorm2d(12)
+
+    class Outside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.last = nn.Conv2d(3, 12, 1), norm, nn.Conv2d(12, 5, 1)
+
+        def forward(self, x):
+            return self.last(norm(self.conv(x)).relu())
+
+    net = Outside()
+    before, _ = state_of(net)
+    with pytest.raises(csgd.InputError, match=r"norm\.\w+ of the network is used while a copy of it runs"):
+        csgd.find_spaces(net, IMAGES)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+@dataclass
+class Batch:
+    images: Tensor
+    more: dict
+
+
+@pytest.mark.parametrize(
+    "wrap, unwrap",
+    [
+        (lambda x: Batch(x, {"n": 1}), lambda b: b.images),
+        (lambda x: UserDict(images=x), lambda b: b["images"]),
+        (lambda x: {"images": [x]}, lambda b: b["images"][0]),
+    ],
+)
+def test_examples_of_any_class_are_left_as_they_were_and_tried_in_float64(wrap, unwrap):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Body(lambda y, m: y.relu())
+
+        def forward(self, batch):
+            return self.body(unwrap(batch))
+
+    net, images = Wrapped(), IMAGES.clone()
+    example = wrap(images)
+    spaces = csgd.find_spaces(net, example)
+    assert torch.equal(images, IMAGES)
+    assert unwrap(example) is images
+    assert vars(images) == {}
+    assert csgd.prove(net, spaces, random_clusters(spaces), example).dtype == torch.float64
+
+
+# other ways in, and layers that no example reaches
+
+
+def ways(y, m, task="a"):
+    return y.relu() if task == "a" else y.relu().view(-1, 12, 64).mean(2)[:, :, None, None].expand(-1, 12, 8, 8)
+
+
+def test_several_examples_and_keywords():
+    """A4."""
+    net = Body(ways)
+    assert "conv" in free(net)
+    assert "conv" not in free(net, examples=[csgd.Inputs(IMAGES, task="b")])
+    assert "conv" in free(net, csgd.Inputs(IMAGES, task="a"))
+
+
+def test_a_layer_that_no_example_reaches_pins_what_it_may_read():
+    """A15."""
+
+    def larger(y, m):
+        return y.relu() if y.shape[-1] <= 8 else m.beside(y)
+
+    net = Body(larger, beside=nn.Conv2d(12, 12, 1))
+    (conv,) = [space for space in csgd.find_spaces(net, IMAGES) if space.name == "conv"]
+    assert "beside, which the example does not reach, may read it" in "; ".join(conv.pinned)
+    assert "conv" in free(net, unused=["beside"])
+    assert "conv" in free(net, examples=[torch.randn(2, 3, 16, 16)])
+    with pytest.raises(csgd.InputError, match="unused: no layer that the example leaves out matches 'nowhere'"):
+        csgd.find_spaces(net, IMAGES, unused=["nowhere"])
+
+
+def test_a_head_that_is_called_now_and_then_is_seen():
+    def rarely(y, m):
+        if m.training and torch.rand(()) < 0.4:
+            return y + m.aux(y.flatten(1)).mean() * 1e-3
+        return y.relu()
+
+    spaces = csgd.find_spaces(Body(rarely, aux=nn.Linear(12 * 64, 3)), IMAGES, trial=False)
+    refs = {owner for space in spaces if space.name == "conv" for ref in space.refs for owner in ref.owners}
+    assert ("aux", "weight") in refs
+
+
+# what cannot be tried
+
+
+@pytest.mark.parametrize(
+    "net, example, line",
+    [
+        (lambda: nn.Sequential(nn.LazyConv2d(8, 1), nn.Conv2d(8, 5, 1)), IMAGES, "0.weight is lazy and has no shape"),
+        (lambda: nn.Conv2d(3, 8, 1, device="meta"), IMAGES, "weight is on the meta device and has no values"),
+        (
+            lambda: Body(lambda y, m: m.fc(y), fc=nn.Linear(7, 3)),
+            IMAGES,
+            "fc: RuntimeError: mat1 and mat2",
+        ),
+        (
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)),
+            IMAGES[:1],
+            "2: ValueError: Expected more than 1 value per channel when training.*an example has a batch of 2",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line_that_names_the_module(net, example, line):
+    with pytest.raises(csgd.InputError, match=line) as error:
+        csgd.find_spaces(net(), example)
+    assert "\n" not in str(error.value)
+
+
+def test_an_output_that_needs_a_positive_parameter_is_tried_with_the_networks_own():
+    """A5."""
+
+    def normal(y, m):
+        return torch.distributions.Normal(y, m.sigma, validate_args=True).log_prob(y + 1.0) + y.relu()
+
+    net = Body(normal)
+    net.sigma = nn.Parameter(torch.full((1,), 2.0))
+    assert "conv" in free(net)
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(2, 12, 8, 8))])
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_submodules_do_not_stop_the_analysis(make):
+    """A5."""
+    net = Body(lambda y, m: m.inner(m.compiled(y)).relu(), compiled=make(nn.Conv2d(12, 12, 1)))
+    assert free(net) == {"inner"}
+
+
+# attributes of layers without tensors
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.InstanceNorm2d(12),
+        nn.GroupNorm(12, 12, affine=False),
+        nn.BatchNorm2d(12, affine=False, track_running_stats=False),
+    ],
+)
+def test_layers_without_tensors_follow_the_cut(norm):
+    """A6."""
+    net = Body(lambda y, m: m.inner(m.norm(y).relu()).relu(), norm=norm)
+    spaces = csgd.find_spaces(net, IMAGES)
+    assert {"conv", "inner"} <= {space.name for space in spaces if space.trimmable}
+    clusters = csgd.cluster(net, spaces, {"conv": 5}, "even")
+    csgd.merge_equal(net, spaces, clusters)
+    csgd.trim(net, spaces, clusters)
+    counts = [getattr(norm, name) for name in ("num_features", "num_channels", "num_groups") if hasattr(norm, name)]
+    assert set(counts) == {5}
+    net(IMAGES)
+
+
+# messages
+
+
+def test_a_space_is_a_line_and_spaces_are_a_table():
+    """A7."""
+    net = nets.Residual()
+    spaces = csgd.find_spaces(net, IMAGES)
+    assert str(spaces[0]) == "<ChannelSpace stem: 8 slots in 10 tensors, trimmable>"
+    table = csgd.describe(spaces).splitlines()
+    assert len(table) == len(spaces) + 1
+    assert table[1].split() == ["stem", "8", "outer,", "excite", "free"]
+    assert table[-1].endswith("network output")
+
+
+def test_a_parameter_of_the_network_itself_has_a_name():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.out = nn.Parameter(torch.randn(8, 3, 1, 1)), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x):
+            return self.out(F.conv2d(x, self.weight).relu())
+
+    assert free(Bare()) == {"weight"}
+
+
+@pytest.mark.parametrize(
+    "function, reason",
+    [
+        (
+            lambda y, m: y * m.table.view(1, 12, 8, 8),
+            "meets what the network's code makes by|meets table, which is not",
+        ),
+        (lambda y, m: y + torch.randn(12, 1, 1, dtype=y.dtype), "meets what the network's code makes by randn"),
+        (lambda y, m: y + torch.zeros_like(y), "meets what the network's code makes by zeros_like"),
+    ],
+)
+def test_what_is_met_is_named(function, reason):
+    import re
+
+    net = Body(function)
+    net.table = nn.Parameter(torch.randn(12, 64))
+    (conv,) = [space for space in csgd.find_spaces(net, IMAGES, trial=False) if space.name == "conv"]
+    assert re.search(reason, "; ".join(conv.pinned)), conv.pinned
+
+
+def test_a_proof_is_cheap_beside_the_passes_it_needs():
+    """It runs the wide network three times and the narrow one twice."""
+    torch.set_num_threads(1)
+    net = nets.Residual()
+    spaces = csgd.find_spaces(net, IMAGES)
+    calls = []
+    copied = copy.deepcopy(net)
+    copied.register_forward_pre_hook(lambda m, i: CALLS.append(m.stem.out_channels))
+    started = time.perf_counter()
+    csgd.prove(copied, spaces, random_clusters(spaces), IMAGES)
+    assert time.perf_counter() - started < 5
+    assert calls == CALLS == [], "hooks of the twin write into copies of globals"
+
+
+CALLS: list[int] = []
