@@ -358,7 +358,7 @@ def _randomise_statistics(model: nn.Module, generator: torch.Generator) -> None:
             ("running_mean", torch.randn, 0.2, 0.0),
             ("running_var", torch.rand, 1.0, 0.5),
         ):
-            statistic = module._buffers.get(name)
+            statistic = dict(module._buffers.items()).get(name)  # scripted modules have no dict
             if statistic is not None and statistic.is_floating_point():
                 statistic.copy_(draw(statistic.shape, generator=generator) * scale + shift)
 

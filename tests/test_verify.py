@@ -274,7 +274,8 @@ class Small(nn.Sequential):
 
 SMALL = [
     "experiment=smoke", "model._target_=test_verify.Small", "dataset=synthetic", "dataset.image_size=8",
-    "dataset.train_size=1040", "dataset.test_size=64", "deps=1_2", "centri_strength=15", "wandb=disabled", "threads=1", "progress=false",
+    "dataset.train_size=1040", "dataset.test_size=64", "deps=1_2", "centri_strength=15", "wandb=disabled",
+    "threads=1", "progress=false",
 ]  # fmt: skip
 
 
