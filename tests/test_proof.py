@@ -268,14 +268,16 @@ def test_what_cannot_run_is_refused_in_one_line_that_names_the_module(net, examp
     assert "\n" not in str(error.value)
 
 
-def test_an_output_that_needs_a_positive_parameter_is_tried_with_the_networks_own():
-    """A5."""
+def test_a_network_that_refuses_random_weights_is_tried_with_its_own():
+    """A5: a scale that must be large, as a distribution's must be positive."""
 
-    def normal(y, m):
-        return torch.distributions.Normal(y, m.sigma, validate_args=True).log_prob(y + 1.0) + y.relu()
+    def checked(y, m):
+        if bool((m.sigma < 1.5).any()):
+            raise ValueError("sigma must be 1.5 or more")
+        return y.relu() / m.sigma.view(-1, 1, 1)
 
-    net = Body(normal)
-    net.sigma = nn.Parameter(torch.full((1,), 2.0))
+    net = Body(checked)
+    net.sigma = nn.Parameter(torch.full((12,), 2.0))
     assert "conv" in free(net)
 
 

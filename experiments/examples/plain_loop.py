@@ -34,6 +34,7 @@ def main(epochs: int) -> float:
 
     spaces = csgd.find_spaces(model, images[:2])
     clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 5 / 8))
+    print(csgd.prove(model, spaces, clusters, images[:2]))
     groups = csgd.param_groups(model, spaces, clusters, centri_strength=8.0, vector_ratio=1.0)
     optimizer = csgd.CSGD(groups, lr=0.05, momentum=0.9, nesterov=True)
 
