@@ -51,7 +51,7 @@ def main() -> int:
         except Exception as error:
             if wants_trace or (not _is_input(error) and HydraConfig.get().mode == RunMode.RUN):
                 raise
-            if not _is_input(error):
+            if not _is_input(error) or (error.__cause__ and HydraConfig.get().mode == RunMode.MULTIRUN):
                 log.exception("the job failed")
             print(f"error: {_one_line(error)}", file=sys.stderr)
             if FIRST_RANK:

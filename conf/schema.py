@@ -138,7 +138,7 @@ class Clustering:
 
 @dataclass
 class Tolerance:
-    deviation: float = MISSING  # of ‖W − ΓW‖ / ‖W‖ of each tensor, running statistics included: collapsed
+    deviation: float = MISSING  # of ‖W − ΓW‖ / ‖W‖ of each tensor, running statistics too: at most this is collapsed
     logits: float = MISSING  # of the change of an image's logits / their spread (max − min): at most this is lossless
 
     def __post_init__(self):

@@ -153,11 +153,9 @@ def _check_spaces(model: nn.Module, shapes: Shapes, example) -> None:
     """
     try:
         spaces = trace_spaces(model, example)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a network raises on inputs that it cannot take
+    except InputError as error:
         taken = ", ".join(str(list(tensor.shape)) for tensor in tensors_in(example))
-        raise InputError(f"the wide network cannot take the example of {taken}: {line_of(error)}") from None
+        raise InputError(f"the wide network cannot take the example of {taken}: {error}") from None
     names, slots, parts = {}, defaultdict(int), defaultdict(dict)
     for space in spaces:
         uses = [

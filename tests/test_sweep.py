@@ -119,11 +119,12 @@ def test_a_job_that_breaks_leaves_its_trace_and_the_others_go_on(tmp_path):
     arguments = ["model._target_=broken.Net,nets.Plain", *TINY[1:], "wandb=disabled"]
     done = launch(tmp_path, "-m", *arguments, status=2, PYTHONPATH=path)
     assert [job.status for job in sweep.read_jobs(tmp_path / "sweep")] == ["failed", "not lossless"]
-    assert (tmp_path / "sweep" / "0" / "failed.txt").read_text() == "'Net' object has no attribute 'missing'\n"
+    told = "the network cannot run on its example: AttributeError: 'Net' object has no attribute 'missing'"
+    assert (tmp_path / "sweep" / "0" / "failed.txt").read_text() == f"{told}\n"
     log = (tmp_path / "sweep" / "0" / "run.log").read_text()
     assert "Traceback (most recent call last)" in log
     assert 'broken.py", line 5' in log
-    assert "job 0 failed: 'Net' object has no attribute 'missing'" in done.stdout
+    assert f"job 0 failed: {told}" in done.stdout
 
 
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):

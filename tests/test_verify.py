@@ -109,7 +109,7 @@ def test_infinities_nan_and_images_without_spread(before, after, change):
 
 def test_a_class_that_leads_by_more_than_twice_the_change_stays():
     kept = moved = 0
-    for seed in range(200):
+    for seed in range(50):
         draw = torch.Generator().manual_seed(seed)
         before = torch.randn(64, 5, generator=draw).mul(2).round().div(2)  # ties are frequent
         before[torch.rand(before.shape, generator=draw) < 0.1] = -INF
@@ -123,8 +123,8 @@ def test_a_class_that_leads_by_more_than_twice_the_change_stays():
                 assert one.argmax() == other.argmax()
                 kept += 1
             moved += int(one.argmax() != other.argmax())
-    assert kept > 1000
-    assert moved > 1000
+    assert kept > 300
+    assert moved > 300
 
 
 @dataclass
@@ -272,16 +272,39 @@ class Small(nn.Sequential):
         self(torch.zeros(2, 3, 8, 8))
 
 
+class Named(Small):
+    def forward(self, images):
+        logits = super().forward(images)
+        return {"logits": logits, "scores": (logits.softmax(1),)}
+
+
 SMALL = [
     "experiment=smoke", "model._target_=test_verify.Small", "dataset=synthetic", "dataset.image_size=8",
-    "dataset.train_size=1040", "dataset.test_size=64", "deps=1_2", "centri_strength=15", "wandb=disabled",
-    "threads=1", "progress=false",
+    "dataset.train_size=1040", "dataset.test_size=64", "deps=1_2",
+    "centri_strength=15", "wandb=disabled", "threads=1", "progress=false",
 ]  # fmt: skip
 
 
 def summary_of(tmp_path, *more):
     run(composed(*SMALL, f"base.cache={tmp_path / 'base'}", *more), tmp_path)
     return json.loads((tmp_path / "summary.json").read_text())
+
+
+def test_a_network_with_named_outputs_is_judged_by_all_of_them(tmp_path, monkeypatch):
+    verdict = summary_of(tmp_path, "model._target_=test_verify.Named")["verdict"]
+    assert verdict["lossless"]
+    assert verdict["accuracy_before_trim"] == verdict["accuracy_after_trim"] > 0.5
+
+    def other_scores(net, images):
+        logits = Small.forward(net, images)
+        is_cut = net[0].out_channels < 8 and len(images) > 2  # the trial, which would find this, shows two images
+        return {"logits": logits, "scores": (logits.softmax(1) * (0.99 if is_cut else 1.0),)}
+
+    monkeypatch.setattr(Named, "forward", other_scores)
+    verdict = summary_of(tmp_path, "model._target_=test_verify.Named")["verdict"]
+    assert verdict["collapsed"]
+    assert not verdict["lossless"]
+    assert verdict["relative_logit_change"] == pytest.approx(0.01, rel=0.2)
 
 
 def test_an_average_that_lags_is_not_lossless(tmp_path, caplog):

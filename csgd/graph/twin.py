@@ -180,7 +180,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     except Exception as error:  # whatever a network raises on inputs that it cannot take
         alone = any(tensor.dim() > 0 and tensor.size(0) == 1 for tensor in inputs.tensors())
         hint = "; an example has a batch of 2 or more" if alone else ""
-        raise InputError(f"the network cannot run on its example: {told(model, error)}{hint}") from None
+        raise InputError(f"the network cannot run on its example: {told(model, error)}{hint}") from error
 
 
 def told(model: nn.Module, error: Exception) -> str:

@@ -44,8 +44,7 @@ def main(epochs: int) -> float:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    left = csgd.relative_deviation(model, spaces, clusters)
-    print(f"relative deviation {left:.1e} after {epochs} epochs, loss {loss:.3f}")
+    print(f"relative deviation {csgd.relative_deviation(model, spaces, clusters):.1e}, loss {loss:.3f}")
 
     model.eval()
     with torch.no_grad():
