@@ -72,7 +72,11 @@ class Segments:
         Summed row after row, never by atomics: the same bits on every run and every rank (fact F10).
         """
         # mode="mean" does the same along a slower path, in five times as many operations.
-        return F.embedding_bag(self.order, rows, self.offsets, mode="sum").div_(self.sizes)
+        return self.sums(rows).div_(self.sizes)
+
+    def sums(self, rows: Tensor) -> Tensor:
+        """Cluster sums [r, k] of rows [c, k], in the same way."""
+        return F.embedding_bag(self.order, rows, self.offsets, mode="sum")
 
     def merge(self, rows: Tensor) -> Tensor:
         """ΓW of rows [c, k]: each is replaced by the mean of its cluster; a row that is alone stays, bit by bit."""
@@ -145,6 +149,38 @@ def segment_mean(tensor: Tensor, dim: int, segments: Tensor) -> Tensor:
     order = RowOrder.of(away, dim)
     means = Segments.of(segments, tensor.device, tensor.dtype).merge(order.rows(away))
     return laid_out_like(first + order.tensor(means), tensor)
+
+
+def one_of_each(tensor: Tensor, dim: int, segments: Tensor, *, mean: bool) -> Tensor:
+    """One row for each cluster along `dim`, in the order of the representatives: the mean of its members or their sum.
+
+    The mean is taken around the representative, w_1 + Σ_j (w_j − w_1) / |H|: equal rows stay, bit by bit.  Of integers,
+    which have no mean, it is the representative.
+    """
+    if tensor.is_complex():
+        return torch.view_as_complex(one_of_each(torch.view_as_real(tensor), dim, segments, mean=mean))
+    order, back = RowOrder.of(tensor, dim), memory_order(tensor)
+    rows, kept = order.rows(tensor), representatives(segments)
+    first = rows.index_select(0, kept.to(tensor.device))
+    absorbed = (segments != torch.arange(len(segments))).nonzero().flatten()
+    if len(absorbed) and not tensor.is_floating_point() and not mean:
+        first.index_add_(0, torch.searchsorted(kept, segments[absorbed]).to(tensor.device), rows[absorbed])
+    elif len(absorbed) and tensor.is_floating_point():
+        into, number = torch.searchsorted(kept, segments[absorbed]).unique(return_inverse=True)
+        members = rows.index_select(0, absorbed.to(tensor.device))
+        into, among = into.to(tensor.device), Segments.of(number, tensor.device, tensor.dtype)
+        if mean:
+            of_each = first.index_select(0, into).index_select(0, among.cluster)
+            members = torch.where(members == of_each, 0, members - of_each)  # also where both are infinite
+        sums = among.sums(members)
+        first.index_add_(0, into, sums / (among.sizes + 1) if mean else sums)
+    narrow = permuted(first.view(len(kept), *order.shape[1:]), order.back)
+    return narrow.permute(back).contiguous().permute(inverse(back))
+
+
+def representatives(segments: Tensor) -> Tensor:
+    """The positions that stand for themselves."""
+    return (segments == torch.arange(len(segments))).nonzero().flatten()
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from csgd.centripetal import inverse, memory_order, segment_mean
+from csgd.centripetal import one_of_each, representatives, segment_mean
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Ref
+from csgd.graph.twin import dotted
 
 Clusters = Mapping[str, Sequence[Sequence[int]]]
 METHODS = ("kmeans", "even", "imbalanced")
@@ -135,7 +136,7 @@ class ClusteredTensor:
     @property
     def becomes_equal(self) -> bool:
         """Whether any cluster of its rows has two members."""
-        return self.merged is not None and len(_representatives(self.merged[1])) < len(self.merged[1])
+        return self.merged is not None and len(representatives(self.merged[1])) < len(self.merged[1])
 
     @property
     def is_statistic(self) -> bool:
@@ -161,22 +162,15 @@ class ClusteredTensor:
     def narrowed(self, tensor: Tensor) -> Tensor:
         """`tensor`, of the same shape as this one, after the cut: of each cluster the mean of its rows, in the place of
         the representative, and the sum of its input slices; laid out as it was."""
-        order = memory_order(tensor)
-        if self.becomes_equal:
-            tensor = segment_mean(tensor, *self.merged)
-        if self.summed:
-            dim, segments = self.summed
-            absorbed = (segments != torch.arange(len(segments))).nonzero().flatten()
-            into, slices = segments[absorbed].to(tensor.device), absorbed.to(tensor.device)
-            tensor = tensor.index_add(dim, into, tensor.index_select(dim, slices))
-        for dim, segments in filter(None, (self.merged, self.summed)):
-            tensor = tensor.index_select(dim, _representatives(segments).to(tensor.device))
-        return tensor.permute(order).contiguous().permute(inverse(order))
+        for clustered, mean in ((self.merged, True), (self.summed, False)):
+            if clustered:
+                tensor = one_of_each(tensor, *clustered, mean=mean)
+        return tensor
 
     def after_cut(self, positions: Tensor) -> Tensor:
         """Where the rows of some positions are after the cut: the members of a cluster in one place."""
         segments = self.merged[1]
-        return torch.searchsorted(_representatives(segments), segments[positions])
+        return torch.searchsorted(representatives(segments), segments[positions])
 
     def gradient_scales(self, device, dtype) -> list[tuple[int, Tensor]]:
         """(dim, factors) along the dims of the narrowed tensor: 1/|H| on rows, |H| on input slices (fact F7)."""
@@ -184,13 +178,9 @@ class ClusteredTensor:
         for clustered, power in ((self.merged, -1), (self.summed, 1)):
             if clustered:
                 dim, segments = clustered
-                sizes = torch.bincount(segments, minlength=len(segments))[_representatives(segments)]
+                sizes = torch.bincount(segments, minlength=len(segments))[representatives(segments)]
                 scales.append((dim, sizes.to(device, dtype) ** power))
         return scales
-
-
-def _representatives(segments: Tensor) -> Tensor:
-    return (segments == torch.arange(len(segments))).nonzero().flatten()
 
 
 def clustered_tensors(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> list[ClusteredTensor]:
@@ -199,10 +189,9 @@ def clustered_tensors(model: nn.Module, spaces: list[ChannelSpace], clusters: Cl
     refs = defaultdict(list)
     for space in spaces:
         if space.name in clusters:
-            first = list(range(space.size))  # of the cluster of each slot
+            first = torch.arange(space.size)  # of the cluster of each slot
             for members in clusters[space.name]:
-                for slot in members:
-                    first[slot] = members[0]
+                first[list(members)] = members[0]
             for ref in space.refs:
                 if ref.role != "size":
                     refs[tuple(ref.owners)].append((ref, first))
@@ -295,8 +284,3 @@ def _registered(model: nn.Module, path: str, attribute: str) -> Tensor | None:
     except AttributeError:
         return None
     return module._parameters.get(attribute, module._buffers.get(attribute))
-
-
-def dotted(path: str, attribute: str) -> str:
-    """The name of a tensor in a state_dict."""
-    return f"{path}.{attribute}" if path else attribute

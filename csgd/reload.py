@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from csgd.errors import InputError, line_of
 from csgd.graph import trace_spaces
-from csgd.graph.twin import keep_random_state, tensors_in
+from csgd.graph.twin import dotted, keep_random_state, tensors_in
 from csgd.trim import depthwise_multipliers, fit_attributes, replace_data
 
 SIZES = (8, 16, 28, 32, 64, 96, 128, 224, 256, 299)  # of images that networks are made for
@@ -161,7 +161,7 @@ def _check_spaces(model: nn.Module, shapes: Shapes, example) -> None:
         uses = [
             (key, ref.dim, ref.index.size(1))
             for ref in space.refs
-            for key in (f"{path}.{attribute}".lstrip(".") for path, attribute in ref.owners)
+            for key in (dotted(*owner) for owner in ref.owners)
             if key in shapes
         ]
         alike = tuple(uses)  # a space of which some slots are pinned is listed in two parts

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from csgd.centripetal import segment_mean
-from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors, counted_channels, dotted
+from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors, counted_channels
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
+from csgd.graph.twin import dotted
 from csgd.optim import CSGD
 
 log = logging.getLogger("csgd.trim")

@@ -170,7 +170,7 @@ def deviation(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) 
     return sum((t.relative_deviation() * float(t.tensor.norm())) ** 2 for t in parameters)
 
 
-def relative_deviation(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> float:
+def worst_deviation(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> float:
     """Largest ‖W − ΓW‖ / ‖W‖ of any tensor whose rows the cut merges, running statistics included."""
     return _largest(t.relative_deviation() for t in _merged(model, spaces, clusters))
 

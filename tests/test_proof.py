@@ -376,3 +376,35 @@ def test_a_proof_is_cheap_beside_the_passes_it_needs():
 
 
 CALLS: list[int] = []
+
+
+def chaotic(h, _):
+    """The logistic map doubles an error at each turn: the last bit of a float64 becomes 1e-7 in thirty of them."""
+    h = torch.sigmoid(h)
+    for _ in range(30):
+        h = 4 * h * (1 - h)
+    return h
+
+
+def test_a_network_that_makes_rounding_grow_is_judged_by_what_rounding_does():
+    net = Body(chaotic)
+    spaces = csgd.find_spaces(net, IMAGES)
+    assert [space.trimmable for space in spaces] == [True, False]
+    proof = csgd.prove(net, spaces, random_clusters(spaces), IMAGES)
+    assert 1e-8 < proof.change <= proof.tolerance <= 1e-5
+    assert proof.exact
+    assert proof.control > 1e-2
+
+
+def test_what_is_small_but_no_rounding_is_found():
+    def leaking(h, _):
+        return h + 1e-7 * h.flatten(1).mean(1)[:, None, None, None]
+
+    assert not free(Body(leaking))
+    net = Body(leaking)
+    spaces = csgd.find_spaces(net, IMAGES, trial=False)
+    for space in spaces[:1]:
+        space.pinned.clear()
+    proof = csgd.prove(net, spaces, {"conv": [list(range(6)), *([slot] for slot in range(6, 12))]}, IMAGES)
+    assert not proof.exact
+    assert proof.change > proof.tolerance

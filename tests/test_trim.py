@@ -219,7 +219,7 @@ def test_frozen_batch_norm_is_noticed_at_the_cut():
     model.bn1.eval()
     optimizer = CSGD(csgd.param_groups(model, spaces, clusters, centri_strength=8.0, vector_ratio=1.0), 0.01)
     for _ in range(150):
-        model(example).square().mean().backward()
+        model(example).tanh().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.relative_deviation() < 1e-5

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from csgd.graph.labels import UnionFind, along, compact, fold_constant_dims, wide_dims
-from csgd.graph.twin import own_tensors
+from csgd.graph.twin import dotted, own_tensors
 
 
 class Ledger:
@@ -99,7 +99,7 @@ class Ledger:
             self.activations.append(labels)
 
     def name(self, tensor: Tensor) -> str:
-        return ".".join(self.owners[id(tensor)][0]).lstrip(".")
+        return dotted(*self.owners[id(tensor)][0])
 
     def channels(self, labels: Tensor, dim: int) -> Tensor:
         """One atom per position along `dim`; what differs along other dims is clustered alike."""

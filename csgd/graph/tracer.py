@@ -19,6 +19,7 @@ from csgd.graph.spaces import ChannelSpace, spaces_of
 from csgd.graph.twin import (
     Inputs,
     check_has_values,
+    dotted,
     keep_random_state,
     own_tensors,
     random_state,
@@ -107,7 +108,7 @@ def trace_spaces(
                 with torch.no_grad():
                     for buffer, saved in buffers:
                         buffer.copy_(saved)
-        originals = {id(tensor): f"{path}.{name}".lstrip(".") for path, _, name, tensor in own_tensors(model)}
+        originals = {id(tensor): dotted(path, name) for path, _, name, tensor in own_tensors(model)}
         return _trace(twin, inputs, unused, originals)
 
 

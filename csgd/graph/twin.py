@@ -74,10 +74,15 @@ def own_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]
                 yield path, module, attribute, tensor
 
 
+def dotted(path: str, attribute: str) -> str:
+    """The name of a tensor in a state_dict."""
+    return f"{path}.{attribute}" if path else attribute
+
+
 def check_has_values(model: nn.Module) -> None:
     """InputError if a parameter or buffer has no values yet."""
     for path, _, attribute, tensor in own_tensors(model):
-        name = f"{path}.{attribute}".lstrip(".")
+        name = dotted(path, attribute)
         if is_lazy(tensor):
             raise InputError(f"{name} is lazy and has no shape yet: call the network once, then find its spaces")
         if tensor.is_meta:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from csgd.checkpoint import load_weights, save_weights
-from csgd.clusters import Clusters, clustered_tensors, dotted, tensor_of
+from csgd.clusters import Clusters, clustered_tensors, tensor_of
 from csgd.graph import ChannelSpace
+from csgd.graph.twin import dotted
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from csgd.seeds import RandomState
 from csgd.tracking import Tracker
 from csgd.train import Epoch, accuracy, predict, train
 from csgd.trim import merge_equal, statistics_momentum, trim
-from csgd.verify import Verdict, deviation, relative_deviation, statistics_spread, verdict, worst
+from csgd.verify import Verdict, deviation, statistics_spread, verdict, worst, worst_deviation
 
 log = logging.getLogger("csgd")
 
@@ -181,7 +181,7 @@ class Stage:
     def is_collapsed(self) -> bool:
         """Whether every tensor that is to be merged has collapsed, running statistics and the average included."""
         networks = [self.model, self.average.module] if self.average else [self.model]
-        left = [relative_deviation(network, self.spaces, self.clusters) for network in networks]
+        left = [worst_deviation(network, self.spaces, self.clusters) for network in networks]
         return all(value <= self.cfg.tolerance.deviation for value in left)
 
     def train(
@@ -264,7 +264,7 @@ def cut(
     measured = [
         dict(
             deviation=deviation(network, spaces, clusters),
-            relative_deviation=relative_deviation(network, spaces, clusters),
+            relative_deviation=worst_deviation(network, spaces, clusters),
             statistics_spread=statistics_spread(network, spaces, clusters),
         )
         for network in networks

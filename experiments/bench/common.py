@@ -22,13 +22,18 @@ from csgd.pipeline.build import commit, versions  # noqa: E402
 from csgd.report import table  # noqa: E402
 
 
-def arguments(doc: str) -> argparse.Namespace:
-    """--quick, --output, --threads, --device: what the benchmarks take; on a GPU the number of threads is ignored."""
+def arguments(doc: str, **folders: str) -> argparse.Namespace:
+    """--quick, --output, --threads, --device: what the benchmarks take; on a GPU the number of threads is ignored.
+
+    `folders` are further options and what they say of themselves.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer networks and repeats: a minute or less")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder of the JSON file")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count()], help="one measurement for each")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cuda: of the steps, on a GPU")
+    for option, told in folders.items():
+        parser.add_argument(f"--{option}", type=Path, help=told)
     given = parser.parse_args()
     if given.device.type == "cuda":
         given.threads = given.threads[:1]
