@@ -72,11 +72,7 @@ class Segments:
         Summed row after row, never by atomics: the same bits on every run and every rank (fact F10).
         """
         # mode="mean" does the same along a slower path, in five times as many operations.
-        return self.sums(rows).div_(self.sizes)
-
-    def sums(self, rows: Tensor) -> Tensor:
-        """Cluster sums [r, k] of rows [c, k], in the same way."""
-        return F.embedding_bag(self.order, rows, self.offsets, mode="sum")
+        return F.embedding_bag(self.order, rows, self.offsets, mode="sum").div_(self.sizes)
 
     def merge(self, rows: Tensor) -> Tensor:
         """ΓW of rows [c, k]: each is replaced by the mean of its cluster; a row that is alone stays, bit by bit."""
@@ -152,30 +148,25 @@ def segment_mean(tensor: Tensor, dim: int, segments: Tensor) -> Tensor:
 
 
 def one_of_each(tensor: Tensor, dim: int, segments: Tensor, *, mean: bool) -> Tensor:
-    """One row for each cluster along `dim`, in the order of the representatives: the mean of its members or their sum.
+    """One row for each cluster along `dim`, in the order of the representatives, laid out as `tensor`: the mean of its
+    members, or their sum.
 
     The mean is taken around the representative, w_1 + Σ_j (w_j − w_1) / |H|: equal rows stay, bit by bit.  Of integers,
     which have no mean, it is the representative.
     """
-    if tensor.is_complex():
-        return torch.view_as_complex(one_of_each(torch.view_as_real(tensor), dim, segments, mean=mean))
-    order, back = RowOrder.of(tensor, dim), memory_order(tensor)
-    rows, kept = order.rows(tensor), representatives(segments)
-    first = rows.index_select(0, kept.to(tensor.device))
-    absorbed = (segments != torch.arange(len(segments))).nonzero().flatten()
-    if len(absorbed) and not tensor.is_floating_point() and not mean:
-        first.index_add_(0, torch.searchsorted(kept, segments[absorbed]).to(tensor.device), rows[absorbed])
-    elif len(absorbed) and tensor.is_floating_point():
-        into, number = torch.searchsorted(kept, segments[absorbed]).unique(return_inverse=True)
-        members = rows.index_select(0, absorbed.to(tensor.device))
-        into, among = into.to(tensor.device), Segments.of(number, tensor.device, tensor.dtype)
+    device, order = tensor.device, memory_order(tensor)
+    tensor = tensor.cpu()  # where sums have an order, the same on every rank (fact F10)
+    kept, members = representatives(segments), (segments != torch.arange(len(segments))).nonzero().flatten()
+    out = tensor.index_select(dim, kept)
+    if len(members) and (tensor.is_floating_point() or tensor.is_complex() or not mean):
+        rows = tensor.index_select(dim, members)
         if mean:
-            of_each = first.index_select(0, into).index_select(0, among.cluster)
-            members = torch.where(members == of_each, 0, members - of_each)  # also where both are infinite
-        sums = among.sums(members)
-        first.index_add_(0, into, sums / (among.sizes + 1) if mean else sums)
-    narrow = permuted(first.view(len(kept), *order.shape[1:]), order.back)
-    return narrow.permute(back).contiguous().permute(inverse(back))
+            first = tensor.index_select(dim, segments[members])
+            share = (1 / segments.bincount()[segments[members]]).to(tensor.dtype)
+            rows = torch.where(rows == first, 0, rows - first)  # also where both are infinite
+            rows.mul_(share.view([-1] + [1] * (tensor.dim() - dim - 1)))
+        out.index_add_(dim, torch.searchsorted(kept, segments[members]), rows)
+    return out.permute(order).contiguous().permute(inverse(order)).to(device)
 
 
 def representatives(segments: Tensor) -> Tensor:
