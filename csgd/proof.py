@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from csgd.clusters import Clusters, clustered_tensors
 from csgd.errors import InputError
@@ -28,6 +29,9 @@ TOLERANCE = {torch.float64: 1e-8}  # change of an output above which a cut is no
 ROUGH = 1e-3  # the same in another dtype
 ROUNDING = 100  # times what rounding its inputs changes: a network that makes rounding grow is judged less sharply,
 WORST = 1e-5  # but not below this
+DROPOUTS = {
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout",
+}  # fmt: skip
 VISIBLE = 10  # times the tolerance: what a channel must matter for a cut of it to be judged
 
 
@@ -36,8 +40,8 @@ class Proof:
     """What a twin says of a cut before anything is trained.
 
     changes    {"eval": …, "train": …}: the largest change of an output entry by the cut, relative to the median size of
-               the entries of its tensor; None where the network draws random numbers in that mode: there it ran, and
-               its outputs kept their shapes
+               the entries of its tensor; None where the cut network draws more or fewer random numbers: there it ran,
+               and its outputs kept their shapes
     control    the same for members that are not equal: what a cut that is not exact would have shown
     failing    {space name: why}, of the spaces whose cut is not exact
     tolerance  what a change must stay below
@@ -92,10 +96,20 @@ def prove(
 
 @dataclass
 class Passes:
-    """Forward passes of one network over all examples in one mode; random where they drew numbers."""
+    """Forward passes of one network over all examples in one mode, and the random states that they left."""
 
     outputs: list[Tensor]
-    random: bool
+    states: list[tuple]
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Dropout drops nothing: its masks have the shape of what is cut, and could not be compared."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "").strip("_") in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
 
 
 class Trial:
@@ -126,7 +140,7 @@ class Trial:
     def _first_that_runs(self) -> tuple[nn.Module, Passes | None, dict[bool, Passes]]:
         failed: InputError | None = None
         for dtype in (torch.float64, torch.float32):
-            for weights, inputs in ((_random, _drawn), (_noisy, _drawn), (_noisy, _as_given)):
+            for weights, inputs in ((_random, _signed), (_random, _drawn), (_noisy, _drawn), (_noisy, _as_given)):
                 self.dtype, self.tolerance = dtype, TOLERANCE.get(dtype, ROUGH)
                 self._weights, generator = weights, torch.Generator().manual_seed(self.seed)
                 self.inputs = [one.copied(partial(inputs, dtype, generator)) for one in self._examples]
@@ -156,9 +170,6 @@ class Trial:
                 f"the network cannot be copied for its trial ({type(error).__name__}: {error}); "
                 "trial=False leaves it out"
             ) from None
-        for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.p = 0.0
         if self._weights is _random:
             _randomise_statistics(model, generator)
         return model
@@ -178,22 +189,22 @@ class Trial:
         """Every example once, in eval or train mode, the running statistics left as they are."""
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training and not grad else []
         default = torch.get_default_dtype()
-        outputs, drew = [], False
+        outputs, states = [], []
         with keep_random_state(model):
             try:
                 torch.set_default_dtype(self.dtype)  # constants that `forward` makes are to fit
                 model.train(training)
                 for inputs in self.inputs:
                     set_random_state(model, seed)
-                    state, given = random_state(model), inputs.copied()
-                    with torch.set_grad_enabled(grad):
+                    given = inputs.copied()
+                    with torch.set_grad_enabled(grad), _WithoutDropout():
                         outputs += tensors_in(run(model, given))
-                    drew = drew or random_state(model) != state
+                    states.append(random_state(model))
             finally:
                 torch.set_default_dtype(default)
         for buffer, saved in buffers:
             buffer.copy_(saved)
-        return Passes(outputs if grad else [out.detach() for out in outputs], drew)
+        return Passes(outputs if grad else [out.detach() for out in outputs], states)
 
     def cut(self, names: Collection[str]) -> nn.Module:
         """A copy of the twin in which the clusters of some spaces are cut; it shares the tensors that stay whole."""
@@ -211,7 +222,8 @@ class Trial:
             except InputError as error:  # whatever the model raises when its sizes no longer fit
                 return changes | {mode: math.inf}, f"its trial trim raises in {mode} mode: {_cause(error)}"
             before = self.before[training]
-            if before.random and training:
+            as_random = before.states == after.states  # as much was drawn, so it was the same
+            if training and not as_random:
                 changes[mode] = None
                 if [out.shape for out in before.outputs] != [out.shape for out in after.outputs]:
                     return changes | {mode: math.inf}, "its trial trim changes the shape of the output in train mode"
@@ -221,7 +233,7 @@ class Trial:
                 self.tolerance = max(self.tolerance, min(WORST, ROUNDING * self.rounding(training)))
             if not changes[mode] <= self.tolerance:
                 why = "its trial trim changes the output"
-                if before.random:
+                if not as_random:
                     why = "the network draws random numbers in eval mode, so its trial cannot be compared"
                 return changes, why
         return changes, None
@@ -371,19 +383,26 @@ def _as_given(dtype: torch.dtype, generator: torch.Generator, tensor: Tensor) ->
     return tensor.detach().to(dtype, copy=True) if tensor.is_floating_point() else tensor.detach().clone()
 
 
-@torch.no_grad()
-def _drawn(dtype: torch.dtype, generator: torch.Generator, tensor: Tensor) -> Tensor:
+def _drawn(dtype: torch.dtype, generator: torch.Generator, tensor: Tensor, signed: bool = False) -> Tensor:
     """An input of the same shape and range, drawn anew: an example may be all zeros.  Of two values it draws either;
-    a mask with infinities, and whole numbers, stay."""
+    a mask with infinities, and whole numbers, stay.
+
+    signed  draw from −m to m, of which m is the largest size in the example: activations that never change their sign
+            would hide a function that is called for some widths alone
+    """
     own = _as_given(dtype, generator, tensor)
     if not own.is_floating_point() or not own.numel() or not own.isfinite().all():
         return own
     low, high = float(own.min()), float(own.max())
     drawn = torch.rand(own.shape, generator=generator, dtype=dtype)
-    if low == high:
-        drawn = torch.randn(own.shape, generator=generator, dtype=dtype) if low == 0 else low * (0.5 + drawn)
-    elif bool(((own == low) | (own == high)).all()):
+    if low < high and bool(((own == low) | (own == high)).all()):
         drawn = torch.where(drawn < 0.5, low, high)
+    elif low == high == 0:
+        drawn = torch.randn(own.shape, generator=generator, dtype=dtype)
+    elif signed:
+        drawn = max(abs(low), abs(high)) * (2 * drawn - 1)
+    elif low == high:
+        drawn = low * (0.5 + drawn)
     else:
         drawn = low + (high - low) * drawn
     return own.copy_(drawn)
@@ -395,6 +414,9 @@ def _rounded_otherwise(generator: torch.Generator, tensor: Tensor) -> Tensor:
         return tensor.clone()
     signs = torch.randint(2, tensor.shape, generator=generator).to(tensor) * 2 - 1
     return tensor + tensor * signs * torch.finfo(tensor.dtype).eps
+
+
+_signed = partial(_drawn, signed=True)
 
 
 def _randomise_statistics(model: nn.Module, generator: torch.Generator) -> None:

@@ -73,11 +73,27 @@ def test_a_random_train_mode_is_run_all_the_same():
         return y if not m.training else F.dropout(y, 0.5).view(-1, 12 * 64).view(-1, 12, 8, 8)
 
     assert free(Body(typed)) == set()
-    net = Body(lambda y, m: F.dropout(y, 0.5, m.training))
+    net = Body(lambda y, m: F.rrelu(y, training=m.training))  # draws a number for each entry
     spaces = csgd.find_spaces(net, IMAGES)
     proof = csgd.prove(net, spaces, random_clusters(spaces), IMAGES)
     assert proof.exact
     assert proof.changes["train"] is None
+
+
+def test_a_random_train_mode_is_compared_where_a_cut_leaves_the_draws_alone():
+    def keep(y):
+        return y * (torch.rand(len(y), 1, 1, 1, dtype=y.dtype) < 0.7)
+
+    assert free(Body(lambda y, m: y / y.shape[1] + keep(y.relu()) if m.training else y)) == set()
+    net = Body(lambda y, m: y + keep(y.relu()) if m.training else y)
+    spaces = csgd.find_spaces(net, IMAGES)
+    assert csgd.prove(net, spaces, random_clusters(spaces), IMAGES).changes["train"] < 1e-12
+
+
+@pytest.mark.parametrize("dropout", [F.dropout, F.dropout2d, F.alpha_dropout])
+def test_dropout_drops_nothing_in_a_trial(dropout):
+    assert free(Body(lambda y, m: dropout(y, 0.5, m.training) / (y.shape[1] if m.training else 1))) == set()
+    assert free(Body(lambda y, m: dropout(y, 0.5, True))) == {"conv"}, "also where it is always on"
 
 
 # inputs
@@ -91,6 +107,31 @@ def test_the_trial_draws_its_own_inputs(example):
     net.conv.bias = net.last.bias = None
     assert "conv" not in free(net, example)
     assert "conv" in free(Body(lambda y, m: y.relu()), example)
+
+
+def test_inputs_of_one_sign_are_drawn_with_both():
+    """Under a large mean channels keep their sign, and it does not show whether a positive one is rectified."""
+
+    class Switched(nn.Sequential):
+        def forward(self, x):
+            y = self[0](x)
+            return self[1](y.relu() if y.shape[1] > 7 else y).mean((2, 3))
+
+    net, example = Switched(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 5, 1)), 255 + 0.1 * IMAGES
+    spaces = csgd.find_spaces(net, example, trial=False)
+    for seed in range(9):
+        proof = csgd.prove(net, spaces, {"0": [[*range(6)], [*range(6, 12)]]}, example, seed=seed)
+        assert set(proof.failing) == {"0"}, seed
+
+    class Logarithm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Body(lambda y, m: y.relu())
+
+        def forward(self, x):
+            return self.body(x.log())
+
+    assert "body.conv" in free(Logarithm(), IMAGES.abs()), "but where a network takes one sign alone"
 
 
 def test_channels_that_reach_no_output_are_not_called_free():
