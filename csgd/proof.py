@@ -202,8 +202,8 @@ class Trial:
                     states.append(random_state(model))
             finally:
                 torch.set_default_dtype(default)
-        for buffer, saved in buffers:
-            buffer.copy_(saved)
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
         return Passes(outputs if grad else [out.detach() for out in outputs], states)
 
     def cut(self, names: Collection[str]) -> nn.Module:

@@ -143,6 +143,24 @@ def test_channels_that_reach_no_output_are_not_called_free():
     assert first.pinned == ["its trial cannot see it: no output depends on these channels"]
 
 
+def test_a_trial_that_raises_accuses_no_other_space():
+    """It ends a pass in train mode half way, where statistics have moved already."""
+
+    def body(y, m):
+        y = m.inner(m.norm(y).relu())
+        return y if not m.training else y.relu().view(-1, 12, 64).view(-1, 12, 8, 8)
+
+    assert free(Body(body, norm=nn.BatchNorm2d(12), inner=nn.Conv2d(12, 12, 1))) == {"conv"}
+
+
+def test_statistics_that_an_example_of_zeros_leaves_alone_are_not_frozen():
+    net = Body(lambda y, m: m.norm(y).relu(), norm=nn.BatchNorm2d(12))
+    net.conv.bias = None
+    assert "conv" in free(net, torch.zeros(nets.IMAGES))
+    net.norm.momentum = 0.0
+    assert "conv" not in free(net, torch.zeros(nets.IMAGES))
+
+
 def test_infinities_in_the_output_are_no_change():
     """A12: a sound network that masks a class."""
 
@@ -190,6 +208,13 @@ def test_replaced_methods_hooks_and_lambdas_reach_the_twin_only():
     assert modes == now
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert names == {"inner"}, "the network sums over the channels of what the hook kept"
+
+
+def test_backward_hooks_are_not_called():
+    net = Body(lambda y, m: y.relu())
+    net.conv.register_full_backward_hook(lambda *_: pytest.fail("called"))
+    net.conv.register_full_backward_pre_hook(lambda *_: pytest.fail("called"))
+    assert "conv" in free(net)
 
 
 def test_a_network_that_is_reached_from_outside_is_refused_with_the_name():

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -125,6 +126,7 @@ def _trace(
         left = _unreached(ledger, model, evaluated | ledger.seen)
         if used <= ledger.seen and not (left and any(drew)):
             break
+    _move_statistics(model, examples, [(b, statistics[id(b)]) for b in model.buffers() if id(b) in statistics])
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if id(buffer) in statistics and torch.equal(buffer, statistics[id(buffer)]):
@@ -133,6 +135,14 @@ def _trace(
                 ledger.freeze(buffer, "meets a buffer that is not saved with the network")
     _pin_what_may_be_read(ledger, _without(left, unused), examples)
     return spaces_of(ledger, model)
+
+
+def _move_statistics(model: nn.Module, examples: list[Inputs], buffers: list[tuple[Tensor, Tensor]]) -> None:
+    """Runs the examples with noise where a buffer is what it was: means of an example of zeros are what they were."""
+    if any(buffer.is_floating_point() and torch.equal(buffer, before) for buffer, before in buffers):
+        for inputs in examples:
+            with torch.no_grad(), suppress(InputError):  # noise may be what the network does not take
+                run(model, inputs.copied(lambda t: t + torch.randn_like(t) if t.is_floating_point() else t.clone()))
 
 
 def _run(ledger: Ledger, model: nn.Module, inputs: Inputs, seed: int, originals: dict[int, str]) -> bool:

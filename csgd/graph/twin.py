@@ -94,6 +94,7 @@ def twin_of(model: nn.Module, new: Callable[[Tensor], Tensor] = Tensor.clone) ->
 
     Functions that hang on a module (hooks, a replaced `forward`, a lambda that calls another layer) are copied too,
     with all that their closures and globals hold, so that a twin that runs neither reads nor writes the original.
+    Backward hooks are left out: they are for the gradients of training.
     Batch norm does not wait for the images of other ranks.
     """
     memo: dict[int, Any] = {}
@@ -107,6 +108,8 @@ def twin_of(model: nn.Module, new: Callable[[Tensor], Tensor] = Tensor.clone) ->
         for name, value in list(vars(module).items()):
             if name not in ("_parameters", "_buffers", "_modules"):
                 vars(module)[name] = _rebound(value, memo)
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
         if isinstance(module, nn.SyncBatchNorm):
             module.forward = MethodType(nn.modules.batchnorm._BatchNorm.forward, module)
     return twin
