@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from csgd.balanced import balanced
 from csgd.centripetal import one_of_each, representatives, segment_mean
 from csgd.errors import InputError
-from csgd.graph import ChannelSpace, Ref
+from csgd.graph import ChannelSpace, Ref, conditions
 from csgd.graph.twin import dotted
 
 Clusters = Mapping[str, Sequence[Sequence[int]]]
@@ -36,30 +37,50 @@ def cluster(
     kmeans      k-means on the flattened kernels, of the pacesetter (section 3.2) or of all producers: see `filters`
     even        contiguous runs of near-equal size
     imbalanced  one cluster of size − width + 1, the rest singletons
+
+    Where a condition of the space asks for clusters of one size, k-means makes such clusters, and both other methods
+    contiguous runs.  InputError where the width is none that these can have.
     """
     if method not in METHODS:
         raise InputError(f"clustering.method must be one of {', '.join(METHODS)}, got {method!r}")
     by_name = {space.name: space for space in spaces}
-    labels, kernels = {}, {}
+    found, kernels = {}, {}
     for name, width in widths.items():
         if name not in by_name:
             raise InputError(f"widths: there is no channel space '{name}'")
-        space = by_name[name]
-        if not 1 <= width <= space.size:
-            raise InputError(f"widths.{name} must be between 1 and {space.size}, got {width}")
+        space, slots = by_name[name], np.arange(by_name[name].size)
+        _check_width(space, width)
+        parts = _parts_of(space)
         if method == "kmeans" and width < space.size:
             kernels[name] = filters(model, space, of)
-        elif method == "imbalanced":
-            labels[name] = np.maximum(np.arange(space.size) - (space.size - width), 0)
+        elif method == "imbalanced" and conditions.one_size(space) is None:
+            found[name] = _members(slots, np.maximum(slots - (space.size - width), 0))
         else:
-            labels[name] = np.arange(space.size) * width // space.size
-    labels |= _kmeans(kernels, widths, seed)
-    return {name: _parts(labels[name]) for name in widths}
+            runs = [(part, np.arange(len(part)) * width // space.size) for part in parts]
+            found[name] = sorted(members for part, labels in runs for members in _members(part, labels))
+    found |= _kmeans(kernels, by_name, widths, seed)
+    clusters = {name: found[name] for name in widths}
+    check_clusters(spaces, clusters)
+    return clusters
 
 
-def _parts(labels: np.ndarray) -> list[list[int]]:
+def _check_width(space: ChannelSpace, width: int) -> None:
+    if not 1 <= width <= space.size:
+        raise InputError(f"widths.{space.name} must be between 1 and {space.size}, got {width}")
+    condition = conditions.one_size(space)
+    if condition and width not in (allowed := [space.size // size for size in (1, *condition.sizes)]):
+        raise InputError(f"widths.{space.name} must be {', '.join(map(str, allowed))}, got {width}: {condition}")
+
+
+def _parts_of(space: ChannelSpace) -> list[np.ndarray]:
+    """Sets of slots within which clusters must stay: all slots, but where a condition says otherwise."""
+    condition = conditions.one_size(space)
+    return [np.array(part) for part in condition.parts] if condition else [np.arange(space.size)]
+
+
+def _members(slots: np.ndarray, labels: np.ndarray) -> list[list[int]]:
     members = defaultdict(list)
-    for slot, label in enumerate(labels.tolist()):
+    for slot, label in zip(slots.tolist(), labels.tolist(), strict=True):
         members[label].append(slot)
     return sorted(members.values())
 
@@ -84,22 +105,29 @@ def _rows(model: nn.Module, ref: Ref, size: int) -> Tensor:
     return rows.reshape(size, -1)
 
 
-def _kmeans(kernels: Mapping[str, Tensor], widths: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
-    """The labels of each space, several spaces at once, each on one thread: the same ones however many there are."""
+def _kmeans(
+    kernels: Mapping[str, Tensor], spaces: Mapping[str, ChannelSpace], widths: Mapping[str, int], seed: int
+) -> dict[str, list[list[int]]]:
+    """The clusters of each space, several spaces at once, each on one thread: the same ones however many there are."""
     from threadpoolctl import threadpool_limits
 
-    def fit(name: str) -> np.ndarray:
-        rows = kernels[name].double().cpu().numpy()
+    def fit(name: str) -> list[list[int]]:
+        space, rows = spaces[name], kernels[name].double().cpu().numpy()
         if not np.isfinite(rows).all():
             raise InputError(f"the weights of {name} hold NaN or infinity, they cannot be clustered")
-        return _kmeans_of(rows, widths[name], seed)
+        of_one_size = conditions.one_size(space) is not None
+        fits = [
+            (part, _kmeans_of(rows[part], len(part) * widths[name] // space.size, seed, of_one_size))
+            for part in _parts_of(space)
+        ]
+        return sorted(members for part, labels in fits for members in _members(part, labels))
 
     pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=threadpool_limits, initargs=(1, "openmp"))
     with threadpool_limits(1, "blas"), pool:
         return dict(zip(kernels, pool.map(fit, kernels), strict=True))
 
 
-def _kmeans_of(rows: np.ndarray, width: int, seed: int) -> np.ndarray:
+def _kmeans_of(rows: np.ndarray, width: int, seed: int, of_one_size: bool) -> np.ndarray:
     from sklearn.cluster import KMeans
 
     if rows.shape[1] > rows.shape[0]:
@@ -107,6 +135,8 @@ def _kmeans_of(rows: np.ndarray, width: int, seed: int) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer distinct filters than clusters: mended below
         fit = KMeans(width, n_init=STARTS, random_state=seed).fit(rows)
+    if of_one_size:
+        return balanced(rows, fit.cluster_centers_)
     labels = fit.labels_.copy()
     farthest = np.argsort(-np.linalg.norm(rows - fit.cluster_centers_[labels], axis=1), kind="stable").tolist()
     for empty in sorted(set(range(width)) - set(labels.tolist())):
@@ -183,9 +213,14 @@ class ClusteredTensor:
         return scales
 
 
-def clustered_tensors(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> list[ClusteredTensor]:
-    """Every tensor of `model` that `clusters` touches, once, also where several spaces share a dim of it (concat)."""
-    check_clusters(spaces, clusters)
+def clustered_tensors(
+    model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters, *, for_cut: bool = True
+) -> list[ClusteredTensor]:
+    """Every tensor of `model` that `clusters` touches, once, also where several spaces share a dim of it (concat).
+
+    for_cut  whether the conditions of the spaces must hold; members may become equal without
+    """
+    check_clusters(spaces, clusters, for_cut=for_cut)
     refs = defaultdict(list)
     for space in spaces:
         if space.name in clusters:
@@ -211,21 +246,27 @@ def clustered_tensors(model: nn.Module, spaces: list[ChannelSpace], clusters: Cl
 
 def counted_channels(
     model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters
-) -> dict[tuple[nn.Module, str], int]:
-    """{(layer without tensors, integer attribute): the number of channels that it says after the cut}."""
-    counts: dict[tuple[nn.Module, str], int] = {}
+) -> dict[tuple[nn.Module, str], int | tuple[int, ...]]:
+    """{(layer, attribute): what it says after the cut}, of integers, and tuples of them, that count channels."""
+    counts: dict[tuple[nn.Module, str], int | tuple[int, ...]] = {}
     for space in spaces:
         lost = sum(len(members) - 1 for members in clusters.get(space.name, ()))
         for ref in space.refs if lost else ():
             if ref.role == "size":
                 (path, attribute) = ref.owners[0]
                 key = model.get_submodule(path), attribute
-                counts[key] = counts.get(key, getattr(*key)) - lost * ref.index.size(1)
+                said = counts.get(key, getattr(*key))
+                if isinstance(said, int):
+                    counts[key] = said - lost * ref.index.size(1)
+                else:
+                    left = said[ref.dim] - lost * ref.index.size(1)
+                    counts[key] = type(said)([*said[: ref.dim], left, *said[ref.dim + 1 :]])
     return counts
 
 
-def check_clusters(spaces: list[ChannelSpace], clusters: Clusters) -> None:
-    """Raises InputError unless every entry is a set of disjoint clusters of a trimmable space's slots.
+def check_clusters(spaces: list[ChannelSpace], clusters: Clusters, *, for_cut: bool = True) -> None:
+    """Raises InputError unless every entry is a set of disjoint clusters of a trimmable space's slots, and, where they
+    are to be cut, keeps to the conditions of its space.
 
     Slots that no cluster names stay alone.
     """
@@ -244,6 +285,8 @@ def check_clusters(spaces: list[ChannelSpace], clusters: Clusters) -> None:
             raise InputError(f"clusters.{name} must name each slot of 0 … {space.size - 1} at most once")
         if space.pinned and any(len(members) > 1 for members in parts):
             raise InputError(f"clusters.{name}: the space is pinned ({', '.join(space.pinned)})")
+    if for_cut and (line := next(conditions.broken(spaces, clusters), None)):
+        raise InputError(line)
 
 
 def relative_deviation(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> float:

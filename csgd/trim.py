@@ -17,10 +17,12 @@ from csgd.optim import CSGD
 
 log = logging.getLogger("csgd.trim")
 
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
+LAYERS = (
+    nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.PReLU
+)  # fmt: skip
 FITTED = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels",
-    "num_groups", "num_parameters",
+    "num_groups", "num_parameters", "normalized_shape",
 )  # fmt: skip  # attributes of LAYERS that follow the shapes of their parameters
 
 
@@ -30,7 +32,7 @@ def merge_equal(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters
 
     What C-SGD reaches by training, done in one stroke: the one-shot baseline, and the way to test `trim`.
     """
-    for t in clustered_tensors(model, spaces, clusters):
+    for t in clustered_tensors(model, spaces, clusters, for_cut=False):
         if t.becomes_equal:
             merged = segment_mean(t.tensor.detach(), *t.merged)
             if not torch.equal(merged, t.tensor):  # a constant that was expanded has no memory for each entry
@@ -192,6 +194,8 @@ def fit_attributes(modules: Iterable[nn.Module], multipliers: dict[nn.Module, in
                 module.out_channels, module.in_channels = weight.size(0), weight.size(1) * module.groups
         elif isinstance(module, nn.Linear) and weight is not None:
             module.out_features, module.in_features = weight.shape
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and weight is not None:
+            module.normalized_shape = tuple(weight.shape)
         elif isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.PReLU):
             vector = weight if weight is not None else module._buffers.get("running_mean")
             if vector is None:

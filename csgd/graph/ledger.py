@@ -1,6 +1,7 @@
 """The book that the rules write into while a network runs: atoms, what ties them, where they are used."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +24,26 @@ class Ledger:
         self.channel, self.slot = UnionFind(), UnionFind()
         self.tensors: dict[int, Tensor] = {}  # keeps every tensor alive, so that its id stays its own
         self.owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        self._registered: dict[tuple[str, str], Tensor] = {}
         for path, _, attribute, tensor in own_tensors(model):
             self.tensors[id(tensor)] = tensor
             self.owners[id(tensor)].append((path, attribute))
+            self._registered[path, attribute] = tensor
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.uses: dict[tuple[int, int], tuple[Tensor, str]] = {}  # (id of tensor, dim) -> (atoms, role)
         self.outputs: dict[tuple[int, int], Tensor] = {}  # (id of weight, dim) -> atoms of the channels it produces
         self.frozen: dict[int, str] = {}  # id of parameter -> why nothing of it may change shape
-        self.sizes: dict[tuple[str, str], Tensor] = {}  # (module path, attribute that counts channels) -> atoms
+        self.constants: set[int] = set()  # ids of buffers that training does not change
+        self.sizes: dict[tuple[str, str, int], Tensor] = {}  # (module path, attribute that counts channels, its entry)
+        self.means: list[tuple[Tensor, str]] = []  # (atoms [groups, n] of each of which the mean is taken, by what)
         self.seen: set[int] = set()  # ids of the tensors read since this was last emptied
         self.activations: list[Tensor] = []  # labels of all that was computed
         self._labels = WeakTensorKeyDictionary()
         self.pins: list[tuple[Tensor, str]] = []  # (atoms, why they must stay)
+
+    def tensor_of(self, owner: tuple[str, str]) -> Tensor | None:
+        """The tensor that a module registers under a name; None for an attribute that is none."""
+        return self._registered.get(owner)
 
     def owns(self, tensor: Tensor | None) -> bool:
         return tensor is not None and id(tensor) in self.owners
@@ -122,11 +131,17 @@ class Ledger:
         if earlier_role != role:
             self.pin(atoms, "parameter used in two roles")
 
-    def count(self, module: nn.Module | None, attributes: tuple[str, ...], atoms: Tensor) -> None:
-        """Notes that integers of a layer without tensors say how many channels there are."""
+    def count(self, module: nn.Module | None, attributes: tuple[str, ...], atoms: Tensor, entry: int = 0) -> None:
+        """Notes that integers of a layer, or an entry of a tuple of them, say how many channels there are."""
         for attribute in attributes if module is not None and id(module) in self.paths else ():
-            earlier = self.sizes.setdefault((self.paths[id(module)], attribute), atoms)
+            earlier = self.sizes.setdefault((self.paths[id(module)], attribute, entry), atoms)
             self.same_channel(earlier, atoms)
+
+    def weigh(self, labels: Tensor, dims: Iterable[int], by: str) -> None:
+        """Notes that the mean over `dims` is taken, which weighs a channel by the number of its copies (fact F12)."""
+        labels, dims = compact(labels), sorted({dim % labels.dim() for dim in dims})
+        rows = labels.movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims))
+        self.means.append((rows.reshape(-1, rows.size(-1)), by))
 
     def mixed(self, labels: Tensor, dims: set[int]) -> Tensor | None:
         """Labels (dims kept, compact) after an operation that mixes values along `dims`.

@@ -118,7 +118,8 @@ def pool(ledger: Ledger, call: Call) -> None:
 
 
 def reduce(ledger: Ledger, call: Call) -> None:
-    dims = call.arg(1, "dim", call.kwargs.get("axis"))
+    """Mixes values; over the channels themselves only a mean leaves them free, on the condition of fact F12."""
+    dims = call.arg(2 if "norm" in call.name else 1, "dim", call.kwargs.get("axis"))
     if isinstance(dims, Tensor):  # torch.max(a, b)
         return elementwise(ledger, call)
     labels = ledger.labels(call.inputs[0])
@@ -126,13 +127,31 @@ def reduce(ledger: Ledger, call: Call) -> None:
     if dims is None or isinstance(dims, bool):
         dims = range(ndim)
     dims = {dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)} or set(range(ndim))
-    labels = ledger.mixed(labels, dims)
-    if labels is None:
+    mixed = ledger.mixed(labels, dims)
+    if mixed is None and not _is_mean(call):
         return unknown(ledger, call, "runs over the channels")
+    if mixed is None:
+        ledger.weigh(ledger.canonical(labels), dims, _told(ledger, call))
+        mixed = ledger.fresh(1).view([1] * ndim)
+    labels = mixed
     if call.outputs[0].dim() < ndim:
         labels = labels.reshape([labels.size(dim) for dim in range(ndim) if dim not in dims])
     for out in call.outputs:
         ledger.label(out, labels)
+
+
+def _is_mean(call: Call) -> bool:
+    """Whether a reduction divides by the number of values: a variance does without Bessel's correction only."""
+    if call.name == "mean":
+        return True
+    unbiased = next((value for value in call.args[1:3] if isinstance(value, bool)), call.kwargs.get("unbiased", True))
+    return call.name in ("var", "std", "var_mean", "std_mean") and not call.kwargs.get("correction", unbiased)
+
+
+def _told(ledger: Ledger, call: Call) -> str:
+    """A function and the module in whose forward pass it is called."""
+    path = ledger.paths.get(id(_calling(nn.Module)))
+    return f"{call.name} in {path}" if path else call.name
 
 
 def normalise(ledger: Ledger, call: Call) -> None:
@@ -311,11 +330,14 @@ def batch_norm(ledger: Ledger, call: Call) -> None:
 
 
 def group_norm(ledger: Ledger, call: Call) -> None:
-    if call.arg(1, "num_groups") != call.inputs[0].size(1):
-        return unknown(ledger, call, "normalises over channels")
+    """Per channel, or over groups of channels, whose number stays."""
+    groups, channels = call.arg(1, "num_groups"), call.inputs[0].size(1)
+    if groups != channels:
+        ledger.weigh(_channels_of(ledger, call).view(groups, -1), [1], _told(ledger, call))
     _follow(ledger, call, 2, ("weight", "bias"))
     if len(call.inputs) == 1:
-        ledger.count(_calling(nn.GroupNorm), ("num_groups", "num_channels"), _channels_of(ledger, call))
+        attributes = ("num_groups", "num_channels") if groups == channels else ("num_channels",)
+        ledger.count(_calling(nn.GroupNorm), attributes, _channels_of(ledger, call))
 
 
 def _channels_of(ledger: Ledger, call: Call) -> Tensor:
@@ -333,11 +355,23 @@ def _calling(kind: type[nn.Module]) -> nn.Module | None:
 
 
 def layer_norm(ledger: Ledger, call: Call) -> None:
-    labels, normalised = ledger.labels(call.inputs[0]), len(call.arg(1, "normalized_shape"))
-    if any(dim >= labels.dim() - normalised for dim in wide_dims(labels)):
-        return unknown(ledger, call, "normalises over channels")
-    for tensor in call.inputs[1:]:
-        ledger.freeze(tensor, "layer_norm over positions")
+    """Over the last dims, layer_norm and rms_norm: over positions, or over channels, whose number is in a shape."""
+    labels, shape = ledger.labels(call.inputs[0]), call.arg(1, "normalized_shape")
+    first = labels.dim() - len(shape)
+    normalised = [dim for dim in wide_dims(labels) if dim >= first]
+    if len(normalised) > 1:
+        return unknown(ledger, call, "normalises over several dims of channels")
+    for dim in normalised:
+        ledger.weigh(labels, range(first, labels.dim()), _told(ledger, call))
+        atoms, module = ledger.channels(labels, dim), _calling(nn.Module)
+        for tensor in call.inputs[1:]:
+            ledger.record(tensor, dim - first, atoms, "follow")
+        for attribute, value in vars(module).items() if module is not None else ():
+            if value is shape:
+                ledger.count(module, (attribute,), atoms, dim - first)
+    if not normalised:
+        for tensor in call.inputs[1:]:
+            ledger.freeze(tensor, f"{call.name} over positions")
     ledger.label(call.outputs[0], labels)
 
 
@@ -361,7 +395,8 @@ RULES: dict[str, Callable[[Ledger, Call], None]] = {
         pool: """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d
             adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
             adaptive_max_pool3d lp_pool1d lp_pool2d lp_pool3d interpolate upsample""",
-        reduce: "mean sum amax amin std var std_mean var_mean max min prod logsumexp median",
+        reduce: """mean sum amax amin std var std_mean var_mean max min prod logsumexp median norm vector_norm
+            linalg_vector_norm""",
         normalise: "softmax log_softmax softmin normalize cumsum cumprod",
         reshape: "view reshape ravel flatten unflatten squeeze unsqueeze view_as reshape_as",
         move: "permute transpose t movedim moveaxis swapaxes swapdims expand expand_as broadcast_to",
@@ -379,7 +414,7 @@ RULES: dict[str, Callable[[Ledger, Call], None]] = {
         linear: "linear",
         batch_norm: "batch_norm instance_norm",
         group_norm: "group_norm",
-        layer_norm: "layer_norm",
+        layer_norm: "layer_norm rms_norm",
         prelu: "prelu",
     }.items()
     for name in names.split()

@@ -3,6 +3,8 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ class Ref:
     owners  [(module path, attribute)], several where the tensor is shared
     dim     the indexed dim
     role    'out' filters of a producer | 'follow' one entry per channel | 'in' input slices of a consumer |
-            'size' no tensor, but an integer that counts the channels, of a layer without tensors
+            'size' no tensor, but an integer that counts the channels, or entry `dim` of a tuple of them
     index   [slots, lanes] positions along `dim`
     extent  size of `dim` when the spaces were found: a tensor of another size has been cut since
     order   rank of this use in the forward pass
@@ -32,6 +34,40 @@ class Ref:
     order: int = 0
 
 
+class Kind(StrEnum):
+    ONE_SIZE = "clusters of one size"
+    ONLY_COLLAPSE = "only Collapse makes members equal"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Something that must hold where a space is cut.
+
+    kind     ONE_SIZE: a mean over channels weighs each by its copies, so all clusters count the same (fact F12);
+             ONLY_COLLAPSE: training changes some rows not at all, so no pull but that of `Collapse` does (fact F11)
+    why      the layers, or the tensors, that ask for it
+    sizes    ONE_SIZE: what clusters of several members can count, the same in all `tied` spaces
+    parts    ONE_SIZE: disjoint sets of slots, all slots of the space; no cluster goes across two of them
+    tied     ONE_SIZE: names of the spaces that share the size, this one among them
+    tensors  ONLY_COLLAPSE: names of the parameters and buffers that training does not change
+    """
+
+    kind: Kind
+    why: str
+    sizes: tuple[int, ...] = ()
+    parts: tuple[tuple[int, ...], ...] = ()
+    tied: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.kind is Kind.ONLY_COLLAPSE:
+            return f"{self.kind} ({self.why})"
+        many = " or ".join(filter(None, (", ".join(map(str, self.sizes[:-1])), str(self.sizes[-1]))))
+        groups = f" within each of {len(self.parts)} groups" if len(self.parts) > 1 else ""
+        others = f", the same in {len(self.tied)} spaces" if len(self.tied) > 1 else ""
+        return f"{self.kind}{groups}, {many}{others} ({self.why})"
+
+
 @dataclass(repr=False)
 class ChannelSpace:
     """Channels that are clustered together.
@@ -41,12 +77,14 @@ class ChannelSpace:
     size    number of slots
     refs    every tensor dim that the slots index
     pinned  reasons why nothing of it may be trimmed; empty if it may
+    conditions  what must hold for its cut to be exact
     """
 
     name: str
     size: int
     refs: list[Ref] = field(default_factory=list)
     pinned: list[str] = field(default_factory=list)
+    conditions: list[Condition] = field(default_factory=list)
 
     @property
     def trimmable(self) -> bool:
@@ -59,6 +97,7 @@ class ChannelSpace:
 
     def __repr__(self) -> str:
         state = f"pinned: {'; '.join(self.pinned)}" if self.pinned else "trimmable" if self.trimmable else "one slot"
+        state = ", ".join([state, *map(str, self.conditions if self.trimmable else ())])
         return f"<ChannelSpace {self.name}: {self.size} slots in {len(self.refs)} tensors, {state}>"
 
 
@@ -67,7 +106,8 @@ def describe(spaces: Sequence[ChannelSpace]) -> str:
     rows = [("space", "slots", "moves together with", "")]
     for space in spaces:
         with_it = dict.fromkeys(path for ref in space.producers for path, _ in ref.owners if path != space.name)
-        state = "; ".join(space.pinned) if space.pinned else "free" if space.trimmable else "one slot"
+        free = "free" if not space.conditions else "; ".join(map(str, space.conditions))
+        state = "; ".join(space.pinned) if space.pinned else free if space.trimmable else "one slot"
         rows.append((space.name, str(space.size), ", ".join(with_it) or "-", state))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -75,7 +115,7 @@ def describe(spaces: Sequence[ChannelSpace]) -> str:
 
 def spaces_of(ledger: Ledger, model: nn.Module) -> list[ChannelSpace]:
     """Groups the slots of a ledger into spaces, in the order in which the network first produces them."""
-    reasons, uses = _reasons(ledger), _uses(ledger)
+    reasons, uses = _reasons(ledger), uses_of(ledger)
     lengths = [len(atoms) for _, _, _, atoms in uses]
     slots = np.concatenate([ledger.slot.find(atoms).numpy() for *_, atoms in uses]) if uses else np.empty(0, int)
     channels = np.concatenate([ledger.channel.find(atoms).numpy() for *_, atoms in uses]) if uses else slots
@@ -118,10 +158,20 @@ def spaces_of(ledger: Ledger, model: nn.Module) -> list[ChannelSpace]:
     return spaces + _uncovered(ledger, model, spaces)
 
 
-def _uses(ledger: Ledger) -> list[tuple[list[tuple[str, str]], int, str, Tensor]]:
-    """(owners, dim, role, atoms) of every use, in the order of the forward pass."""
-    uses = [(ledger.owners[key], dim, role, atoms) for (key, dim), (atoms, role) in ledger.uses.items()]
-    return uses + [([owner], 0, "size", atoms) for owner, atoms in ledger.sizes.items()]
+class Use(NamedTuple):
+    """One dim of a tensor, or an entry of a tuple of integers, and the atoms along it."""
+
+    owners: list[tuple[str, str]]
+    dim: int
+    role: str
+    atoms: Tensor
+
+
+def uses_of(ledger: Ledger) -> list[Use]:
+    """Every use of channels, in the order of the forward pass."""
+    uses = [Use(ledger.owners[key], dim, role, atoms) for (key, dim), (atoms, role) in ledger.uses.items()]
+    sizes = ledger.sizes.items()
+    return uses + [Use([(path, attribute)], entry, "size", atoms) for (path, attribute, entry), atoms in sizes]
 
 
 def _lanes(channels: np.ndarray) -> bytes | None:

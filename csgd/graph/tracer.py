@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csgd.errors import InputError
+from csgd.graph.conditions import add_conditions
 from csgd.graph.labels import compact
 from csgd.graph.ledger import Ledger
 from csgd.graph.rules import Call, apply_rule, unknown
@@ -130,11 +131,13 @@ def _trace(
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if id(buffer) in statistics and torch.equal(buffer, statistics[id(buffer)]):
-                ledger.freeze(buffer, "scaled by a buffer that training does not change")
-            elif buffer is not None and name in module._non_persistent_buffers_set:
+                ledger.constants.add(id(buffer))
+            if buffer is not None and name in module._non_persistent_buffers_set:
                 ledger.freeze(buffer, "meets a buffer that is not saved with the network")
     _pin_what_may_be_read(ledger, _without(left, unused), examples)
-    return spaces_of(ledger, model)
+    spaces = spaces_of(ledger, model)
+    add_conditions(ledger, spaces)
+    return spaces
 
 
 def _move_statistics(model: nn.Module, examples: list[Inputs], buffers: list[tuple[Tensor, Tensor]]) -> None:
