@@ -1,5 +1,6 @@
 """Target widths: how many clusters each channel space gets."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import ceil, floor
@@ -7,7 +8,9 @@ from numbers import Integral, Real
 from operator import itemgetter
 
 from csgd.errors import InputError
-from csgd.graph import ChannelSpace
+from csgd.graph import ChannelSpace, conditions
+
+log = logging.getLogger("csgd.widths")
 
 
 def target_widths(
@@ -18,6 +21,7 @@ def target_widths(
     round_to: int = 1,
     keep: Sequence[str] = (),
     rest: float = 1.0,
+    after: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Target width {space name: clusters} of every trimmable space.
 
@@ -29,6 +33,11 @@ def target_widths(
     min_width  no width goes below it: a single channel breaks `squeeze()`
     round_to   fractions give the nearest multiple of it, the larger of two that are as near, the whole size at most
     keep       patterns of layers that stay whole
+    after      the widths of an earlier cut of the same network, from which these are to be reached
+
+    Where a condition of a space asks for clusters of one size, it gets the nearest width that these can have, the
+    larger of two that are as near; of spaces that are tied the nearest together.  What so differs from `deps` is a
+    warning in the log (csgd.widths).
 
     Widths count slots: in a grouped conv a slot holds one channel of each group.  InputError on a list of the wrong
     length, a width that is not in [min_width, size], layers of one space that disagree, a pattern that matches nothing.
@@ -59,9 +68,38 @@ def target_widths(
         widths = {space.name: fraction(space, float(deps)) for space in live}
     else:
         raise InputError(f"deps must be a fraction, a list of widths or a mapping, got {deps!r}")
-    for pattern in keep:
-        kept = _matching(spaces, pattern, "deps.keep")
-        widths |= {space.name: space.size for space in live if space in kept}
+    whole = [space for pattern in keep for space in _matching(spaces, pattern, "deps.keep")]
+    widths |= {space.name: space.size for space in live if space in whole}
+    return _of_one_size(live, widths, whole, min_width, after or {})
+
+
+def _of_one_size(
+    live: list[ChannelSpace],
+    widths: dict[str, int],
+    whole: list[ChannelSpace],
+    min_width: int,
+    after: Mapping[str, int],
+) -> dict[str, int]:
+    """The widths, but the nearest that can be where clusters are to be of one size; says which are others."""
+    told = []
+    for together in conditions.tied(live):
+        condition = conditions.one_size(together[0])
+        if condition is None:
+            continue
+        made = together[0].size // after.get(together[0].name, together[0].size)  # size of the clusters so far
+        narrowest = min(space.size for space in together)
+        sizes = [n for n in (1, *condition.sizes) if n % made == 0 and (n <= made or narrowest // n >= min_width)]
+        if any(space in whole for space in together):
+            sizes = sizes[:1]
+        size = min(sizes, key=lambda n, tied=together: sum(abs(space.size / n - widths[space.name]) for space in tied))
+        for space in together:
+            width = space.size // size
+            if width != widths[space.name]:
+                told.append(f"{space.name} {width} of {space.size} ({widths[space.name]} asked for)")
+            widths[space.name] = width
+    if told:
+        more = f" and {len(told) - 4} more" if len(told) > 4 else ""
+        log.warning("widths that clusters of one size can have: %s%s", ", ".join(told[:4]), more)
     return widths
 
 

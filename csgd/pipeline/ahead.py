@@ -14,7 +14,7 @@ from csgd.checkpoint import write_json
 from csgd.clusters import Clusters, cluster
 from csgd.data import Data
 from csgd.errors import InputError
-from csgd.graph import ChannelSpace
+from csgd.graph import ChannelSpace, Kind, conditions
 from csgd.pipeline.base import weights_at_hand
 from csgd.pipeline.build import device_name
 from csgd.pipeline.clock import Clock
@@ -35,7 +35,7 @@ LONG_ENOUGH = 0.5  # seconds of a step that are measured well
 
 def plan_only(cfg: Any, model: nn.Module, data: Data, output_dir: Path) -> None:
     """Shows what a run would do, and writes it to plan.json; the model is spoilt."""
-    spaces = find_spaces(model, data.example)
+    spaces = spaces_of_run(model, data)
     stages = stages_of(cfg, spaces)
     ready = weights_at_hand(cfg, model)
     clusters = _clusters(cfg, model, spaces, stages[0], ready)
@@ -89,6 +89,19 @@ def plan_only(cfg: Any, model: nn.Module, data: Data, output_dir: Path) -> None:
     log.info("nothing was trained (plan_only=true); files: %s", output_dir)
 
 
+def spaces_of_run(model: nn.Module, data: Data, trial: bool = True) -> list[ChannelSpace]:
+    """The channel spaces of a run, which pulls by CSGD: those stay whole that this does not reach."""
+    spaces = find_spaces(model, data.example, trial)
+    out_of_reach = (
+        (space.name, condition)
+        for space in spaces
+        for condition in space.conditions
+        if condition.kind is Kind.ONLY_COLLAPSE
+    )
+    conditions.pin(spaces, {name: f"training does not change {condition.why}" for name, condition in out_of_reach})
+    return spaces
+
+
 def proven(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters, data: Data) -> Proof:
     """The proof of a cut with these clusters, told in the log; InputError, before training, where it fails."""
     proof = prove(model, spaces, clusters, data.example)
@@ -104,7 +117,9 @@ def stages_of(cfg: Any, spaces: list[ChannelSpace]) -> list[dict[str, int]]:
     """The widths of each stage: those of deps, or the fractions of deps.stages of the widths at the start."""
     options = dict(min_width=cfg.deps.min_width, round_to=cfg.deps.round_to, keep=cfg.deps.keep)
     if cfg.deps.stages is not None:
-        stages = [target_widths(spaces, fraction, **options) for fraction in cfg.deps.stages]
+        stages = []
+        for fraction in cfg.deps.stages:
+            stages.append(target_widths(spaces, fraction, after=stages[-1] if stages else None, **options))
     elif cfg.deps.widths is not None:
         stages = [target_widths(spaces, cfg.deps.widths, **options)]
     elif cfg.deps.layers:

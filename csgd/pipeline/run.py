@@ -18,7 +18,16 @@ from csgd.clusters import cluster
 from csgd.data import Data
 from csgd.errors import InputError, line_of
 from csgd.export import check_packages
-from csgd.pipeline.ahead import clock_of, costs_after, described, plan_only, proven, stages_of, tell_spaces
+from csgd.pipeline.ahead import (
+    clock_of,
+    costs_after,
+    described,
+    plan_only,
+    proven,
+    spaces_of_run,
+    stages_of,
+    tell_spaces,
+)
 from csgd.pipeline.album import Album
 from csgd.pipeline.base import base_network
 from csgd.pipeline.build import (
@@ -44,7 +53,6 @@ from csgd.reload import load_trimmed
 from csgd.seeds import seed_all
 from csgd.tracking import Tracker
 from csgd.train import accuracy, predict
-from csgd.trial import find_spaces
 from csgd.verify import Verdict, count_macs, count_params, worst
 
 log = logging.getLogger("csgd")
@@ -107,7 +115,7 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
         if ranks.is_first():  # the folder is this run's from here on
             (output_dir / "failed.txt").unlink(missing_ok=True)
         with clocked(seconds, "cluster"):
-            spaces = find_spaces(model, data.example)
+            spaces = spaces_of_run(model, data)
             stages = stages_of(cfg, spaces)
             tell_spaces(spaces, stages[-1])
             # The forecast needs no weights: what will not do is said before the base network is trained.
@@ -164,7 +172,7 @@ def _stage(
     seconds, saved = journal.record["seconds"], journal.take("wide", "trimmed")
     if saved:
         load_trimmed(model, saved["model"])
-    spaces = find_spaces(model, data.example, trial=False)  # the trial has been made on the network before its cuts
+    spaces = spaces_of_run(model, data, trial=False)  # the trial has been made on the network before its cuts
     if saved:
         clusters, done, random_state = saved["clusters"], saved["step"], saved["random_state"]
         pull = Pull.resumed(cfg, model, data, saved)
