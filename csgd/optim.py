@@ -23,7 +23,7 @@ from csgd.centripetal import (
     squared_deviation,
     stability_limit,
 )
-from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors
+from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors, dotted
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 
@@ -443,26 +443,37 @@ def param_groups(
     form a group of their own where that is not 1, and so do embeddings with sparse gradients, which cannot be decayed.
     Groups carry a `name`: kernels, vectors, biases, sparse.
 
-    InputError where a cluster asks for what no step brings about: rows of frozen tensors that differ, of complex ones,
-    or of embeddings with sparse gradients.
+    InputError where a cluster asks for what no step brings about: rows of tensors that differ and that training does
+    not change (frozen parameters, and the buffers that a condition of their space names), of complex ones, or of
+    embeddings with sparse gradients.
     """
     for key, value in (("centri_strength", centri_strength), ("vector_ratio", vector_ratio)):
         if not value >= 0:
             raise InputError(f"{key} must be 0 or more, got {value}")
     sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse}
-    merged, frozen, odd = {}, [], []
+    constants = {name for space in spaces for condition in space.conditions for name in condition.tensors}
+    merged, still, odd = {}, [], []
     for t in clustered_tensors(model, spaces, clusters):
         if t.merged:
             merged[id(t.tensor)] = t.merged
         if not t.becomes_equal:
             continue
-        if isinstance(t.tensor, nn.Parameter) and not t.tensor.requires_grad:
-            frozen += [t.name] if t.relative_deviation() > 0 else []
+        if not t.tensor.requires_grad if isinstance(t.tensor, nn.Parameter) else t.name in constants:
+            still += [t.name] if t.relative_deviation() > 0 else []
         elif t.tensor.is_complex() or id(t.tensor) in sparse:
             odd.append(t.name)
-    for names, why in ((frozen, "not trained"), (odd, "complex, or have sparse gradients")):
-        if names:
-            raise InputError(f"{', '.join(names)}: {why}, so their rows cannot become equal: keep these layers whole")
+    if still:
+        of_space = {space.name: {dotted(*ref.owners[0]) for ref in space.refs if ref.role != "in"} for space in spaces}
+        touched = [name for name in clusters if not of_space[name].isdisjoint(still)]
+        raise InputError(
+            f"{', '.join(still)}: not trained, so their rows cannot become equal under CSGD: csgd.Collapse makes them "
+            f"so, or leave {', '.join(touched)} out of the clusters"
+        )
+    if odd:
+        raise InputError(
+            f"{', '.join(odd)}: complex, or have sparse gradients, so their rows cannot become equal: keep these "
+            "layers whole"
+        )
     biases = {id(module.bias) for module in model.modules() if isinstance(getattr(module, "bias", None), nn.Parameter)}
     vectors = dict(weight_decay=weight_decay_vectors, centri_strength=vector_ratio * centri_strength)
     groups = {
