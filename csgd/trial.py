@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from csgd.graph import ChannelSpace, trace_spaces
+from csgd.graph import ChannelSpace, conditions, trace_spaces
 from csgd.proof import Trial
 
 
@@ -53,9 +53,7 @@ def pin_failures(
     left = [name for name in clusters if name not in failing]
     if left:
         failing |= dict.fromkeys(trial.unseen(left), "its trial cannot see it: no output depends on these channels")
-    for space in spaces:
-        if space.name in failing:
-            space.pinned.append(failing[space.name])
+    conditions.pin(spaces, failing)
     return spaces
 
 
@@ -63,21 +61,35 @@ def random_clusters(spaces: list[ChannelSpace], seed: int = 0, ratio: float | No
     """A random partition of every trimmable space into about ratio × size clusters, or a random number of them.
 
     At least two clusters, but for spaces of two slots, which become one.  Random numbers are at most half of the size,
-    and differ among spaces of one size where there are enough: equal ones would hide that two must be equal.
+    and differ among spaces of one size where there are enough: equal ones would hide that two must be equal.  Where the
+    condition is clusters of one size, that is drawn, or the one nearest to 1 / ratio.
     """
     rng, clusters, taken = random.Random(seed), {}, defaultdict(set)
-    for space in spaces:
-        if space.trimmable:
-            order = rng.sample(range(space.size), space.size)
-            if ratio is None:
-                allowed = range(2, max(3, (space.size + 1) // 2 + 1))
-                wanted = rng.choice([n for n in allowed if n not in taken[space.size]] or allowed)
-                taken[space.size].add(wanted)
-            else:
-                wanted = round(space.size * ratio)
-            width = min(space.size - 1, max(2, wanted))
-            parts = [[slot] for slot in order[:width]]
-            for slot in order[width:]:
-                rng.choice(parts).append(slot)
-            clusters[space.name] = parts
+    for together in conditions.tied(spaces):
+        if condition := conditions.one_size(together[0]):
+            sizes = condition.sizes
+            size = rng.choice(sizes) if ratio is None else min(sizes, key=lambda n: abs(1 / n - ratio))
+            clusters |= {space.name: _of_one_size(space, size, rng) for space in together}
+            continue
+        (space,) = together
+        order = rng.sample(range(space.size), space.size)
+        if ratio is None:
+            allowed = range(2, max(3, (space.size + 1) // 2 + 1))
+            wanted = rng.choice([n for n in allowed if n not in taken[space.size]] or allowed)
+            taken[space.size].add(wanted)
+        else:
+            wanted = round(space.size * ratio)
+        width = min(space.size - 1, max(2, wanted))
+        parts = [[slot] for slot in order[:width]]
+        for slot in order[width:]:
+            rng.choice(parts).append(slot)
+        clusters[space.name] = parts
+    return clusters
+
+
+def _of_one_size(space: ChannelSpace, size: int, rng: random.Random) -> list[list[int]]:
+    clusters = []
+    for part in conditions.one_size(space).parts:
+        order = rng.sample(part, len(part))
+        clusters += [order[start : start + size] for start in range(0, len(order), size)]
     return clusters
