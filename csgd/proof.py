@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from csgd.clusters import Clusters, clustered_tensors
 from csgd.errors import InputError
-from csgd.graph import ChannelSpace, Inputs
+from csgd.graph import ChannelSpace, Inputs, conditions
 from csgd.graph.twin import (
     check_has_values,
     dotted,
@@ -250,23 +251,28 @@ class Trial:
         return largest_change(self.before[training].outputs, after.outputs)
 
     def failures(self, names: Sequence[str], reason: str) -> Iterator[tuple[str, str]]:
-        """(space, why) of those that fail, found by halves; of all that are left where they fail only together."""
-        left, found = list(names), []
+        """(space, why) of those that fail, found by halves; of all that are left where they fail only together.
+
+        Spaces that a condition ties can be cut together only, and fail together.
+        """
+        together = [[space.name for space in tied if space.name in names] for tied in conditions.tied(self.spaces)]
+        left, found = [group for group in together if group], []
         while reason:
             found_now = [*self._search(left, reason)]
-            found += found_now or [(name, "its trial trim fails together with other spaces") for name in left]
+            why = "its trial trim fails together with other spaces"
+            found += found_now or [(name, why) for group in left for name in group]
             failed = {name for name, _ in found}
-            left = [name for name in left if name not in failed]
-            reason = self.changes(left)[1] if left else None
+            left = [group for group in left if failed.isdisjoint(group)]
+            reason = self.changes([*chain(*left)])[1] if left else None
         yield from found
 
-    def _search(self, names: list[str], reason: str) -> Iterator[tuple[str, str]]:
-        if len(names) == 1:
-            yield names[0], reason
+    def _search(self, groups: list[list[str]], reason: str) -> Iterator[tuple[str, str]]:
+        if len(groups) == 1:
+            yield from ((name, reason) for name in groups[0])
             return
-        middle = len(names) // 2
-        for half in (names[:middle], names[middle:]):
-            if why := self.changes(half)[1]:
+        middle = len(groups) // 2
+        for half in (groups[:middle], groups[middle:]):
+            if why := self.changes([*chain(*half)])[1]:
                 yield from self._search(half, why)
 
     def control(self, names: Collection[str] | None = None) -> float:
