@@ -186,6 +186,52 @@ class Auxiliary(nn.Module):
         return (out, self.aux(x.mean((2, 3)))) if self.training else out
 
 
+class GlobalResponse(nn.Module):
+    """The norm of ConvNeXt V2, channels last."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        size = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
+        return self.gamma * (x * size / (size.mean(-1, keepdim=True) + 1e-6)) + self.beta + x
+
+
+class ConvNext(nn.Module):
+    """A residual stream with layer norm, whose hidden channels have a global response norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 2, stride=2)
+        self.depthwise, self.norm = nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.LayerNorm(12)
+        self.up, self.response, self.down = nn.Linear(12, 16), GlobalResponse(16), nn.Linear(16, 12)
+        self.scale, self.last, self.fc = nn.Parameter(torch.full((12,), 0.1)), nn.LayerNorm(12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.scale * self.down(self.response(F.gelu(self.up(y))))
+        return self.fc(self.last((x + y.permute(0, 3, 1, 2)).mean((2, 3))))
+
+
+class UNet(nn.Module):
+    """Group norms, one of them over a concatenation: it ties two spaces, and one of its groups has channels of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.norm1 = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8)
+        self.down, self.norm2 = nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.GroupNorm(4, 16)
+        self.norm3, self.merge = nn.GroupNorm(2, 24), nn.Conv2d(24, 6, 3, padding=1)
+        self.leave = nn.Conv2d(6, 3, 1)
+
+    def forward(self, x):
+        x = self.enter(x)
+        y = self.norm2(self.down(F.silu(self.norm1(x))))
+        y = torch.cat([x, F.interpolate(F.silu(y), scale_factor=2.0)], 1)
+        return self.leave(F.silu(self.merge(self.norm3(y))))
+
+
 IMAGES = (2, 3, 8, 8)
 EXAMPLES: dict[type[nn.Module], tuple[int, ...]] = {
     Plain: IMAGES,
@@ -200,6 +246,8 @@ EXAMPLES: dict[type[nn.Module], tuple[int, ...]] = {
     Transformer: (2, 7, 3),
     Tied: IMAGES,
     Auxiliary: IMAGES,
+    ConvNext: IMAGES,
+    UNet: IMAGES,
 }
 
 

@@ -130,7 +130,7 @@ def test_a_broadcast_that_torch_allows_is_refused():
         (nn.InstanceNorm2d(8, affine=True), {"weight": (7,)}, "0.bias is [8], its layer takes [7] where 0.weight is"),
         (nn.GroupNorm(4, 8), {"weight": (6,), "bias": (6,)}, "0.weight is [6], its layer takes [4]"),
         (nn.GroupNorm(8, 8), {"weight": (6,)}, "0.bias is [8], its layer takes [6] where 0.weight is [6]"),
-        (nn.LayerNorm(8), {"weight": (6,)}, "0.weight is [6], its layer takes [8] where 0.bias is [8]"),
+        (nn.LayerNorm(8), {"weight": (6,)}, "0.bias is [8], its layer takes [6] where 0.weight is [6]"),
         (nn.Embedding(8, 4), {"weight": (6, 4)}, "0.weight is [6, 4], its layer takes [8, 4]"),
         (nn.Linear(4, 8), {"weight": (8, 0)}, "of another architecture: 0.weight is [8, 0], at most [8, 4] fit"),
     ],
