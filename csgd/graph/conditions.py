@@ -10,6 +10,7 @@ from torch import nn
 
 from csgd.graph.ledger import Ledger
 from csgd.graph.spaces import ChannelSpace, Condition, Kind, Ref, uses_of
+from csgd.graph.twin import dotted
 
 
 def add_conditions(ledger: Ledger, spaces: Sequence[ChannelSpace]) -> None:
@@ -27,7 +28,7 @@ def _still(ledger: Ledger, ref: Ref) -> str | None:
     if ref.role not in ("out", "follow") or tensor is None:
         return None
     still = not tensor.requires_grad if isinstance(tensor, nn.Parameter) else id(tensor) in ledger.constants
-    return ".".join(ref.owners[0]).lstrip(".") if still else None
+    return dotted(*ref.owners[0]) if still else None
 
 
 def _told(names: Sequence[str]) -> str:
