@@ -147,9 +147,10 @@ class Trial:
                 self.inputs = [one.copied(partial(inputs, dtype, generator)) for one in self._examples]
                 try:
                     model = self.twin()
-                    unequal = self.passes(model, training=False) if self.controlled else None
+                    unequal = self.passes(twin_of(model, Tensor.detach), training=False) if self.controlled else None
                     self._make_equal(model, self.clusters)
-                    before = {training: self.passes(model, training) for training in (False, True)}
+                    wide = twin_of(model, Tensor.detach)  # what it keeps from pass to pass, the cut one is not to see
+                    before = {training: self.passes(wide, training) for training in (False, True)}
                 except InputError as error:
                     failed = failed or error
                     continue
@@ -162,15 +163,7 @@ class Trial:
     def twin(self) -> nn.Module:
         """A copy of the network with the weights of this trial, the same ones each time."""
         generator = torch.Generator().manual_seed(self.seed)
-        try:
-            model = twin_of(self._model, partial(self._weights, self.dtype, generator))
-        except InputError:
-            raise
-        except Exception as error:  # whatever a module raises that cannot be copied
-            raise InputError(
-                f"the network cannot be copied for its trial ({type(error).__name__}: {error}); "
-                "trial=False leaves it out"
-            ) from None
+        model = twin_of(self._model, partial(self._weights, self.dtype, generator))
         if self._weights is _random:
             _randomise_statistics(model, generator)
         return model

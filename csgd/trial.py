@@ -32,7 +32,7 @@ def find_spaces(
     layer is in the list: one that cannot be trimmed belongs to a space with the reason in `pinned`.
     InputError if the network cannot be run on an example, or cannot be copied; it names the module.
     """
-    spaces = trace_spaces(model, example, examples=examples, unused=unused)
+    spaces = trace_spaces(model, example, examples=examples, unused=unused, itself=not trial)
     return pin_failures(model, spaces, example, examples=examples) if trial else spaces
 
 

@@ -5,6 +5,7 @@ how many it puts out.
 """
 
 import random
+import threading
 from math import inf
 
 import numpy as np
@@ -397,6 +398,22 @@ class Keeper:
         self.kept["x"] = out
 
 
+class Remembers(Block):
+    """Adds what it computed in the last call, where that fits, or noise of a generator of its own."""
+
+    def __init__(self, rng, c):
+        super().__init__(c)
+        self.conv, self.last = conv(rng, c, c), None
+        self.generator = torch.Generator().manual_seed(3) if rng.random() < 0.5 else None
+
+    def forward(self, x):
+        x, last = self.conv(x), self.last
+        if self.generator is not None:
+            return x + torch.rand(len(x), 1, 1, 1, generator=self.generator, dtype=x.dtype)
+        self.last = x.detach()
+        return x if last is None or last.shape != x.shape else x + 0.5 * last
+
+
 # what must not be cut, or not below some width
 
 
@@ -448,7 +465,7 @@ class Typed(Block):
 SOUND = [
     Stack, Stack, Stack, Prelu, Residual, Concat, Depthwise, Grouped, Gate, Halves, Shuffle, Branches, Shared, OwnNorm,
     Computed, OtherFunction, OtherBranch, OtherTie, StochasticDepth, Dropout, FrozenNorm, Constant, NoGrad, *MASKED,
-    PaddedMaximum, Tapped, MixesChannels,
+    PaddedMaximum, Tapped, Remembers, MixesChannels,
 ]  # fmt: skip
 
 
@@ -515,6 +532,7 @@ class RandomNet(nn.Module):
         self.head = rng.choice([Classes, Classes, Named, Pyramid])(rng, widths[1:])
         self.seen = []  # by hooks
         self.wrapped = rng.choice(["tensors", "keywords", "dict"])
+        self.lock = threading.Lock() if traps and rng.random() < 0.02 else None  # which cannot be copied
         self._decorate(rng)
 
     def _decorate(self, rng):

@@ -1,6 +1,7 @@
 """The proof of a cut before training, and the trial of find_spaces: what they see, and what they must not touch."""
 
 import copy
+import threading
 import time
 from collections import UserDict
 from dataclasses import dataclass
@@ -209,6 +210,31 @@ def test_replaced_methods_hooks_and_lambdas_reach_the_twin_only():
     assert modes == now
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert names == {"inner"}, "the network sums over the channels of what the hook kept"
+
+
+def test_what_a_network_keeps_from_call_to_call_is_not_shared_with_the_cut_one():
+    def remembers(y, m):
+        last, m.kept = m.kept, y.detach()
+        return y if last is None or last.shape != y.shape else y + last
+
+    def noisy(y, m):
+        return y + torch.rand(len(y), 1, 1, 1, generator=m.generator, dtype=y.dtype)
+
+    for body in (remembers, noisy):
+        net = Body(body)
+        net.kept, net.generator = None, torch.Generator().manual_seed(3)
+        assert free(net) == {"conv"}
+        assert net.kept is None
+
+
+def test_a_network_that_cannot_be_copied_is_refused_before_its_hooks_run():
+    net, seen = Body(lambda y, m: y.relu()), []
+    net.lock = threading.Lock()
+    net.conv.register_forward_hook(lambda m, args, out: seen.append(out))
+    with pytest.raises(csgd.InputError, match="cannot be copied for its trial .*lock.*; trial=False leaves it out"):
+        csgd.find_spaces(net, IMAGES)
+    assert seen == []
+    assert "conv" in free(net, trial=False)
 
 
 def test_backward_hooks_are_not_called():

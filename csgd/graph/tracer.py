@@ -87,19 +87,23 @@ class _Escapes(TorchDispatchMode):
 
 
 def trace_spaces(
-    model: nn.Module, example: Any, *, examples: Sequence[Any] = (), unused: Sequence[str] = ()
+    model: nn.Module, example: Any, *, examples: Sequence[Any] = (), unused: Sequence[str] = (), itself: bool = True
 ) -> list[ChannelSpace]:
     """Channel spaces of `model` by label tracing alone, without the trial trim; see `find_spaces`.
 
     Eval and train mode are both run, since auxiliary heads exist in train mode only, on a copy of the model and of its
     inputs, so that whatever a forward pass changes they stay as they are.
+
+    itself  trace a model that cannot be copied itself, its hooks and all; else InputError
     """
     inputs = [Inputs.of(one) for one in (example, *examples)]
     check_has_values(model)
     with keep_random_state(model):
         try:
             twin = twin_of(model)
-        except Exception:  # a model that cannot be copied is traced itself
+        except InputError:
+            if not itself:
+                raise
             modes = [(module, module.training) for module in model.modules()]
             buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
             try:

@@ -96,6 +96,7 @@ def twin_of(model: nn.Module, new: Callable[[Tensor], Tensor] = Tensor.clone) ->
     with all that their closures and globals hold, so that a twin that runs neither reads nor writes the original.
     Backward hooks are left out: they are for the gradients of training.
     Batch norm does not wait for the images of other ranks.
+    InputError if something in it cannot be copied.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -103,7 +104,13 @@ def twin_of(model: nn.Module, new: Callable[[Tensor], Tensor] = Tensor.clone) ->
             memo[id(tensor)] = tensor.detach().clone()  # else a tensor with a history cannot be copied
     for _, _, _, tensor in own_tensors(model):
         memo[id(tensor)] = _like(tensor, new)
-    twin = copy.deepcopy(model, memo)
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a module raises that cannot be copied
+        raise InputError(
+            f"the network cannot be copied for its trial ({type(error).__name__}: {_first_line(error)}); "
+            "trial=False leaves it out"
+        ) from None
     for module in twin.modules():
         for name, value in list(vars(module).items()):
             if name not in ("_parameters", "_buffers", "_modules"):
