@@ -15,11 +15,14 @@ from csgd.clusters import Clusters, clustered_tensors
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Inputs, conditions
 from csgd.graph.twin import (
+    Mode,
     check_has_values,
     dotted,
     keep_random_state,
+    modes_of,
     random_state,
     run,
+    set_mode,
     set_random_state,
     tensors_in,
     twin_of,
@@ -40,9 +43,9 @@ VISIBLE = 10  # times the tolerance: what a channel must matter for a cut of it 
 class Proof:
     """What a twin says of a cut before anything is trained.
 
-    changes    {"eval": …, "train": …}: the largest change of an output entry by the cut, relative to the median size of
-               the entries of its tensor; None where the cut network draws more or fewer random numbers: there it ran,
-               and its outputs kept their shapes
+    changes    {"eval": …, "train": …}, and "own" where some modules alone are in train mode: the largest change of an
+               output entry by the cut, relative to the median size of the entries of its tensor; None where the cut
+               network draws more or fewer random numbers: there it ran, and its outputs kept their shapes
     control    the same for members that are not equal: what a cut that is not exact would have shown
     failing    {space name: why}, of the spaces whose cut is not exact
     tolerance  what a change must stay below
@@ -138,7 +141,7 @@ class Trial:
         clustered_tensors(model, spaces, clusters)  # refuses what does not belong together
         self.model, self.unequal, self.before = self._first_that_runs()
 
-    def _first_that_runs(self) -> tuple[nn.Module, Passes | None, dict[bool, Passes]]:
+    def _first_that_runs(self) -> tuple[nn.Module, Passes | None, dict[str, Passes]]:
         failed: InputError | None = None
         for dtype in (torch.float64, torch.float32):
             for weights, inputs in ((_random, _signed), (_random, _drawn), (_noisy, _drawn), (_noisy, _as_given)):
@@ -147,10 +150,11 @@ class Trial:
                 self.inputs = [one.copied(partial(inputs, dtype, generator)) for one in self._examples]
                 try:
                     model = self.twin()
-                    unequal = self.passes(twin_of(model, Tensor.detach), training=False) if self.controlled else None
+                    unequal = self.passes(twin_of(model, Tensor.detach), False) if self.controlled else None
                     self._make_equal(model, self.clusters)
                     wide = twin_of(model, Tensor.detach)  # what it keeps from pass to pass, the cut one is not to see
-                    before = {training: self.passes(wide, training) for training in (False, True)}
+                    self.modes = modes_of(wide)
+                    before = {name: self.passes(wide, mode) for name, mode in self.modes.items()}
                 except InputError as error:
                     failed = failed or error
                     continue
@@ -179,15 +183,15 @@ class Trial:
                     t.tensor.copy_(rows)
 
     @torch.no_grad()
-    def passes(self, model: nn.Module, training: bool, seed: int = 1, grad: bool = False) -> Passes:
-        """Every example once, in eval or train mode, the running statistics left as they are."""
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training and not grad else []
+    def passes(self, model: nn.Module, mode: Mode, seed: int = 1, grad: bool = False) -> Passes:
+        """Every example once in one mode, the running statistics left as they are."""
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if mode is not False and not grad else []
         default = torch.get_default_dtype()
         outputs, states = [], []
         with keep_random_state(model):
             try:
                 torch.set_default_dtype(self.dtype)  # constants that `forward` makes are to fit
-                model.train(training)
+                set_mode(model, mode)
                 for inputs in self.inputs:
                     set_random_state(model, seed)
                     given = inputs.copied()
@@ -210,21 +214,20 @@ class Trial:
     def changes(self, names: Collection[str]) -> tuple[dict[str, float | None], str | None]:
         """What cutting some spaces changes in each mode, and why that is not exact, or None if it is."""
         changes, model = {}, self.cut(names)
-        for training, mode in ((False, "eval"), (True, "train")):
+        for mode, before in self.before.items():
             try:
-                after = self.passes(model, training)
+                after = self.passes(model, self.modes[mode])
             except InputError as error:  # whatever the model raises when its sizes no longer fit
                 return changes | {mode: math.inf}, f"its trial trim raises in {mode} mode: {_cause(error)}"
-            before = self.before[training]
             as_random = before.states == after.states  # as much was drawn, so it was the same
-            if training and not as_random:
+            if mode != "eval" and not as_random:
                 changes[mode] = None
                 if [out.shape for out in before.outputs] != [out.shape for out in after.outputs]:
-                    return changes | {mode: math.inf}, "its trial trim changes the shape of the output in train mode"
+                    return changes | {mode: math.inf}, f"its trial trim changes the shape of the output in {mode} mode"
                 continue
             changes[mode] = largest_change(before.outputs, after.outputs)
             if self.tolerance < changes[mode] <= WORST:
-                self.tolerance = max(self.tolerance, min(WORST, ROUNDING * self.rounding(training)))
+                self.tolerance = max(self.tolerance, min(WORST, ROUNDING * self.rounding(mode)))
             if not changes[mode] <= self.tolerance:
                 why = "its trial trim changes the output"
                 if not as_random:
@@ -232,16 +235,16 @@ class Trial:
                 return changes, why
         return changes, None
 
-    def rounding(self, training: bool) -> float:
+    def rounding(self, mode: str) -> float:
         """What changes where the inputs are rounded otherwise: batch norm over two numbers that are close makes the
         last bits of a float64 grow 300 times, layer after layer."""
         generator, given = torch.Generator().manual_seed(self.seed), self.inputs
         self.inputs = [one.copied(partial(_rounded_otherwise, generator)) for one in given]
         try:
-            after = self.passes(self.model, training)
+            after = self.passes(twin_of(self.model, Tensor.detach), self.modes[mode])
         finally:
             self.inputs = given
-        return largest_change(self.before[training].outputs, after.outputs)
+        return largest_change(self.before[mode].outputs, after.outputs)
 
     def failures(self, names: Sequence[str], reason: str) -> Iterator[tuple[str, str]]:
         """(space, why) of those that fail, found by halves; of all that are left where they fail only together.
@@ -272,18 +275,18 @@ class Trial:
         """The change by a cut of members that are not equal, in some spaces or in all; 0 where nothing is to be seen.
 
         The cut network is the same whether its members are made equal first, so only the wide one is run again: in eval
-        mode, and where that shows nothing in train mode.
+        mode, and where that shows nothing in the others.
         """
         change, model = 0.0, None
-        for training in (False, True):
+        for name, mode in self.modes.items():
             if change > VISIBLE * self.tolerance:
                 break
-            if names is None and not training and self.unequal:
+            if names is None and name == "eval" and self.unequal:
                 after = self.unequal
             else:
                 model = model or self._twin_unequal_in(names)
-                after = self.passes(model, training)
-            change = max(change, largest_change(self.before[training].outputs, after.outputs))
+                after = self.passes(model, mode)
+            change = max(change, largest_change(self.before[name].outputs, after.outputs))
         return change
 
     def _twin_unequal_in(self, names: Collection[str] | None) -> nn.Module:
@@ -301,16 +304,16 @@ class Trial:
         model, seen = twin_of(self.cut(names)), set()
         for p in model.parameters():
             p.requires_grad_(p.is_floating_point() or p.is_complex())
-        for training in (False, True):
+        for mode in self.modes.values():
             if any(name not in seen for name in names):
-                seen |= self._seen(model, names, training)
+                seen |= self._seen(model, names, mode)
         return [name for name in names if name not in seen and not self.control({name}) > VISIBLE * self.tolerance]
 
-    def _seen(self, model: nn.Module, names: Collection[str], training: bool) -> set[str]:
+    def _seen(self, model: nn.Module, names: Collection[str], mode: Mode) -> set[str]:
         """Spaces of which the outputs have a gradient with respect to a filter that counts."""
         model.zero_grad()
         try:
-            outputs = self.passes(model, training, grad=True).outputs
+            outputs = self.passes(model, mode, grad=True).outputs
             outputs = [out[out.isfinite()] for out in outputs if out.requires_grad]
             generator = torch.Generator().manual_seed(self.seed)
             signs = [torch.randn(out.shape, generator=generator).sign().to(out) for out in outputs]

@@ -235,6 +235,18 @@ class OtherTie(Block):
         return torch.cat([left, left * right.sigmoid() if self.training == self.when else right], 1)
 
 
+class TwoFlags(Block):
+    """Two branches that meet only where its norm is in another mode, as in fine-tuning with norms in eval mode."""
+
+    def __init__(self, rng, c):
+        super().__init__(12)
+        self.left, self.right, self.norm = conv(rng, c, 6), conv(rng, c, 6), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        left, right = self.norm(self.left(x)), self.right(x)
+        return torch.cat([left, left * right.sigmoid() if self.training != self.norm.training else right], 1)
+
+
 class StochasticDepth(Block):
     def __init__(self, rng, c):
         super().__init__(c)
@@ -464,8 +476,8 @@ class Typed(Block):
 
 SOUND = [
     Stack, Stack, Stack, Prelu, Residual, Concat, Depthwise, Grouped, Gate, Halves, Shuffle, Branches, Shared, OwnNorm,
-    Computed, OtherFunction, OtherBranch, OtherTie, StochasticDepth, Dropout, FrozenNorm, Constant, NoGrad, *MASKED,
-    PaddedMaximum, Tapped, Remembers, MixesChannels,
+    Computed, OtherFunction, OtherBranch, OtherTie, TwoFlags, StochasticDepth, Dropout, FrozenNorm, Constant, NoGrad,
+    *MASKED, PaddedMaximum, Tapped, Remembers, MixesChannels,
 ]  # fmt: skip
 
 

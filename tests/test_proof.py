@@ -301,6 +301,23 @@ def ways(y, m, task="a"):
     return y.relu() if task == "a" else y.relu().view(-1, 12, 64).mean(2)[:, :, None, None].expand(-1, 12, 8, 8)
 
 
+def test_the_mode_that_a_network_is_in_is_one_of_those_tried():
+    """Fine-tuning with norms in eval mode: neither in eval nor in train mode do the flags differ."""
+
+    def body(y, m):
+        y = m.norm(y)
+        return y / y.shape[1] if m.training and not m.norm.training else y.relu()
+
+    net = Body(body, norm=nn.BatchNorm2d(12))
+    assert "conv" in free(net)
+    net.norm.eval()
+    assert "conv" not in free(net)
+    net = Body(lambda y, m: m.norm(y).relu(), norm=nn.BatchNorm2d(12))
+    net.norm.eval()
+    spaces = csgd.find_spaces(net, IMAGES)
+    assert csgd.prove(net, spaces, random_clusters(spaces), IMAGES).changes.keys() == {"eval", "train", "own"}
+
+
 def test_several_examples_and_keywords():
     """A4."""
     net = Body(ways)

@@ -23,9 +23,11 @@ from csgd.graph.twin import (
     check_has_values,
     dotted,
     keep_random_state,
+    modes_of,
     own_tensors,
     random_state,
     run,
+    set_mode,
     set_random_state,
     tensors_in,
     twin_of,
@@ -91,8 +93,9 @@ def trace_spaces(
 ) -> list[ChannelSpace]:
     """Channel spaces of `model` by label tracing alone, without the trial trim; see `find_spaces`.
 
-    Eval and train mode are both run, since auxiliary heads exist in train mode only, on a copy of the model and of its
-    inputs, so that whatever a forward pass changes they stay as they are.
+    Eval and train mode are both run, since auxiliary heads exist in train mode only, and so is the mode that the model
+    is in where some of its modules alone train; on a copy of the model and of its inputs, so that whatever a forward
+    pass changes they stay as they are.
 
     itself  trace a model that cannot be copied itself, its hooks and all; else InputError
     """
@@ -121,9 +124,11 @@ def trace_spaces(
 def _trace(
     model: nn.Module, examples: list[Inputs], unused: Sequence[str], originals: dict[int, str]
 ) -> list[ChannelSpace]:
-    ledger = Ledger(model)
-    for inputs in examples:
-        _run(ledger, model.eval(), inputs, 0, originals)
+    ledger, modes = Ledger(model), modes_of(model)
+    for mode in [mode for name, mode in modes.items() if name != "train"]:
+        set_mode(model, mode)
+        for inputs in examples:
+            _run(ledger, model, inputs, 0, originals)
     statistics = {id(buffer): buffer.clone() for buffer in model.buffers()}
     used, evaluated, ledger.seen = ledger.seen & statistics.keys(), ledger.seen, set()
     for seed in range(TRAINING_PASSES):

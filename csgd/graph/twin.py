@@ -186,6 +186,26 @@ def _is_mutable(value: Any) -> bool:
     return isinstance(value, nn.Module | Tensor | MutableMapping | MutableSequence | set)
 
 
+Mode = bool | list[bool]  # whether all of a network is in train mode, or each of its modules
+
+
+def modes_of(model: nn.Module) -> dict[str, Mode]:
+    """The modes that a network (a copy) is run in: eval, train, and its own where some of its modules alone train."""
+    given, others = [module.training for module in model.modules()], []
+    for training in (False, True):
+        model.train(training)
+        others.append([module.training for module in model.modules()])
+    return {"eval": False, "train": True} | ({} if given in others else {"own": given})
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    if isinstance(mode, bool):
+        model.train(mode)
+        return
+    for module, training in zip(model.modules(), mode, strict=True):
+        module.training = training
+
+
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """model(*inputs); InputError, in one line, names the module that raises and keeps the words of what it raised."""
     try:
