@@ -16,6 +16,7 @@ from csgd.balanced import balanced
 from csgd.centripetal import one_of_each, representatives, segment_mean
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Ref, conditions
+from csgd.graph.integers import Integers, at_place, replaced
 from csgd.graph.twin import dotted
 
 Clusters = Mapping[str, Sequence[Sequence[int]]]
@@ -246,9 +247,9 @@ def clustered_tensors(
 
 def counted_channels(
     model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters
-) -> dict[tuple[nn.Module, str], int | tuple[int, ...]]:
+) -> dict[tuple[nn.Module, str], Integers]:
     """{(layer, attribute): what it says after the cut}, of integers, and tuples of them, that count channels."""
-    counts: dict[tuple[nn.Module, str], int | tuple[int, ...]] = {}
+    counts: dict[tuple[nn.Module, str], Integers] = {}
     for space in spaces:
         lost = sum(len(members) - 1 for members in clusters.get(space.name, ()))
         for ref in space.refs if lost else ():
@@ -256,11 +257,7 @@ def counted_channels(
                 (path, attribute) = ref.owners[0]
                 key = model.get_submodule(path), attribute
                 said = counts.get(key, getattr(*key))
-                if isinstance(said, int):
-                    counts[key] = said - lost * ref.index.size(1)
-                else:
-                    left = said[ref.dim] - lost * ref.index.size(1)
-                    counts[key] = type(said)([*said[: ref.dim], left, *said[ref.dim + 1 :]])
+                counts[key] = replaced(said, ref.dim, at_place(said, ref.dim) - lost * ref.index.size(1))
     return counts
 
 

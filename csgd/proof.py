@@ -20,6 +20,7 @@ from csgd.graph.twin import (
     dotted,
     keep_random_state,
     modes_of,
+    raised_in,
     random_state,
     run,
     set_mode,
@@ -137,6 +138,7 @@ class Trial:
     ):
         check_has_values(model)
         self.spaces, self.clusters, self.seed, self.controlled = spaces, clusters, seed, controlled
+        self.raised_in: str | None = None  # the module that the latest cut has made raise
         self._model, self._examples = model, [Inputs.of(one) for one in (example, *examples)]
         clustered_tensors(model, spaces, clusters)  # refuses what does not belong together
         self.model, self.unequal, self.before = self._first_that_runs()
@@ -213,11 +215,12 @@ class Trial:
 
     def changes(self, names: Collection[str]) -> tuple[dict[str, float | None], str | None]:
         """What cutting some spaces changes in each mode, and why that is not exact, or None if it is."""
-        changes, model = {}, self.cut(names)
+        changes, model, self.raised_in = {}, self.cut(names), None
         for mode, before in self.before.items():
             try:
                 after = self.passes(model, self.modes[mode])
             except InputError as error:  # whatever the model raises when its sizes no longer fit
+                self.raised_in = raised_in(model, error.__cause__ or error)
                 return changes | {mode: math.inf}, f"its trial trim raises in {mode} mode: {_cause(error)}"
             as_random = before.states == after.states  # as much was drawn, so it was the same
             if mode != "eval" and not as_random:

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_map_only
 
 from csgd.errors import InputError, line_of
 from csgd.graph import trace_spaces
-from csgd.graph.twin import dotted, keep_random_state, tensors_in
+from csgd.graph.integers import Integers, at_place, integers_of, like, replaced
+from csgd.graph.twin import dotted, keep_random_state, raised_in, tensors_in
 from csgd.trim import depthwise_multipliers, fit_attributes, replace_data
 
 SIZES = (8, 16, 28, 32, 64, 96, 128, 224, 256, 299)  # of images that networks are made for
@@ -43,7 +44,7 @@ def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor], *, example=
             _check_layer(path, module, narrowed)
         if example is not None:
             _check_spaces(model, shapes, example)
-        _check_run(model, versioned, narrowed, shapes, example)
+    followed = _check_run(model, versioned, narrowed, shapes, example) if narrowed else {}
 
     changed = list(_touched(model.modules(), narrowed))
     multipliers = depthwise_multipliers(model)
@@ -53,6 +54,8 @@ def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor], *, example=
         empty = torch.empty(narrowed[id(old)], dtype=old.dtype, device=old.device, memory_format=form)
         replace_data(old, empty)
     fit_attributes(changed, multipliers)
+    for (path, attribute), value in followed.items():
+        setattr(model.get_submodule(path), attribute, value)
     model.load_state_dict(versioned)
     return model
 
@@ -201,12 +204,16 @@ def _check_spaces(model: nn.Module, shapes: Shapes, example) -> None:
 
 def _check_run(
     model: nn.Module, state_dict: OrderedDict, narrowed: Mapping[int, torch.Size], shapes: Shapes, example
-) -> None:
-    """The narrow network takes what the wide one takes: both are run without data, as far as they can be."""
+) -> dict[tuple[str, str], Integers]:
+    """The narrow network takes what the wide one takes: both are run without data, as far as they can be.
+
+    {(module path, attribute): value} of the integers that must follow the cut for that, as in `follow_widths`.
+    """
+    followed: dict[tuple[str, str], Integers] = {}
     try:
         wide, narrow = _without_data(model, {}), _without_data(model, narrowed)
     except Exception:  # a model that cannot be copied
-        return
+        return followed
     weights = copy.copy(state_dict)
     weights.update((key, value.to("meta")) for key, value in state_dict.items() if isinstance(value, Tensor))
     try:
@@ -214,20 +221,43 @@ def _check_run(
     except Exception as error:  # whatever a module of the user's raises when it is loaded
         raise InputError(f"the weights cannot be loaded: {line_of(error)}") from None
     if any(_has_hooks(module) for module in model.modules()):  # they may reach what is the user's
-        return
+        return followed
     for inputs in _inputs_for(model) if example is None else [example]:
         try:
             _run(wide, inputs)
         except Exception:  # not an input of this network
             continue
-        try:
-            _run(narrow, inputs)
-        except Exception as error:  # whatever a network raises whose layers do not fit together
-            if example is None:
-                device = next((tensor.device for tensor in model.parameters()), None)
-                _check_spaces(model, shapes, torch.zeros_like(inputs, device=device))  # names the tensors
-            raise InputError(f"weights that do not fit together: {line_of(error)}") from None
-        return
+        while True:
+            try:
+                _run(narrow, inputs)
+                return followed
+            except Exception as error:  # whatever a network raises whose layers do not fit together
+                if more := _follow_widths(wide, narrow, raised_in(narrow, error)):
+                    followed |= more
+                    continue
+                if example is None:
+                    device = next((tensor.device for tensor in model.parameters()), None)
+                    _check_spaces(model, shapes, torch.zeros_like(inputs, device=device))  # names the tensors
+                raise InputError(f"weights that do not fit together: {line_of(error)}") from None
+    return followed
+
+
+def _follow_widths(wide: nn.Module, narrow: nn.Module, path: str) -> dict[tuple[str, str], Integers]:
+    """Sets the integers of a module that equal a width in it, and those of all modules of its class, to the new one."""
+    followed: dict[tuple[str, str], Integers] = {}
+    for where, module in like(narrow, path):
+        widths: dict[int, int] = {}
+        pairs = zip(wide.get_submodule(where).parameters(), module.parameters(), strict=True)
+        for old, new in ((old.shape, new.shape) for old, new in pairs):
+            for dim in sorted(range(len(old)), key=lambda dim: (dim != 1, dim)):  # what is read comes first
+                if old[dim] != new[dim]:
+                    widths.setdefault(old[dim], new[dim])
+        for attribute, place, value in integers_of(wide.get_submodule(where)):
+            said, now = getattr(module, attribute), widths.get(value, value)
+            if at_place(said, place) != now:
+                followed[where, attribute] = replaced(said, place, now)
+                setattr(module, attribute, followed[where, attribute])
+    return followed
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from csgd.graph import ChannelSpace, conditions, trace_spaces
+from csgd.graph import ChannelSpace, Ref, conditions, trace_spaces
+from csgd.graph.integers import integers_of, like
 from csgd.proof import Trial
 
 
@@ -41,20 +42,49 @@ def pin_failures(
 ) -> list[ChannelSpace]:
     """Pins every trimmable space whose trial fails or shows nothing, in place, and returns the list.
 
-    Random clusters are cut from a random float64 twin and its outputs compared, in eval and in train mode.  Sets of
-    spaces are halved until the failing ones are found.
+    Random clusters are cut from a random float64 twin and its outputs compared, in eval and in train mode.  Where that
+    makes a module raise, integers of its own that equal a width are taken to be that width, and follow the cut from
+    then on.  Sets of spaces are halved until the failing ones are found.
     """
     clusters = random_clusters(spaces, ratio=None)
     if not clusters:
         return spaces
     trial = Trial(model, spaces, clusters, example, examples=examples)
     _, reason = trial.changes(clusters)
+    while reason and trial.raised_in is not None and follow_widths(model, spaces, trial.raised_in):
+        _, reason = trial.changes(clusters)
     failing = dict(trial.failures(list(clusters), reason)) if reason else {}
     left = [name for name in clusters if name not in failing]
     if left:
         failing |= dict.fromkeys(trial.unseen(left), "its trial cannot see it: no output depends on these channels")
     conditions.pin(spaces, failing)
     return spaces
+
+
+def follow_widths(model: nn.Module, spaces: list[ChannelSpace], path: str) -> bool:
+    """Lets the integers of a module that equal a width in it follow the cut, and those of all modules of its class;
+    whether there was any that did not."""
+    found = False
+    for where, module in like(model, path):
+        followed = {(ref.owners[0], ref.dim) for space in spaces for ref in space.refs if ref.role == "size"}
+        for attribute, place, value in integers_of(module):
+            if ((where, attribute), place) not in followed:
+                for space, ref in _of_width(spaces, where, value):
+                    space.refs.append(Ref([(where, attribute)], place, "size", ref.index, value, ref.order))
+                    found = True
+    return found
+
+
+def _of_width(spaces: list[ChannelSpace], path: str, width: int) -> list[tuple[ChannelSpace, Ref]]:
+    """The trimmable spaces along the first dim of that size of a tensor in a module; several where it reads a cat."""
+    within = [
+        (space, ref)
+        for space in spaces if space.trimmable
+        for ref in space.refs
+        if ref.role != "size" and ref.extent == width and f"{ref.owners[0][0]}.".startswith(f"{path}." if path else "")
+    ]  # fmt: skip
+    first = min(within, key=lambda pair: pair[1].order, default=None)
+    return [] if first is None else [(s, r) for s, r in within if (r.owners, r.dim) == (first[1].owners, first[1].dim)]
 
 
 def random_clusters(spaces: list[ChannelSpace], seed: int = 0, ratio: float | None = 0.5) -> dict[str, list[list[int]]]:

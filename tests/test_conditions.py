@@ -171,3 +171,33 @@ def test_lengths_in_the_attributes_of_norms_follow_the_cut():
     spaces, example = found(net)
     assert by_name(spaces)["conv"].conditions[0].sizes == (2,)
     assert csgd.prove(net, spaces, random_clusters(spaces), example).exact
+
+
+class Sized(nn.Module):
+    """A block that says its widths in integers of its own, as those of diffusion models do."""
+
+    def __init__(self, channels: int, out: int):
+        super().__init__()
+        self.channels, self.shape, self.kernel = channels, (out, 1, 1), 3
+        self.conv, self.scale = nn.Conv2d(channels, out, 3, padding=1), nn.Parameter(torch.ones(out))
+
+    def forward(self, x):
+        assert x.shape[1] == self.channels
+        return self.conv(x) * self.scale.view(self.shape)
+
+
+def test_integers_that_say_a_width_follow_the_cut_where_it_would_raise_otherwise():
+    net = Net(nn.Sequential(Sized(8, 12), nn.Tanh(), Sized(12, 8)))
+    spaces, example = found(net)
+    assert [space.name for space in spaces if space.trimmable] == ["conv", "body.0.conv", "body.2.conv"]
+    clusters = random_clusters(spaces, ratio=None)
+    widths = [len(clusters[name]) for name in ("conv", "body.0.conv", "body.2.conv")]
+    assert csgd.prove(net, spaces, clusters, example).exact
+    csgd.trim(net, spaces, clusters, tolerance=None)
+    first, second = net.body[0], net.body[2]
+    assert (first.channels, first.shape, first.kernel) == (widths[0], (widths[1], 1, 1), 3)
+    assert (second.channels, second.shape) == (widths[1], (widths[2], 1, 1))
+    for given in ({}, {"example": example}):
+        again = csgd.load_trimmed(Net(nn.Sequential(Sized(8, 12), nn.Tanh(), Sized(12, 8))), net.state_dict(), **given)
+        assert torch.equal(again(example), net(example))
+        assert (again.body[0].channels, again.body[2].shape) == (first.channels, second.shape)

@@ -220,11 +220,17 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
 
 def told(model: nn.Module, error: Exception) -> str:
     """The innermost module of `model` in which an error was raised, and what it says, in one line."""
+    where = raised_in(model, error)
+    return f"{f'{where}: ' if where else ''}{type(error).__name__}: {_first_line(error)}"
+
+
+def raised_in(model: nn.Module, error: BaseException) -> str:
+    """The path of the innermost module of `model` in which an error was raised, '' where it is the network itself."""
     paths, where, trace = {id(module): path for path, module in model.named_modules()}, "", error.__traceback__
     while trace is not None:
         where = paths.get(id(trace.tb_frame.f_locals.get("self")), where)
         trace = trace.tb_next
-    return f"{f'{where}: ' if where else ''}{type(error).__name__}: {_first_line(error)}"
+    return where
 
 
 def _first_line(error: Exception) -> str:

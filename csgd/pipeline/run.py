@@ -128,8 +128,9 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
             record["cost"] = _cost(model, data, "before")
         if saved := journal.take("between"):
             load_trimmed(model, saved["model"])
+        trial = any(ref.role == "size" for space in spaces for ref in space.refs)  # it finds integers that follow
         for number in range(len(record.setdefault("stages", [])), len(stages)):
-            _stage(cfg, model, data, number, stages[number], journal, tracker, clock, output_dir)
+            _stage(cfg, model, data, trial, number, stages[number], journal, tracker, clock, output_dir)
             seconds["total"] = before + time.perf_counter() - started
             journal.save("between", 0, model, None, tracker)
         record["cost"] |= _cost(model, data, "after")
@@ -161,6 +162,7 @@ def _stage(
     cfg: Any,
     model: nn.Module,
     data: Data,
+    trial: bool,
     number: int,
     widths: dict[str, int],
     journal: Journal,
@@ -172,7 +174,7 @@ def _stage(
     seconds, saved = journal.record["seconds"], journal.take("wide", "trimmed")
     if saved:
         load_trimmed(model, saved["model"])
-    spaces = spaces_of_run(model, data, trial=False)  # the trial has been made on the network before its cuts
+    spaces = spaces_of_run(model, data, trial)  # mostly without: that was made on the network before its cuts
     if saved:
         clusters, done, random_state = saved["clusters"], saved["step"], saved["random_state"]
         pull = Pull.resumed(cfg, model, data, saved)
