@@ -1,11 +1,18 @@
+import copy
+import types
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import csgd
 from csgd import InputError
 from csgd.graph import Kind, conditions
+from csgd.pipeline.ahead import spaces_of_run
 from csgd.trial import random_clusters
 from tests import nets
 from tests.test_graph import Apply, Net
@@ -201,3 +208,171 @@ def test_integers_that_say_a_width_follow_the_cut_where_it_would_raise_otherwise
         again = csgd.load_trimmed(Net(nn.Sequential(Sized(8, 12), nn.Tanh(), Sized(12, 8))), net.state_dict(), **given)
         assert torch.equal(again(example), net(example))
         assert (again.body[0].channels, again.body[2].shape) == (first.channels, second.shape)
+
+
+def masked():
+    body = Apply(lambda x, m: x * m.mask)
+    body.register_buffer("mask", torch.rand(8, 1, 1))
+    return body
+
+
+def varied(norm):
+    """Statistics as training leaves them: different ones for each channel."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in norm.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+    return norm
+
+
+STILL = {
+    "frozen batch norm": (
+        lambda: varied(FrozenBatchNorm2d(8)),
+        {"body.weight", "body.bias", "body.running_mean", "body.running_var"},
+    ),
+    "momentum 0": (lambda: varied(nn.BatchNorm2d(8, momentum=0.0)), {"body.running_mean", "body.running_var"}),
+    "a buffer": (masked, {"body.mask"}),
+    "a frozen layer": (lambda: nn.Conv2d(8, 8, 1).requires_grad_(False), {"body.weight", "body.bias"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STILL)
+def test_what_training_does_not_change_is_a_condition_that_csgd_refuses_and_no_pin(name):
+    make, still = STILL[name]
+    net = Net(make())
+    spaces, example = found(net)
+    space = next(space for space in spaces if space.conditions)
+    assert all(space.trimmable for space in spaces[:-1])
+    (condition,) = space.conditions
+    assert condition.kind is Kind.ONLY_COLLAPSE
+    assert set(condition.tensors) == still
+    proof = csgd.prove(net, spaces, random_clusters(spaces), example)
+    assert proof.exact
+    assert proof.change <= 1e-12
+    clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
+    with pytest.raises(InputError) as refusal:
+        csgd.param_groups(net, spaces, clusters, centri_strength=0.1)
+    line = str(refusal.value)
+    assert "\n" not in line
+    assert all(tensor in line for tensor in still)
+    assert f"csgd.Collapse makes them so, or leave {space.name} out of the clusters" in line
+    others = {name: parts for name, parts in clusters.items() if name != space.name}
+    csgd.param_groups(net, spaces, others, centri_strength=0.1)
+    equal = copy.deepcopy(net)
+    csgd.merge_equal(equal, spaces, clusters)
+    csgd.param_groups(equal, spaces, clusters, centri_strength=0.1)  # nothing is left to be brought about
+
+
+def test_all_that_csgd_does_not_reach_is_refused_at_once():
+    frozen = varied(nn.BatchNorm2d(8, momentum=0.0))
+    net = Net(nn.Sequential(frozen, nn.ReLU(), nn.Conv2d(8, 8, 1).requires_grad_(False), varied(FrozenBatchNorm2d(8))))
+    spaces, _ = found(net)
+    clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
+    with pytest.raises(InputError, match=r"body.0.running_mean, .*body.2.weight, .*or leave conv, body.2 out of the"):
+        csgd.param_groups(net, spaces, clusters, centri_strength=0.1)
+
+
+def test_runs_leave_whole_what_csgd_does_not_reach_and_what_is_tied_to_it():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.other, self.free = varied(FrozenBatchNorm2d(8)), nn.Conv2d(8, 8, 1), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x):
+            return self.free(F.group_norm(torch.cat([self.norm(x), self.other(torch.tanh(x))], 1), 2))
+
+    net = Net(Frozen())
+    assert all(space.trimmable for space in found(net)[0][:-1])
+    spaces = by_name(spaces_of_run(net, types.SimpleNamespace(example=torch.randn(nets.IMAGES))))
+    assert [name for name, space in spaces.items() if space.trimmable] == ["body.free"]
+    assert spaces["conv"].pinned == ["training does not change body.norm.weight, body.norm.bias and 2 more"]
+    assert "conv, whose clusters must have the same size, must stay" in spaces["body.other"].pinned[0]
+
+
+def of_width(size):
+    return nn.Sequential(nn.Linear(4, size), nn.LayerNorm(size), nn.GELU(), nn.Linear(size, 3))
+
+
+@pytest.mark.parametrize(
+    "deps, options, asked, width",
+    [
+        (0.5, {}, 12, 12),
+        (5 / 8, {}, 15, 12),
+        (0.75, {}, 18, 24),  # of two as near the larger
+        (0.3, {}, 7, 8),
+        (0.01, {}, 2, 2),
+        (0.01, {"min_width": 5}, 5, 6),
+        (0.5, {"keep": ["0"]}, 24, 24),
+        ([9], {}, 9, 8),
+        ({"0": 7}, {}, 7, 8),
+        (0.3, {"after": {"0": 12}}, 7, 6),  # not 8: clusters of two cannot become clusters of three
+        (0.9, {"after": {"0": 12}}, 21, 12),
+    ],
+)
+def test_the_nearest_width_that_clusters_of_one_size_can_have(caplog, deps, options, asked, width):
+    spaces, _ = found(of_width(24), torch.randn(2, 4))
+    assert csgd.target_widths(spaces, deps, **options) == {"0": width}
+    said = [f"widths that clusters of one size can have: 0 {width} of 24 ({asked} asked for)"]
+    assert caplog.messages == (said if asked != width else [])
+
+
+def test_tied_spaces_get_one_size():
+    spaces, _ = found(nets.UNet())
+    assert csgd.target_widths(spaces, 0.5) == {"enter": 4, "down": 8, "merge": 3}
+    assert csgd.target_widths(spaces, {"down": 0.25}) == {"enter": 2, "down": 4, "merge": 6}, "the nearest together"
+    assert csgd.target_widths(spaces, 0.5, keep=["down"]) == {"enter": 8, "down": 16, "merge": 3}
+
+
+@pytest.mark.parametrize("method", csgd.clusters.METHODS)
+def test_every_method_makes_clusters_of_one_size_within_groups(method):
+    model = nets.UNet()
+    spaces, example = found(model)
+    clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 0.5), method)
+    assert {len(members) for name in ("enter", "down") for members in clusters[name]} == {2}
+    assert all(len({slot // 4 for slot in members}) == 1 for members in clusters["down"])
+    assert csgd.prove(model, spaces, clusters, example).exact
+
+
+def test_widths_that_clusters_of_one_size_cannot_have_are_refused():
+    model = of_width(12)
+    spaces, _ = found(model, torch.randn(2, 4))
+    with pytest.raises(InputError, match=r"widths.0 must be 12, 6, 4, 3, 2, got 5: clusters of one size, 2, 3, 4 or 6"):
+        csgd.cluster(model, spaces, {"0": 5})
+    model = nets.UNet()
+    spaces, _ = found(model)
+    with pytest.raises(
+        InputError, match=r"clusters.enter: clusters of one size .*, the same in 2 spaces \(group_norm in"
+    ):
+        csgd.cluster(model, spaces, {"enter": 4})
+
+
+def inertia(rows, clusters):
+    return sum(float(np.square(rows[members] - rows[members].mean(0)).sum()) for members in clusters)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_balanced_clusters_lie_far_below_random_ones_and_not_far_above_free_ones(size):
+    torch.manual_seed(0)
+    model = of_width(96)
+    with torch.no_grad():  # directions that some channels share, and noise, as filters of trained layers have
+        model[0] = nn.Linear(40, 96)
+        model[0].weight.copy_(torch.randn(96, 6) @ torch.randn(6, 40) + 0.3 * torch.randn(96, 40))
+    spaces, _ = found(model, torch.randn(2, 40))
+    rows = model[0].weight.detach().double().numpy()
+    clusters = csgd.cluster(model, spaces, {"0": 96 // size})["0"]
+    assert {len(members) for members in clusters} == {size}
+    free = KMeans(96 // size, n_init=3, random_state=0).fit(rows).inertia_
+    drawn = np.mean([inertia(rows, random_clusters(spaces, seed, 1 / size)["0"]) for seed in range(10)])
+    assert free < inertia(rows, clusters) < 1.25 * free
+    assert inertia(rows, clusters) < 0.5 * drawn
+    assert clusters == csgd.cluster(model, spaces, {"0": 96 // size})["0"]
+
+
+def test_balanced_clusters_find_planted_pairs_in_the_groups_of_a_group_norm():
+    model = nets.UNet()
+    spaces, _ = found(model)
+    pairs = [[0, 2], [1, 3], [4, 7], [5, 6]]
+    with torch.no_grad():
+        for a, b in pairs:
+            model.enter.weight[b] = model.enter.weight[a] + 1e-3 * torch.randn(3, 3, 3)
+    assert csgd.cluster(model, spaces, {"enter": 4, "down": 8})["enter"] == pairs

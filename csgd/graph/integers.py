@@ -24,8 +24,14 @@ def replaced(said: Integers, place: int, value: int) -> Integers:
     return value if isinstance(said, int) else type(said)([*said[:place], value, *said[place + 1 :]])
 
 
-def like(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules within `module` of the class of the one at `path`; none where that is torch's own."""
-    kind = type(module.get_submodule(path))
-    if not kind.__module__.startswith("torch."):
-        yield from ((where, one) for where, one in module.named_modules() if type(one) is kind)
+def like(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the class of the one at `path`, or of the module around it that is not torch's own."""
+    while path and _is_torchs(type(model.get_submodule(path))):
+        path = path.rpartition(".")[0]
+    kind = type(model.get_submodule(path))
+    if not _is_torchs(kind):
+        yield from ((where, one) for where, one in model.named_modules() if type(one) is kind)
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.startswith("torch.")
