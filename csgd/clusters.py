@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Ref, conditions
 from csgd.graph.integers import Integers, at_place, replaced
 from csgd.graph.twin import dotted
+from csgd.outputs import output_rows
 
 Clusters = Mapping[str, Sequence[Sequence[int]]]
 METHODS = ("kmeans", "even", "imbalanced")
-SOURCES = ("pacesetter", "producers")
+SOURCES = ("pacesetter", "producers", "outputs")
 STARTS = 3  # of k-means, the best of which counts: seeds then matter little
 
 
@@ -32,10 +34,14 @@ def cluster(
     method: str = "kmeans",
     seed: int = 0,
     of: str = "pacesetter",
+    *,
+    data: Iterable[Any] | None = None,
 ) -> dict[str, list[list[int]]]:
     """Partitions the slots of each space into `widths[name]` clusters; the first slot of each is the one kept.
 
-    kmeans      k-means on the flattened kernels, of the pacesetter (section 3.2) or of all producers: see `filters`
+    kmeans      k-means on the flattened kernels, of the pacesetter (section 3.2) or of all producers: see `filters`; or
+                of="outputs", on what they put out on `data`, a few batches, each as the network is called with it: the
+                expected squared distance of two channels, see `csgd.outputs`
     even        contiguous runs of near-equal size
     imbalanced  one cluster of size − width + 1, the rest singletons
 
@@ -45,7 +51,9 @@ def cluster(
     if method not in METHODS:
         raise InputError(f"clustering.method must be one of {', '.join(METHODS)}, got {method!r}")
     by_name = {space.name: space for space in spaces}
-    found, kernels = {}, {}
+    if of not in SOURCES:
+        raise InputError(f"clustering.of must be one of {', '.join(SOURCES)}, got {of!r}")
+    found, by_kmeans = {}, []
     for name, width in widths.items():
         if name not in by_name:
             raise InputError(f"widths: there is no channel space '{name}'")
@@ -53,13 +61,20 @@ def cluster(
         _check_width(space, width)
         parts = _parts_of(space)
         if method == "kmeans" and width < space.size:
-            kernels[name] = filters(model, space, of)
+            by_kmeans.append(space)
         elif method == "imbalanced" and conditions.one_size(space) is None:
             found[name] = _members(slots, np.maximum(slots - (space.size - width), 0))
         else:
             runs = [(part, np.arange(len(part)) * width // space.size) for part in parts]
             found[name] = sorted(members for part, labels in runs for members in _members(part, labels))
-    found |= _kmeans(kernels, by_name, widths, seed)
+    if of == "outputs" and by_kmeans:
+        if data is None:
+            raise InputError("clustering.of=outputs needs data: a few batches, each as the network is called with it")
+        weights = [[tensor_of(model, ref) for ref in space.producers] for space in by_kmeans]
+        rows = output_rows(model, by_kmeans, weights, data)
+    else:
+        rows = {space.name: filters(model, space, of) for space in by_kmeans}
+    found |= _kmeans(rows, by_name, widths, seed)
     clusters = {name: found[name] for name in widths}
     check_clusters(spaces, clusters)
     return clusters
@@ -92,8 +107,6 @@ def filters(model: nn.Module, space: ChannelSpace, of: str = "pacesetter") -> Te
     pacesetter  those of the first producer, [slots, lanes × k] (section 3.2)
     producers   those of every producer side by side, each kernel divided by its norm so that it counts as one
     """
-    if of not in SOURCES:
-        raise InputError(f"clustering.of must be one of {', '.join(SOURCES)}, got {of!r}")
     if of == "pacesetter":
         return _rows(model, space.producers[0], space.size)
     kernels = [_rows(model, ref, space.size) for ref in space.producers]

@@ -13,6 +13,7 @@ FLOORS = {
     "csgd.centripetal": 0,
     "csgd.graph": 0,
     "csgd.clusters": 0,
+    "csgd.outputs": 0,
     "csgd.widths": 0,
     "csgd.schedule": 0,
     "csgd.ranks": 0,

@@ -1,0 +1,138 @@
+"""How much of published networks a cut to half of the widths leaves out, exactly.
+
+Their packages are for this test alone: python -m pip install diffusers monai segmentation-models-pytorch timm torchcrepe
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import csgd
+from csgd.graph import Inputs
+from csgd.graph.twin import run
+from csgd.verify import count_params
+
+pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("default")]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network, an example, and the least share of its parameters or MACs that half of the widths leaves out."""
+
+    package: str
+    make: Callable[[Any], tuple[nn.Module, Any]]
+    counted: str
+    least: float
+
+
+def images(size: int, channels: int = 3) -> Tensor:
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def unet(diffusers):
+    """The one of google/ddpm-cifar10-32."""
+    model = diffusers.UNet2DModel(
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
+    return model, (images(16), torch.tensor([3, 7]))
+
+
+def autoencoder(diffusers):
+    """The one of Stable Diffusion."""
+    model = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    return model, images(32)
+
+
+class Head(nn.Module):
+    """A detector up to its maps: the boxes behind them come of a choice of the best, which jumps at near ties."""
+
+    def __init__(self, detector: nn.Module):
+        super().__init__()
+        self.backbone, self.head = detector.backbone, detector.head
+
+    def forward(self, x):
+        return self.head(list(self.backbone(x).values()))
+
+
+def fcos(torchvision):
+    detector = torchvision.models.detection.fcos_resnet50_fpn(weights=None, weights_backbone=None)
+    return Head(detector), images(128)
+
+
+def frozen_resnet50(torchvision):
+    return torchvision.models.resnet50(norm_layer=torchvision.ops.FrozenBatchNorm2d), images(64)
+
+
+ZOO = {
+    "ConvNeXt": Entry(
+        "torchvision", lambda p: (p.models.convnext_tiny(stochastic_depth_prob=0.0), images(64)), "params", 0.60
+    ),
+    "ConvNeXt V2": Entry("timm", lambda p: (p.create_model("convnextv2_nano"), images(64)), "params", 0.60),
+    "PoolFormer": Entry("timm", lambda p: (p.create_model("poolformer_s12"), images(64)), "params", 0.60),
+    "MLP-mixer": Entry("timm", lambda p: (p.create_model("mixer_s32_224"), images(224)), "params", 0.40),
+    "UNet2DModel": Entry("diffusers", unet, "MACs", 0.65),
+    "AutoencoderKL": Entry("diffusers", autoencoder, "MACs", 0.65),
+    "SegResNet": Entry(
+        "monai.networks.nets",
+        lambda p: (p.SegResNet(spatial_dims=2, init_filters=32, in_channels=3, out_channels=3), images(64)),
+        "MACs",
+        0.70,
+    ),
+    "FCOS": Entry("torchvision", fcos, "MACs", 0.70),
+    "FPN": Entry(
+        "segmentation_models_pytorch", lambda p: (p.FPN("resnet50", encoder_weights=None), images(64)), "MACs", 0.70
+    ),
+    "ResNet-50": Entry("torchvision", lambda p: (p.models.resnet50(), images(64)), "MACs", 0.74),
+    "ResNet-50 with frozen batch norm": Entry("torchvision", frozen_resnet50, "MACs", 0.74),
+    "CREPE, of batch norms of momentum 0": Entry(
+        "torchcrepe", lambda p: (p.Crepe("tiny"), torch.randn(2, 1024)), "MACs", 0.60
+    ),
+}
+
+
+def macs(model: nn.Module, example: Any) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run(model.eval(), Inputs.of(example))
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_published_networks_are_cut_exactly_to_half_of_their_widths(name):
+    entry = ZOO[name]
+    package = pytest.importorskip(entry.package)
+    torch.manual_seed(0)
+    model, example = entry.make(package)
+    spaces = csgd.find_spaces(model, example)
+    clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 0.5), "even")
+    proof = csgd.prove(model, spaces, clusters, example)
+    narrow = copy.deepcopy(model)
+    csgd.trim(narrow, spaces, clusters, tolerance=None)
+    left = {
+        "params": count_params(narrow) / count_params(model),
+        "MACs": macs(narrow, example) / macs(model, example),
+    }
+    print(f"\n{name}: {1 - left['params']:.1%} of the parameters and {1 - left['MACs']:.1%} of the MACs go; {proof}")
+    assert proof.exact
+    assert None not in proof.changes.values()
+    assert proof.change <= 1e-12
+    assert proof.control >= 1e-3
+    assert 1 - left[entry.counted] >= entry.least
