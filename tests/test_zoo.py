@@ -1,6 +1,6 @@
 """How much of published networks a cut to half of the widths leaves out, exactly.
 
-Their packages are for this test alone: python -m pip install diffusers monai segmentation-models-pytorch timm torchcrepe
+Their packages are for this test alone: diffusers, monai, segmentation-models-pytorch, timm, torchcrepe (pip install).
 """
 
 import copy
