@@ -15,6 +15,7 @@ from csgd.graph.twin import tensors_in
 from csgd.train import accuracy
 
 IMAGES = 256  # compared at once, in float64
+MASK = 300  # an entry that is lower than minus this times the size of all above it is a mask that code wrote
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,10 @@ def relative_change(before, after) -> Tensor:
     before, after  what a network says of n images: a tensor [n, …], or several in tuples, dicts or objects
 
     The spread is max − min of the image's own finite entries of an output tensor; where these are all equal, their
-    absolute value stands for it, and where that is 0 too, nothing may change.  Equal infinities have not changed.  Any
-    other infinity, NaN, an integer that differs and an output of another shape have changed infinitely.  Of several
-    outputs the one that changed most counts; one with another number of rows than n counts for every image.
+    absolute value stands for it, and where that is 0 too, nothing may change.  A mask of −1e4 or −1e9, far below all
+    others, does not widen the spread of these.  Equal infinities have not changed.  Any other infinity, NaN, an integer
+    that differs and an output of another shape have changed infinitely.  Of several outputs the one that changed most
+    counts; one with another number of rows than n counts for every image.
 
     InputError if there is no output or no image.
     """
@@ -148,12 +150,36 @@ def _changes_of_part(before: Tensor, after: Tensor) -> Tensor:
     same, is_exact = before == after, not before.is_floating_point()
     before, after = before.double(), after.double()
     change = torch.full_like(before, math.inf) if is_exact else (after - before).abs()
-    change = change.masked_fill(same, 0.0).nan_to_num(math.inf, math.inf).amax(1)
-    infinite = ~before.isfinite()
-    top, bottom = before.masked_fill(infinite, -math.inf).amax(1), before.masked_fill(infinite, math.inf).amin(1)
-    size = before.abs().masked_fill(infinite, 0.0).amax(1)
-    scale = torch.where(top > bottom, top - bottom, size).clamp(max=torch.finfo(torch.float64).max)
-    return torch.stack([change, torch.where(change > 0, change / scale, 0.0)])
+    change = change.masked_fill(same, 0.0).nan_to_num(math.inf, math.inf)
+    relative = torch.where(change > 0, change / _scales(before), 0.0)
+    return torch.stack([change.amax(1), relative.amax(1)])
+
+
+def _scales(rows: Tensor) -> Tensor:
+    """What the change of each entry is divided by: the spread of its row, masks apart; [n, 1] where there are none."""
+    infinite = ~rows.isfinite()
+    top = rows.masked_fill(infinite, -math.inf).amax(1, keepdim=True)
+    rows = rows.masked_fill(infinite, math.inf)
+    bottom = rows.amin(1, keepdim=True)
+    scales = _spread(top, bottom)
+    if (bottom < -MASK * top.abs()).any():
+        lowest = _lowest_without_masks(rows, top)
+        scales = torch.where(rows < lowest, scales, _spread(top, lowest))
+    return scales
+
+
+def _spread(top: Tensor, bottom: Tensor) -> Tensor:
+    spread = torch.where(top > bottom, top - bottom, top.abs())
+    return spread.clamp(max=torch.finfo(torch.float64).max)
+
+
+def _lowest_without_masks(rows: Tensor, top: Tensor) -> Tensor:
+    """The lowest entry of each row that is no mask [n, 1]; two finite entries at least are none."""
+    ordered = rows.sort(1).values
+    above = ordered[:, 1:-1].abs().maximum(top.abs())
+    masks = (ordered[:, :-2] < -MASK * above) & ordered[:, 2:].isfinite()
+    count = (masks * torch.arange(1, masks.size(1) + 1)).amax(1, keepdim=True)
+    return ordered.gather(1, count)
 
 
 def _accuracy(outputs, labels: Tensor) -> float:

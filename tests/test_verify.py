@@ -107,6 +107,27 @@ def test_infinities_nan_and_images_without_spread(before, after, change):
     assert judge(before, after).lossless is (change == 0.0)
 
 
+@pytest.mark.parametrize("mask", [-1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("masked", [[4], [1, 4], [0, 1, 2]])
+def test_a_finite_mask_does_not_hide_the_other_classes(mask, masked):
+    """A11: a spread of 1e4 or more would let logits be drawn anew."""
+    before, after = (torch.randn(20, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for logits in (before, after):
+        logits[:, masked] = mask
+    assert not judge(before, after).lossless
+    assert relative_change(before, after).min() > 0.1
+    assert judge(before, before + 1e-6 * torch.ones(5).where(before > -100, 0)).lossless
+
+
+def test_a_mask_that_is_added_and_logarithms_of_probabilities_keep_their_own_scale():
+    logits = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    added = logits.double() - torch.tensor([0.0, 1e9, 0.0, 0.0, 1e9])
+    assert judge(added, added + torch.tensor([1e-6, 64.0, 0.0, 0.0, 64.0])).lossless
+    assert not judge(added, added + torch.tensor([0.1, 0.0, 0.0, 0.0, 0.0])).lossless
+    sure = (20 * logits).log_softmax(1)
+    assert judge(sure, sure + 1e-6 * sure.abs().amax() * torch.randn(20, 5)).lossless
+
+
 def test_a_class_that_leads_by_more_than_twice_the_change_stays():
     kept = moved = 0
     for seed in range(50):
