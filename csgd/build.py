@@ -17,7 +17,7 @@ def named(group: str, target: str) -> Any:
     try:
         return _found(target)
     except Exception as error:  # whatever importing a user's module raises
-        raise InputError(f"{group}._target_ '{target}' cannot be imported: {line_of(error)}") from None
+        raise InputError(f"{group}._target_ {target!r} cannot be imported: {line_of(error)}") from None
 
 
 def makes(made: Any, kind: type) -> bool:
@@ -66,9 +66,12 @@ def judged(
     else:
         why = f"by themselves only makers in {', '.join(own)} are"
         word = f'allow=["{root}"] (--allow {root}) trusts the code of {root}'
-    foreign = root not in {*sys.stdlib_module_names, *(package.split(".")[0] for package in own)}
+    foreign = root.isidentifier() and root not in {
+        *sys.stdlib_module_names,
+        *(package.split(".")[0] for package in own),
+    }
     advice = ", ".join(filter(None, [otherwise, word if foreign else ""]))
-    raise InputError(f"{group}._target_ '{target}' is not called: {why}; {advice}")
+    raise InputError(f"{group}._target_ {target!r} is not called: {why}; {advice}")
 
 
 @contextmanager

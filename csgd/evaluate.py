@@ -23,7 +23,7 @@ from torch import nn
 from csgd.build import build, call, judged, label, makes, off_the_path, within
 from csgd.checkpoint import load_weights
 from csgd.data import Data
-from csgd.errors import InputError
+from csgd.errors import InputError, line_of
 from csgd.pipeline.build import check_fit, device_name, device_of, placed
 from csgd.pruned import describe, load_pruned
 from csgd.reload import load_trimmed
@@ -73,7 +73,13 @@ def evaluate(network: Path, settings: list[str], allow: Sequence[str] = ()) -> s
         else:
             instead = f"dataset._target_={target} on the command line calls it"
             made = judged("dataset", target, {"csgd.data": _is_dataset}, allow, instead)
-            data = call("dataset", made, cfg.dataset, **offered)
+            try:
+                data = call("dataset", made, cfg.dataset, **offered)
+            except InputError:
+                raise
+            except Exception as error:  # whatever a dataset raises on settings that it cannot take
+                why = f"fails on the settings of pruned.json: {line_of(error)}"
+                raise InputError(f"dataset._target_ '{target}' {why}") from None
     if not isinstance(data, Data):
         raise InputError(f"dataset._target_ must make a csgd.data.Data, got {type(data).__name__}")
     model = placed(load_pruned(network, allow=allow) if described else _from_file(network, cfg, data), device)
@@ -136,6 +142,8 @@ def _plain(of_the_run: Any) -> dict[str, Any]:
         raise InputError("pruned.json is damaged: dataset has no '_target_'")
     if "defaults" in of_the_run or "${" in json.dumps(of_the_run):
         raise InputError("pruned.json: dataset may hold neither 'defaults' nor '${'; dataset=… names another")
+    if given := [key for key in ("batch_size", "seed", "device", "share") if key in of_the_run]:
+        raise InputError(f"pruned.json: dataset may not hold '{given[0]}', which belongs to the test")
     return of_the_run | ({"download": False} if "download" in of_the_run else {})
 
 

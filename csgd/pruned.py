@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from csgd.build import call, judged, makes, off_the_path, within
 from csgd.checkpoint import save_weights, write_json
@@ -20,6 +22,7 @@ from csgd.train import logits_of
 
 WEIGHTS, DESCRIPTION = "pruned.safetensors", "pruned.json"
 FORMAT = 1
+LARGEST = 2**26  # numbers that a network may make, or 1000 times those of its file, and that an input may have
 KEYS = {"format": int, "sha256": str, "model": dict, "num_classes": int, "input": list, "widths": dict}
 
 
@@ -74,7 +77,8 @@ def load_pruned(folder: Path | str, model: nn.Module | None = None, *, allow: Co
         raise InputError(f"'{path}' is damaged: {error}") from None
     _check_widths(state, described["widths"])
     with off_the_path(folder) if not allow else nullcontext():  # what the user allows may lie there
-        wide = _wide(described, allow) if model is None else model
+        count = sum(tensor.numel() for tensor in state.values())
+        wide = _wide(described, allow, max(LARGEST, 1000 * count)) if model is None else model
         like = next(wide.parameters(), torch.empty(0))
         example = torch.zeros(2, *described["input"], dtype=like.dtype, device=like.device)
         model = load_trimmed(wide, state, example=example).eval()
@@ -95,7 +99,7 @@ def describe(folder: Path | str) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
         described = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is damaged: {error}") from None
     for key, kind in KEYS.items():
         if not isinstance(described, dict) or not isinstance(described.get(key), kind):
@@ -106,10 +110,31 @@ def describe(folder: Path | str) -> dict[str, Any]:
         raise InputError(f"'{path}' is damaged: model has no '_target_'")
     if not described["input"] or not all(isinstance(size, int) and size > 0 for size in described["input"]):
         raise InputError(f"'{path}' is damaged: input must be a list of sizes, got {described['input']}")
+    if math.prod(described["input"]) > LARGEST:
+        raise InputError(f"'{path}' is damaged: input {described['input']} has more than {LARGEST:,} numbers")
     return described
 
 
-def _wide(described: Mapping[str, Any], allow: Collection[str]) -> nn.Module:
+class _TooLargeError(Exception):
+    pass
+
+
+class _Bounded(TorchDispatchMode):
+    """Raises _TooLargeError before more than `left` numbers are made."""
+
+    def __init__(self, left: int):
+        super().__init__()
+        self.left = left
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if args and isinstance(args[0], list | tuple) and all(isinstance(size, int) for size in args[0]):
+            self.left -= math.prod(args[0])  # what begins with a size makes a tensor
+            if self.left < 0:
+                raise _TooLargeError
+        return func(*args, **(kwargs or {}))
+
+
+def _wide(described: Mapping[str, Any], allow: Collection[str], largest: int) -> nn.Module:
     settings = described["model"]
     target = settings["_target_"]
     instead = "load_pruned(folder, model) takes a wide network that you made"
@@ -124,7 +149,13 @@ def _wide(described: Mapping[str, Any], allow: Collection[str]) -> nn.Module:
                 )
         offered |= dict(weights=None, weights_backbone=None)  # some builders of torchvision would download them
     try:
-        model = call("model", made, settings, **offered)
+        with nullcontext() if within(target, allow) else _Bounded(largest):
+            model = call("model", made, settings, **offered)
+    except _TooLargeError:
+        raise InputError(
+            f"model._target_ '{target}' is not made: by the settings of {DESCRIPTION} it has more than {largest:,} "
+            f"numbers, too many for its file; {instead}"
+        ) from None
     except InputError:
         raise
     except Exception as error:  # whatever a user's class raises on settings that it cannot take

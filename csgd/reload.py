@@ -81,6 +81,8 @@ def _check_keys(model: nn.Module, own: Mapping[str, Tensor], state_dict: Mapping
             continue
         if is_lazy(old):
             raise InputError(f"{key} of the model has no shape yet; call the model once on an example")
+        if old.is_meta:
+            raise InputError(f"{key} of the model is on the meta device and takes no values; make the model on the CPU")
         if not isinstance(new, Tensor):
             raise InputError(f"{other}: {key} is a {type(new).__name__}, a tensor of {list(old.shape)} is wanted")
         fits = old.dim() == new.dim() and all(0 < b <= a or a == b for a, b in zip(old.shape, new.shape, strict=True))

@@ -192,6 +192,9 @@ def wider(state):
         (lambda f: tamper(f, format=9), "is of format 9, this csgd reads format 1"),
         (lambda f: tamper(f, model={}), "model has no '_target_'"),
         (lambda f: tamper(f, input=[]), "input must be a list of sizes, got []"),
+        (lambda f: tamper(f, input=[3, 30000, 30000]), "input [3, 30000, 30000] has more than 67,108,864 numbers"),
+        (lambda f: (f / "pruned.json").write_text("[" * 100_000), "pruned.json' is damaged: maximum recursion depth"),
+        (lambda f: tamper(f, model={"_target_": "net\nNet"}), r"model._target_ 'net\nNet' is not called: "),
         (lambda f: tamper(f, input=[1, 8, 8]), "cannot take the example of [2, 1, 8, 8]"),
         (lambda f: tamper(f, model={"_target_": "nowhere.Net"}), "model._target_ 'nowhere.Net' is not called: "),
         (lambda f: tamper(f, model={"_target_": "os.system", "command": "exit"}), "'os.system' is not called"),
@@ -212,6 +215,27 @@ def test_a_folder_that_does_not_hold_together_is_refused(folder, damage, message
         load_pruned(folder)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "target, settings, message",
+    [
+        ("torch.nn.Linear", {"in_features": 20_000, "out_features": 20_000}, "has more than 67,108,864 numbers"),
+        ("torch.nn.Conv1d", {"in_channels": 10**9, "out_channels": 10, "kernel_size": 3}, "has more than 67,108,864"),
+        ("csgd.models.vgg16", {"width": 1000}, "has more than 67,108,864 numbers"),
+        (
+            "torch.nn.Linear",
+            {"in_features": 6, "out_features": 10, "device": "meta"},
+            "weight of the model is on the meta",
+        ),
+    ],
+)
+def test_a_folder_makes_no_network_that_is_too_large_or_has_no_values(tmp_path, target, settings, message):
+    """One line, before memory is filled; 20,000 inputs and outputs would be 1.6 GB."""
+    save_pruned(tmp_path, torch.nn.Linear(6, 10), {"_target_": target} | settings, torch.zeros(1, 6), 10)
+    with pytest.raises(InputError) as caught:
+        load_pruned(tmp_path)
+    assert message in str(caught.value)
 
 
 def test_no_folder_at_all(tmp_path):

@@ -254,6 +254,15 @@ def test_what_a_saved_network_names_is_called_on_the_users_word(shipped, tmp_pat
         ({"_target_": "torch.hub.load", "repo_or_dir": ".", "model": "net"}, "'torch.hub.load' is not called"),
         ({"_target_": "csgd.data.digits", "defaults": [{"/model": "vgg16"}]}, "neither 'defaults' nor '${'"),
         ({"_target_": "csgd.data.digits", "shift": "${oc.env:HOME}"}, "neither 'defaults' nor '${'"),
+        (
+            {"_target_": "csgd.data.digits", "image_size": "x", "shift": 0},
+            "fails on the settings of pruned.json: expected",
+        ),
+        ({"_target_": "csgd.data.digits", "image_size": 10**9, "shift": 0}, "fails on the settings of pruned.json: "),
+        (
+            {"_target_": "csgd.data.digits", "image_size": 16, "shift": 0, "share": 3},
+            "dataset may not hold 'share', which",
+        ),
         ({"root": "data"}, "pruned.json is damaged: dataset has no '_target_'"),
         ("csgd.data.digits", "pruned.json is damaged: dataset has no '_target_'"),
     ],
