@@ -513,6 +513,22 @@ def test_what_is_small_but_no_rounding_is_found():
     assert not free(Body(leaking))
     net = Body(leaking)
     spaces = csgd.find_spaces(net, IMAGES, trial=False)
+@pytest.mark.parametrize("where", ["network", "layer", "method"])
+def test_what_torch_compile_has_wrapped_is_followed_as_it_was_written(where):
+    net = Body(lambda y, m: m.inner(y).relu(), inner=nn.Conv2d(12, 12, 1))
+    if where == "network":
+        net = torch.compile(net, backend="eager")
+    elif where == "layer":
+        net.inner = torch.compile(net.inner, backend="eager")
+    else:
+        net.forward = torch.compile(net.forward, backend="eager")
+    before, _ = state_of(net)
+    assert {name.replace("_orig_mod.", "").replace("._orig_mod", "") for name in free(net)} == {"conv", "inner"}
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    spaces = csgd.find_spaces(net, IMAGES)
+    assert csgd.prove(net, spaces, random_clusters(spaces), IMAGES).exact
+
+
     for space in spaces[:1]:
         space.pinned.clear()
     proof = csgd.prove(net, spaces, {"conv": [list(range(6)), *([slot] for slot in range(6, 12))]}, IMAGES)

@@ -3,8 +3,10 @@ states that are put back."""
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
-from contextlib import contextmanager
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
@@ -105,12 +107,15 @@ def twin_of(model: nn.Module, new: Callable[[Tensor], Tensor] = Tensor.clone) ->
     for _, _, _, tensor in own_tensors(model):
         memo[id(tensor)] = _like(tensor, new)
     try:
-        twin = copy.deepcopy(model, memo)
+        with keep_random_state(model):  # of which a class of the user's may draw when it is copied, the same each time
+            set_random_state(model, 0)
+            twin = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a module raises that cannot be copied
         raise InputError(
             f"the network cannot be copied for its trial ({type(error).__name__}: {_first_line(error)}); "
             "trial=False leaves it out"
         ) from None
+    memo.update({id(part): part for part in (*twin.modules(), *twin.parameters(), *twin.buffers())})  # copied once
     for module in twin.modules():
         for name, value in list(vars(module).items()):
             if name not in ("_parameters", "_buffers", "_modules"):
@@ -209,7 +214,8 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """model(*inputs); InputError, in one line, names the module that raises and keeps the words of what it raised."""
     try:
-        return model(*inputs.args, **inputs.kwargs)
+        with _eagerly():
+            return model(*inputs.args, **inputs.kwargs)
     except InputError:
         raise
     except Exception as error:  # whatever a network raises on inputs that it cannot take
@@ -239,6 +245,11 @@ def _first_line(error: Exception) -> str:
 
 def _devices(model: nn.Module) -> list[int]:
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+def _eagerly() -> AbstractContextManager:
+    """Runs what torch.compile has wrapped as it was written: compiled code calls no function that can be followed."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
 
 
 @contextmanager
