@@ -198,7 +198,7 @@ class Trial:
                     set_random_state(model, seed)
                     given = inputs.copied()
                     with torch.set_grad_enabled(grad), _WithoutDropout():
-                        outputs += tensors_in(run(model, given))
+                        outputs += [out.to_dense() for out in tensors_in(run(model, given))]
                     states.append(random_state(model))
             finally:
                 torch.set_default_dtype(default)
@@ -344,10 +344,10 @@ def _cause(error: InputError) -> str:
 
 @torch.no_grad()
 def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Largest |a − b| of any entry of any pair of tensors, relative to the median of the finite |a| ≠ 0 of that pair.
+    """Largest |a − b| of any entry of any pair of tensors, relative to the median of the finite |a| ≠ 0 that differ.
 
     Equal infinities are equal; NaN, and tensors that do not fit, are infinitely apart.  The median keeps one large
-    entry from hiding the others.
+    entry from hiding the others, and masks that most entries lie under are the same before and after.
     """
     if not before or [a.shape for a in before] != [b.shape for b in after]:
         return math.inf
@@ -357,7 +357,7 @@ def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
             continue
         a, b = (t if t.is_complex() else t.double() for t in (a, b))
         change, size = torch.where(a == b, 0.0, (a - b).abs()).max(), a.abs()
-        size = size[size.isfinite() & (size > 0)]
+        size = size[size.isfinite() & (size > 0) & (a != b)]
         relative = float(change / size.median()) if len(size) and not change.isnan() else math.inf
         largest = max(largest, relative)
     return largest

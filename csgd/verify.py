@@ -132,7 +132,7 @@ def _changes(before, after) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach().cpu().to_dense()
     return torch.atleast_1d(torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor)
 
 

@@ -179,6 +179,36 @@ def test_infinities_in_the_output_are_no_change():
 
 
 def test_one_large_output_hides_no_change():
+def test_a_finite_mask_over_most_outputs_hides_nothing_and_pins_nothing():
+    """A12: the median of all entries would be that of the mask."""
+
+    class Masked(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.body = Body(function)
+
+        def forward(self, x):
+            return self.body(x).masked_fill(torch.tensor([False, True, True, True, False]), -1e9)
+
+    assert "body.conv" in free(Masked(lambda y, m: y.relu()))
+    wrong = Masked(lambda y, m: y / y.shape[1])
+    spaces = csgd.find_spaces(wrong, IMAGES, trial=False)
+    proof = csgd.prove(wrong, spaces, random_clusters(spaces), IMAGES)
+    assert proof.failing.keys() == {"body.conv"}
+
+
+def test_outputs_of_other_layouts_are_compared_as_dense_ones():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Body(lambda y, m: y.relu())
+
+        def forward(self, x):
+            return self.body(x).to_sparse()
+
+    assert free(Sparse()) == {"body.conv"}
+
+
     """A12: a tolerance relative to the largest entry would."""
 
     class Loud(nn.Module):
