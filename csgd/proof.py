@@ -16,6 +16,7 @@ from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Inputs, conditions
 from csgd.graph.twin import (
     Mode,
+    check_examples,
     check_has_values,
     dotted,
     keep_random_state,
@@ -140,6 +141,7 @@ class Trial:
         self.spaces, self.clusters, self.seed, self.controlled = spaces, clusters, seed, controlled
         self.raised_in: str | None = None  # the module that the latest cut has made raise
         self._model, self._examples = model, [Inputs.of(one) for one in (example, *examples)]
+        check_examples(self._examples)
         clustered_tensors(model, spaces, clusters)  # refuses what does not belong together
         self.model, self.unequal, self.before = self._first_that_runs()
 
@@ -396,7 +398,7 @@ def _drawn(dtype: torch.dtype, generator: torch.Generator, tensor: Tensor, signe
             would hide a function that is called for some widths alone
     """
     own = _as_given(dtype, generator, tensor)
-    if not own.is_floating_point() or not own.numel() or not own.isfinite().all():
+    if own.layout is not torch.strided or not own.is_floating_point() or not own.numel() or not own.isfinite().all():
         return own
     low, high = float(own.min()), float(own.max())
     drawn = torch.rand(own.shape, generator=generator, dtype=dtype)

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map_only
 
 from csgd.errors import InputError, line_of
-from csgd.graph import trace_spaces
+from csgd.graph import Inputs, trace_spaces
 from csgd.graph.integers import Integers, at_place, integers_of, like, replaced
 from csgd.graph.twin import dotted, keep_random_state, raised_in, tensors_in
 from csgd.trim import depthwise_multipliers, fit_attributes, replace_data
@@ -280,9 +279,9 @@ def _without_data(model: nn.Module, narrowed: Mapping[int, torch.Size]) -> nn.Mo
 
 
 def _run(model: nn.Module, inputs) -> None:
-    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    given = Inputs.of(inputs).copied(lambda t: torch.empty_like(t, device="meta"))
     with torch.device("meta"), keep_random_state(model):
-        model(*tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), args))
+        model(*given.args, **given.kwargs)
 
 
 def _inputs_for(model: nn.Module) -> Iterator[Tensor]:

@@ -3,8 +3,9 @@
 import copy
 import threading
 import time
-from collections import UserDict
+from collections import UserDict, deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -178,7 +179,6 @@ def test_infinities_in_the_output_are_no_change():
     assert "body.conv" in free(Masked())
 
 
-def test_one_large_output_hides_no_change():
 def test_a_finite_mask_over_most_outputs_hides_nothing_and_pins_nothing():
     """A12: the median of all entries would be that of the mask."""
 
@@ -209,6 +209,7 @@ def test_outputs_of_other_layouts_are_compared_as_dense_ones():
     assert free(Sparse()) == {"body.conv"}
 
 
+def test_one_large_output_hides_no_change():
     """A12: a tolerance relative to the largest entry would."""
 
     class Loud(nn.Module):
@@ -324,6 +325,49 @@ def test_examples_of_any_class_are_left_as_they_were_and_tried_in_float64(wrap, 
     assert csgd.prove(net, spaces, random_clusters(spaces), example).dtype == torch.float64
 
 
+class Pair(NamedTuple):
+    images: Tensor
+    n: int
+
+
+class Slotted:
+    __slots__ = "images"
+
+
+class Derived(Slotted):
+    __slots__ = ("n",)
+
+
+def slotted(images):
+    example = Derived()
+    example.images, example.n = images, 1
+    return example
+
+
+@pytest.mark.parametrize(
+    "wrap, unwrap",
+    [
+        (lambda x: Pair(x, 1), lambda b: b.images),
+        (slotted, lambda b: b.images),
+        (lambda x: deque([x]), lambda b: b[0]),
+    ],
+)
+def test_named_tuples_slots_and_queues_are_one_input_and_one_output(wrap, unwrap):
+    class Wrapped(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.body = Body(function)
+
+        def forward(self, batch):
+            return wrap(self.body(unwrap(batch)))
+
+    images = IMAGES.clone()
+    assert free(Wrapped(lambda y, m: y.relu()), wrap(images)) == {"body.conv"}
+    assert free(Wrapped(lambda y, m: y / y.shape[1]), wrap(images)) == set()
+    assert torch.equal(images, IMAGES)
+    assert vars(images) == {}
+
+
 # other ways in, and layers that no example reaches
 
 
@@ -386,6 +430,44 @@ def test_a_head_that_is_called_now_and_then_is_seen():
 
 
 @pytest.mark.parametrize(
+    "example, line",
+    [
+        (torch.empty(0, 3, 8, 8), r"the example of \[0, 3, 8, 8\] is empty: it needs a batch of 2 or more"),
+        (torch.empty(2, 3, 8, 8, device="meta"), "the example has a tensor on the meta device, which has no values"),
+        (torch.nested.nested_tensor(list(IMAGES), layout=torch.jagged), "the example has a nested tensor"),
+    ],
+)
+def test_an_example_without_values_is_refused(example, line):
+    net = Body(lambda y, m: y.relu())
+    spaces = csgd.find_spaces(net, IMAGES)
+    with pytest.raises(csgd.InputError, match=line):
+        csgd.find_spaces(net, example)
+    with pytest.raises(csgd.InputError, match=line):
+        csgd.prove(net, spaces, random_clusters(spaces), example)
+
+
+def test_a_network_that_draws_when_it_is_copied_leaves_random_states_alone():
+    class Anew(nn.Conv2d):
+        def __deepcopy__(self, memo):
+            return Anew(12, 12, 1)
+
+    net, before = Body(lambda y, m: m.inner(y).relu(), inner=Anew(12, 12, 1)), torch.get_rng_state()
+    free(net)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_network_that_cannot_be_copied_says_so_in_one_line():
+    class Alone(nn.Conv2d):
+        def __deepcopy__(self, memo):
+            raise TypeError("not twice\nand never")
+
+    net = Body(lambda y, m: m.inner(y).relu(), inner=Alone(12, 12, 1))
+    with pytest.raises(csgd.InputError) as error:
+        csgd.find_spaces(net, IMAGES)
+    assert str(error.value).endswith("its trial (TypeError: not twice); trial=False leaves it out")
+
+
+@pytest.mark.parametrize(
     "net, example, line",
     [
         (lambda: nn.Sequential(nn.LazyConv2d(8, 1), nn.Conv2d(8, 5, 1)), IMAGES, "0.weight is lazy and has no shape"),
@@ -429,6 +511,22 @@ def test_compiled_submodules_do_not_stop_the_analysis(make):
         lambda y, m: m.inner(m.compiled(y)).relu(), inner=nn.Conv2d(12, 12, 1), compiled=make(nn.Conv2d(12, 12, 1))
     )
     assert free(net) == {"inner"}
+
+
+@pytest.mark.parametrize("where", ["network", "layer", "method"])
+def test_what_torch_compile_has_wrapped_is_followed_as_it_was_written(where):
+    net = Body(lambda y, m: m.inner(y).relu(), inner=nn.Conv2d(12, 12, 1))
+    if where == "network":
+        net = torch.compile(net, backend="eager")
+    elif where == "layer":
+        net.inner = torch.compile(net.inner, backend="eager")
+    else:
+        net.forward = torch.compile(net.forward, backend="eager")
+    before, _ = state_of(net)
+    assert {name.replace("_orig_mod.", "").replace("._orig_mod", "") for name in free(net)} == {"conv", "inner"}
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    spaces = csgd.find_spaces(net, IMAGES)
+    assert csgd.prove(net, spaces, random_clusters(spaces), IMAGES).exact
 
 
 # attributes of layers without tensors
@@ -543,22 +641,6 @@ def test_what_is_small_but_no_rounding_is_found():
     assert not free(Body(leaking))
     net = Body(leaking)
     spaces = csgd.find_spaces(net, IMAGES, trial=False)
-@pytest.mark.parametrize("where", ["network", "layer", "method"])
-def test_what_torch_compile_has_wrapped_is_followed_as_it_was_written(where):
-    net = Body(lambda y, m: m.inner(y).relu(), inner=nn.Conv2d(12, 12, 1))
-    if where == "network":
-        net = torch.compile(net, backend="eager")
-    elif where == "layer":
-        net.inner = torch.compile(net.inner, backend="eager")
-    else:
-        net.forward = torch.compile(net.forward, backend="eager")
-    before, _ = state_of(net)
-    assert {name.replace("_orig_mod.", "").replace("._orig_mod", "") for name in free(net)} == {"conv", "inner"}
-    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
-    spaces = csgd.find_spaces(net, IMAGES)
-    assert csgd.prove(net, spaces, random_clusters(spaces), IMAGES).exact
-
-
     for space in spaces[:1]:
         space.pinned.clear()
     proof = csgd.prove(net, spaces, {"conv": [list(range(6)), *([slot] for slot in range(6, 12))]}, IMAGES)

@@ -65,6 +65,21 @@ def test_five_channels_out_and_eight_read_are_refused_with_and_without_an_exampl
     assert load_trimmed(wide, state)(torch.randn(2, 3, 9, 9)).shape == (2, 6, 5, 5)
 
 
+def test_an_example_with_keywords_is_run_too():
+    class Typed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x, *, shape):
+            return self.head(self.conv(x).view(-1, *shape))
+
+    state = narrowed(Typed().state_dict(), conv__weight=6, conv__bias=6)
+    state["head.weight"] = state["head.weight"][:, :6].clone()
+    example = csgd.Inputs(torch.randn(2, 3, 5, 5), shape=(8, 5, 5))
+    assert "fit together: shape '[-1, 8, 5, 5]' is invalid" in refused(Typed(), state, example=example)
+
+
 @pytest.mark.parametrize("net", nets.EXAMPLES)
 def test_any_one_tensor_that_keeps_a_channel_too_many_or_too_few_is_refused(net):
     wide, example = net(), nets.example_of(net)

@@ -20,6 +20,7 @@ from csgd.graph.rules import Call, apply_rule, unknown
 from csgd.graph.spaces import ChannelSpace, spaces_of
 from csgd.graph.twin import (
     Inputs,
+    check_examples,
     check_has_values,
     dotted,
     keep_random_state,
@@ -101,6 +102,7 @@ def trace_spaces(
     """
     inputs = [Inputs.of(one) for one in (example, *examples)]
     check_has_values(model)
+    check_examples(inputs)
     with keep_random_state(model):
         try:
             twin = twin_of(model)

@@ -27,8 +27,8 @@ class Inputs:
 
     @classmethod
     def of(cls, example: Any) -> "Inputs":
-        """An example as users write it: inputs of all kinds, a tuple of inputs, or a single input."""
-        return example if isinstance(example, cls) else cls(*(example if isinstance(example, tuple) else (example,)))
+        """An example as users write it: inputs of all kinds, a plain tuple of inputs, or a single input."""
+        return example if isinstance(example, cls) else cls(*(example if type(example) is tuple else (example,)))
 
     def copied(self, new: Callable[[Tensor], Tensor] = Tensor.clone) -> "Inputs":
         """A deep copy with each tensor t, wherever it lies, replaced by new(t).
@@ -60,10 +60,13 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
     parts = []
     if isinstance(value, Mapping):
         parts += value.values()
-    elif isinstance(value, list | tuple | set | frozenset):
+    elif isinstance(value, list | tuple | set | frozenset | deque):
         parts += value
     parts += getattr(value, "__dict__", {}).values()
-    parts += [getattr(value, slot) for slot in getattr(type(value), "__slots__", ()) if hasattr(value, slot)]
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        slots = [slots] if isinstance(slots, str) else slots
+        parts += [getattr(value, slot) for slot in slots if hasattr(value, slot)]
     for part in parts:
         yield from _tensors_in(part, seen)
 
@@ -89,6 +92,18 @@ def check_has_values(model: nn.Module) -> None:
             raise InputError(f"{name} is lazy and has no shape yet: call the network once, then find its spaces")
         if tensor.is_meta:
             raise InputError(f"{name} is on the meta device and has no values: load the weights, then find its spaces")
+
+
+def check_examples(examples: Iterable[Inputs]) -> None:
+    """InputError if a tensor of an example has no values, or if none of them has an entry."""
+    for inputs in examples:
+        tensors = list(inputs.tensors())
+        if any(tensor.is_meta for tensor in tensors):
+            raise InputError("the example has a tensor on the meta device, which has no values")
+        if any(tensor.is_nested for tensor in tensors):
+            raise InputError("the example has a nested tensor, which no label can follow: pad it")
+        if tensors and not any(tensor.numel() for tensor in tensors):
+            raise InputError(f"the example of {list(tensors[0].shape)} is empty: it needs a batch of 2 or more")
 
 
 def twin_of(model: nn.Module, new: Callable[[Tensor], Tensor] = Tensor.clone) -> nn.Module:
@@ -224,6 +239,11 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
         raise InputError(f"the network cannot run on its example: {told(model, error)}{hint}") from error
 
 
+def _eagerly() -> AbstractContextManager:
+    """Runs what torch.compile has wrapped as it was written: compiled code calls no function that can be followed."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
 def told(model: nn.Module, error: Exception) -> str:
     """The innermost module of `model` in which an error was raised, and what it says, in one line."""
     where = raised_in(model, error)
@@ -245,11 +265,6 @@ def _first_line(error: Exception) -> str:
 
 def _devices(model: nn.Module) -> list[int]:
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-def _eagerly() -> AbstractContextManager:
-    """Runs what torch.compile has wrapped as it was written: compiled code calls no function that can be followed."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
 
 
 @contextmanager
