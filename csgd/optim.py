@@ -1,10 +1,9 @@
 """CSGD: stochastic gradient descent that pulls the filters of a cluster together."""
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, chain
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,68 +15,20 @@ from csgd.centripetal import (
     Segments,
     laid_out_like,
     memory_order,
-    merged_gradient,
     permuted,
     scale_along,
     segment_mean,
-    squared_deviation,
     stability_limit,
 )
 from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors, dotted
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
+from csgd.stacks import STACKED, Latest, Stack, stacks_of
 
-STACKED = 2**17  # entries: small parameters share an operation until it has as many, larger ones are worth one each
-KEPT = 64  # sets of parameters that had a gradient together, the latest: blocks left out at random make many
 LINE = 64  # bytes, a line of the cache
 CONSTANTS = ("lr", "momentum", "nesterov", "weight_decay")  # of a group, those that torch.optim.SGD has too
 CUT_WITHOUT = "a parameter of this optimizer was cut without it: trim(…, optimizer) takes it along, or make it anew"
 SGD_ALONE = ("dampening", "maximize", "foreach", "differentiable", "fused")  # of a group, those that CSGD has not
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """Parameters whose rows have the same length, seen as one matrix; `fused`: whether torch's fused SGD suits them."""
-
-    params: list[Tensor]
-    orders: list[RowOrder]
-    segments: Segments
-    fused: bool
-
-    @classmethod
-    def of(cls, clustered: Sequence[tuple[Tensor, RowOrder, Tensor]], fused: bool) -> "_Stack":
-        params, orders, segments = zip(*clustered, strict=True)
-        first = accumulate((order.shape[0] for order in orders), initial=0)
-        joint = torch.cat([one.cpu() + rows for one, rows in zip(segments, first, strict=False)])
-        return cls(list(params), list(orders), Segments.of(joint, params[0].device, params[0].dtype), fused)
-
-    @property
-    def size(self) -> int:
-        return sum(p.numel() for p in self.params)
-
-    def rows(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """One tensor for each parameter → its rows [c, k]"""
-        return [order.rows(tensor) for order, tensor in zip(self.orders, tensors, strict=True)]
-
-    def merged_gradients(self, centri_strength: float, scratch: Tensor) -> list[Tensor]:
-        """Γ(G − εW) of each parameter, its dims in the order of its RowOrder, in `scratch`."""
-        gradients, weights = self.rows(p.grad for p in self.params), self.rows(self.params)
-        out = scratch[: self.size].view(-1, weights[0].size(1))
-        merged_gradient(gradients, weights, self.segments, centri_strength, out)
-        parts = out.split([order.shape[0] for order in self.orders])
-        return [part.view(order.shape) for part, order in zip(parts, self.orders, strict=True)]
-
-
-def _split(clustered: Sequence[tuple[Tensor, RowOrder, Tensor]]) -> Iterator[list[tuple[Tensor, RowOrder, Tensor]]]:
-    """In pieces of at most `STACKED` entries, or of one parameter."""
-    piece, size = [], 0
-    for one in clustered:
-        if piece and size + one[0].numel() > STACKED:
-            yield piece
-            piece, size = [], 0
-        piece.append(one)
-        size += one[0].numel()
-    yield piece
 
 
 class CSGD(torch.optim.Optimizer):
@@ -121,7 +72,7 @@ class CSGD(torch.optim.Optimizer):
             positions=None,
         )
         self._stable: dict[int, tuple] = {}
-        self._stacks: dict[tuple, tuple[list[_Stack], list[int]]] = {}
+        self._stacks: Latest[tuple[list[Stack], list[int]]] = Latest()
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         super().__init__(params, defaults)
 
@@ -202,7 +153,7 @@ class CSGD(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._stacks, self._scratch, self._stable = {}, {}, {}
+        self._stacks, self._scratch, self._stable = Latest(), {}, {}
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -213,31 +164,23 @@ class CSGD(torch.optim.Optimizer):
                     for p, factors in zip(group["params"], scales, strict=True)
                 ]
 
-    def _stacked(self, group: dict, params: Sequence[Tensor]) -> tuple[list[_Stack], list[int]]:
+    def _stacked(self, group: dict, params: Sequence[Tensor]) -> tuple[list[Stack], list[int]]:
         """Some parameters of a group: those with rows that become equal, in stacks, and the positions of the others."""
-        key = tuple((id(p), p.shape, p.stride()) for p in params)
-        if key not in self._stacks:
-            if len(self._stacks) >= KEPT:
-                del self._stacks[next(iter(self._stacks))]
-            segments = dict(zip(group["params"], group["segments"] or [None] * len(group["params"]), strict=True))
-            alike, others = defaultdict(list), []
-            for i, p in enumerate(params):
-                if segments[p] is None or not Segments.of(segments[p][1]).shared:
-                    others.append(i)
-                else:
-                    dim, vector = segments[p]
-                    if p.size(dim) != len(vector):
-                        raise InputError(CUT_WITHOUT)
-                    order = RowOrder.of(p, dim)
-                    # torch's fused SGD rounds the odd entries behind its last whole vector in another way than the
-                    # rest: rows of a tensor that has such entries would not stay equal (fact F10).
-                    fused = permuted(p, order.dims).is_contiguous() and p.numel() * p.element_size() % LINE == 0
-                    alike[fused, p.numel() // p.size(dim), p.device, p.dtype].append((p, order, vector))
-            stacks = [_Stack.of(some, fused) for (fused, *_), all_of in alike.items() for some in _split(all_of)]
-            # Of the same size one after the other: each thread finds its share of the scratch in its own cache.
-            self._stacks[key] = sorted(stacks, key=lambda stack: stack.size), others
-        self._stacks[key] = self._stacks.pop(key)  # the latest comes last
-        return self._stacks[key]
+        return self._stacks.of(params, partial(self._stack, group, params))
+
+    def _stack(self, group: dict, params: Sequence[Tensor]) -> tuple[list[Stack], list[int]]:
+        segments = dict(zip(group["params"], group["segments"] or [None] * len(group["params"]), strict=True))
+        alike, others = {True: [], False: []}, []
+        for i, p in enumerate(params):
+            if segments[p] is None or not Segments.of(segments[p][1]).shared:
+                others.append(i)
+            else:
+                dim, vector = segments[p]
+                if p.size(dim) != len(vector):
+                    raise InputError(CUT_WITHOUT)
+                alike[_suits_fused(p, RowOrder.of(p, dim))].append((p, dim, vector))
+        # Of the same size one after the other: each thread finds its share of the scratch in its own cache.
+        return sorted(chain(*map(stacks_of, alike.values())), key=lambda stack: stack.size), others
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -266,14 +209,15 @@ class CSGD(torch.optim.Optimizer):
                 self._descend(group, pairs)
         return loss
 
-    def _pull(self, group: dict, stack: _Stack) -> None:
+    def _pull(self, group: dict, stack: Stack) -> None:
         strength = group["centri_strength"] * group["ramp"]
         merged = stack.merged_gradients(strength, self._scratch_for(stack))
-        self._update(group, stack.params, [order.dims for order in stack.orders], merged, stack.fused, strength)
+        fused = _suits_fused(stack.tensors[0], stack.orders[0])  # all of a stack, or none
+        self._update(group, stack.tensors, [order.dims for order in stack.orders], merged, fused, strength)
 
-    def _scratch_for(self, stack: _Stack) -> Tensor:
+    def _scratch_for(self, stack: Stack) -> Tensor:
         """Memory for the gradients of a stack, the same for all stacks: a fresh allocation costs more than the sums."""
-        where = stack.params[0].device, stack.params[0].dtype
+        where = stack.tensors[0].device, stack.tensors[0].dtype
         if where not in self._scratch or self._scratch[where].numel() < stack.size:
             self._scratch[where] = torch.empty(stack.size, device=where[0], dtype=where[1])
         return self._scratch[where]
@@ -375,7 +319,7 @@ class CSGD(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = cut[p].narrowed(buffer)
                 segments[i], scales[i] = None, cut[p].gradient_scales(p.device, p.dtype)
             group["segments"], group["gradient_scales"] = segments, scales
-        self._stacks, self._scratch = {}, {}
+        self._stacks, self._scratch = Latest(), {}
 
     @torch.no_grad()
     def unscale(self) -> None:
@@ -403,7 +347,7 @@ class CSGD(torch.optim.Optimizer):
         ratios = []
         for group in self.param_groups:
             for stack in self._stacked(group, group["params"])[0]:
-                rows = stack.rows(stack.params)
+                rows = stack.matrices(stack.tensors)
                 joint = torch.cat(rows)
                 away = stack.segments.merge(joint).sub_(joint).split([len(part) for part in rows])
                 for deviation, part in zip(away, rows, strict=True):
@@ -417,10 +361,9 @@ class CSGD(torch.optim.Optimizer):
     def deviation(self, group: dict | None = None) -> Tensor:
         """Σ‖W − ΓW‖² over the clustered tensors (of one group), a scalar tensor that stays on the device."""
         terms = [
-            squared_deviation(rows[0] if len(rows) == 1 else torch.cat(rows), stack.segments)
+            stack.deviation(stack.tensors)
             for one in (self.param_groups if group is None else [group])
             for stack in self._stacked(one, one["params"])[0]
-            for rows in [stack.rows(stack.params)]
         ]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
@@ -497,6 +440,14 @@ def param_groups(
         groups[name]["segments"].append(segments)
         groups[name]["positions"].append(position)
     return [group for group in groups.values() if group["params"]]
+
+
+def _suits_fused(p: Tensor, order: RowOrder) -> bool:
+    """Whether torch's fused SGD keeps equal rows equal (fact F10).
+
+    It rounds the odd entries behind its last whole vector in another way than the rest.
+    """
+    return permuted(p, order.dims).is_contiguous() and p.numel() * p.element_size() % LINE == 0
 
 
 def _check_group(group: dict) -> None:

@@ -14,6 +14,7 @@ FLOORS = {
     "csgd.graph": 0,
     "csgd.clusters": 0,
     "csgd.outputs": 0,
+    "csgd.stacks": 0,
     "csgd.widths": 0,
     "csgd.schedule": 0,
     "csgd.ranks": 0,

@@ -8,8 +8,9 @@ from torch import nn
 import csgd
 from csgd import CSGD, InputError, decay_matrix, forecast, merge_matrix
 from csgd.centripetal import stability_limit
-from csgd.optim import KEPT, set_lr, set_ramp
+from csgd.optim import set_lr, set_ramp
 from csgd.schedule import RAMPS, learning_rate, ramp
+from csgd.stacks import KEPT
 from tests.reference import ReferenceCSGD, random_partition, segments_of
 
 

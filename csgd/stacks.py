@@ -1,0 +1,114 @@
+"""Tensors whose rows have one length, as one matrix: their clusters are merged in few operations."""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from csgd.centripetal import RowOrder, Segments, merged_gradient, permuted, squared_deviation
+
+STACKED = 2**17  # entries: small tensors share an operation until they have as many, larger ones are worth one each
+KEPT = 64  # sets of tensors that came together, the latest: blocks left out at random make many
+
+T = TypeVar("T")
+Clustered = tuple[Tensor, int, Tensor]  # a tensor, the dim of its rows, and their segments
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Tensors whose rows have one length, type and device, seen as one matrix of c rows.
+
+    segments  the clusters of all rows
+    rows      [m] positions of those that share a cluster, which `merge_` reads and writes
+    shared    the clusters of these
+    """
+
+    tensors: list[Tensor]
+    orders: list[RowOrder]
+    segments: Segments
+    rows: Tensor
+    shared: Segments
+
+    @classmethod
+    def of(cls, clustered: Sequence[Clustered]) -> "Stack":
+        tensors, dims, segments = zip(*clustered, strict=True)
+        first = accumulate((len(vector) for vector in segments), initial=0)
+        joint = torch.cat([vector.cpu() + rows for vector, rows in zip(segments, first, strict=False)])
+        device, dtype = tensors[0].device, tensors[0].dtype
+        rows, shared = Segments.of_shared(joint, device, dtype)
+        orders = [RowOrder.of(tensor, dim) for tensor, dim in zip(tensors, dims, strict=True)]
+        return cls(list(tensors), orders, Segments.of(joint, device, dtype), rows, shared)
+
+    @property
+    def size(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors)
+
+    def matrices(self, values: Iterable[Tensor]) -> list[Tensor]:
+        """One value for each tensor, of its shape → its rows [c_i, k]"""
+        return [order.rows(value) for order, value in zip(self.orders, values, strict=True)]
+
+    def merge_(self, values: Sequence[Tensor], left: float = 0.0) -> None:
+        """W ← ΓW + left · (W − ΓW) in place, of one value for each tensor; members are equal to the bit if `left` is 0.
+
+        Rows that are alone stay.  Means are summed row after row, never by atomics (fact F10).
+        """
+        views = len(values) == 1 and permuted(values[0], self.orders[0].dims).is_contiguous()
+        matrices = self.matrices(values)
+        joint = matrices[0] if views else torch.cat(matrices)
+        merged = self.shared.merge(joint)
+        if left:
+            merged.lerp_(joint.index_select(0, self.rows), left)
+        joint.index_copy_(0, self.rows, merged)
+        if not views:
+            parts = joint.split([len(matrix) for matrix in matrices])
+            for value, order, part in zip(values, self.orders, parts, strict=True):
+                value.copy_(order.tensor(part))
+
+    def deviation(self, values: Sequence[Tensor]) -> Tensor:
+        """Σ‖W − ΓW‖² of one value for each tensor, a scalar tensor on the device."""
+        matrices = self.matrices(values)
+        return squared_deviation(matrices[0] if len(matrices) == 1 else torch.cat(matrices), self.segments)
+
+    def merged_gradients(self, centri_strength: float, scratch: Tensor) -> list[Tensor]:
+        """Γ(G − εW) of each parameter W with its gradient G, its dims in the order of its RowOrder, in `scratch`."""
+        gradients, weights = self.matrices(p.grad for p in self.tensors), self.matrices(self.tensors)
+        out = scratch[: self.size].view(-1, weights[0].size(1))
+        merged_gradient(gradients, weights, self.segments, centri_strength, out)
+        parts = out.split([order.shape[0] for order in self.orders])
+        return [part.view(order.shape) for part, order in zip(parts, self.orders, strict=True)]
+
+
+def stacks_of(clustered: Iterable[Clustered]) -> list[Stack]:
+    """Stacks of at most `STACKED` entries, or of one tensor."""
+    alike = defaultdict(list)
+    for one in clustered:
+        tensor, dim, _ = one
+        alike[tensor.numel() // tensor.size(dim), tensor.device, tensor.dtype].append(one)
+    return [Stack.of(piece) for some in alike.values() for piece in _split(some)]
+
+
+def _split(clustered: Sequence[Clustered]) -> Iterator[list[Clustered]]:
+    piece, size = [], 0
+    for one in clustered:
+        if piece and size + one[0].numel() > STACKED:
+            yield piece
+            piece, size = [], 0
+        piece.append(one)
+        size += one[0].numel()
+    yield piece
+
+
+class Latest(dict[Hashable, T]):
+    """What was made of each of the latest `KEPT` sets of tensors, by their identities and layouts."""
+
+    def of(self, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
+        key = tuple([(id(t), t.device, t.dtype, t.shape, t.stride()) for t in tensors])
+        found = self.pop(key) if key in self else make()
+        if len(self) >= KEPT:
+            del self[next(iter(self))]
+        self[key] = found  # the latest comes last
+        return found
