@@ -2,6 +2,7 @@
 
 from csgd.centripetal import decay_matrix, forecast, merge_matrix
 from csgd.clusters import cluster, relative_deviation
+from csgd.collapse import Collapse
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Inputs, Ref, describe
 from csgd.optim import CSGD, param_groups
@@ -15,6 +16,7 @@ from csgd.widths import target_widths
 __all__ = [
     "CSGD",
     "ChannelSpace",
+    "Collapse",
     "InputError",
     "Inputs",
     "Proof",

@@ -2,18 +2,21 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from csgd.carry_over import carry_over
 from csgd.centripetal import segment_mean
 from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors, counted_channels
+from csgd.collapse import attached
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 from csgd.graph.twin import dotted
-from csgd.optim import CSGD
+from csgd.hooks import check_hooks
 
 log = logging.getLogger("csgd.trim")
 
@@ -43,7 +46,7 @@ def trim(
     model: nn.Module,
     spaces: list[ChannelSpace],
     clusters: Clusters,
-    optimizer: CSGD | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     *,
     tolerance: float | None = 1e-3,
 ) -> None:
@@ -56,18 +59,27 @@ def trim(
 
     Every parameter and buffer stays the object that it is, with its attributes, hooks and places in lists; only its
     data is another, and its gradient None.  What remembers shapes must be made anew: wrappers of DDP, and optimizers,
-    whose state is that of the wide network.  An `optimizer` of CSGD that is given goes on with the narrow network where
-    it was with the wide one (`CSGD.carry_over`, fact F7; not so under a penalty that is part of the loss).  A moving
-    average of the weights, whose members lag, goes on after `merge_equal` and `trim` of its own copy.
+    whose state is that of the wide network.  One or several optimizers of torch's interface that are given go on with
+    the narrow network where they were with the wide one: CSGD and SGD exactly (fact F7; not so under a penalty that is
+    part of the loss), others by the rule of `carry_over`.  Their `Collapse`, which is found by its hooks, so that it
+    cannot be forgotten, is finished, and its other optimizers come along.  A moving average of the weights, whose
+    members lag, goes on after `merge_equal` and `trim` of its own copy.
 
     Integers of the model's own modules that equal a width which is no more are listed in the log (csgd.trim, INFO).
     """
-    if optimizer is not None and not isinstance(optimizer, CSGD):
-        raise InputError(f"trim takes a CSGD along, not a {type(optimizer).__name__}: make that anew after the cut")
+    optimizers = [*optimizer] if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]
+    for one in optimizers:
+        check_hooks(one)
+    collapses = {id(found): found for one in optimizers if (found := attached(one))}.values()
+    for collapse in collapses:
+        collapse.check()
+        optimizers += [one for one in collapse.optimizers if all(one is not other for other in optimizers)]
     touched = clustered_tensors(model, spaces, clusters)
     if tolerance is not None:
         _refuse_unequal(model, touched, tolerance)
-    stale = cut(model, spaces, clusters, optimizer)
+    for collapse in collapses:
+        collapse.finish()
+    stale = cut(model, spaces, clusters, optimizers)
     if stale:
         log.info("the cut leaves attributes that may say an old width: %s", "; ".join(stale))
 
@@ -96,12 +108,13 @@ def _refuse_unequal(model: nn.Module, touched: list[ClusteredTensor], tolerance:
 
 
 @torch.no_grad()
-def cut(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters, optimizer: CSGD | None = None) -> list[str]:
+def cut(
+    model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters, optimizers: Sequence[Optimizer] = ()
+) -> list[str]:
     """The cut of `trim`, whatever the members are; returns the attributes that may say an old width."""
     touched, counted = clustered_tensors(model, spaces, clusters), counted_channels(model, spaces, clusters)
     narrow = [t.narrowed(t.tensor.detach()) for t in touched]
-    if optimizer is not None:
-        optimizer.carry_over(touched)
+    carry_over(optimizers, touched)
     multipliers, widths = depthwise_multipliers(model), defaultdict(lambda: defaultdict(set))
     for t, data in zip(touched, narrow, strict=True):
         changed = [(old, new) for old, new in zip(t.tensor.shape, data.shape, strict=True) if old != new]

@@ -409,7 +409,8 @@ def test_an_optimizer_that_cannot_be_carried_over_is_refused_before_anything_cha
     twin = copy.deepcopy(model)
     strange = CSGD(csgd.param_groups(twin, spaces, clusters, centri_strength=0.1), 0.1)
     for optimizer, message in (
-        (torch.optim.SGD(model.parameters(), 0.1), "trim takes a CSGD along, not a SGD: make that anew after the cut"),
+        ("adam", "a str is no torch optimizer that calls hooks"),
+        (torch.optim.SGD(twin.parameters(), 0.1), "trains none of the parameters that are cut"),
         (strange, "trains none of the parameters that are cut"),
     ):
         with pytest.raises(InputError, match=message):
