@@ -40,6 +40,7 @@ class _Place:
     tensors: dict[str, Tensor | None]
     dim: int
     segments: Tensor
+    rows: int
 
     @classmethod
     def of(cls, model: nn.Module, t: ClusteredTensor) -> "_Place":
@@ -49,6 +50,7 @@ class _Place:
             (path, attribute),
             module._parameters if attribute in module._parameters else module._buffers,
             *t.merged,
+            len(t.merged[1]),
         )
 
     @property
@@ -58,7 +60,7 @@ class _Place:
     @property
     def tensor(self) -> Tensor:
         tensor = self.tensors.get(self.owner[1])
-        if tensor is None or tensor.size(self.dim) != len(self.segments):
+        if tensor is None or tensor.size(self.dim) != self.rows:
             raise InputError(
                 f"{self.name} has been cut or removed while a Collapse pulls it: trim(…, optimizer) finishes that, "
                 "detach() gives it up"
@@ -176,12 +178,11 @@ class Collapse:
     @torch.no_grad()
     def deviation(self) -> Tensor:
         """Σ‖W − ΓW‖² over the parameters whose rows become equal, a scalar tensor that stays on the device."""
-        places = [place for place in self._places if isinstance(place.tensor, nn.Parameter)]
-        stacks, slow = self._stacked(places)
+        places = [(place, p) for place in self._places if isinstance(p := place.tensor, nn.Parameter)]
+        stacks, others = self._stacked(places)
         terms = [stack.deviation(stack.tensors) for stack in stacks]
-        for place in slow:
-            away = place.tensor - segment_mean(place.tensor, place.dim, place.segments)
-            terms.append(away.abs().square().sum())
+        for place, p in (places[i] for i in others):
+            terms.append((p - segment_mean(p, place.dim, place.segments)).abs().square().sum())
         return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else torch.zeros(())
 
     def state_dict(self) -> dict[str, Any]:
@@ -246,13 +247,15 @@ class Collapse:
         """G ← ΓG in place."""
         if self.steps[number] < self.start:
             return
-        stacks, slow = self._stacked([p for p in self._parts[number].places if p.tensor.grad is not None])
+        places = self._parts[number].places
+        present = [(place, p) for place in places if (p := place.tensor).grad is not None]
+        stacks, others = self._stacked(present)
         for stack in stacks:
             stack.merge_([p.grad for p in stack.tensors])
-        for place in slow:
-            if place.tensor.grad.layout is not torch.strided:
+        for place, p in (present[i] for i in others):
+            if p.grad.layout is not torch.strided:
                 raise InputError(f"{place.name} has sparse gradients, which cannot be merged: keep its layer whole")
-            place.merge_(place.tensor.grad)
+            place.merge_(p.grad)
 
     @torch.no_grad()
     def _after(self, number: int, *_) -> None:
@@ -267,12 +270,13 @@ class Collapse:
             self._merge(number, part)
         elif self.start < step < self.stop and left <= (1 - COARSE) * part.left:
             ratio = left / part.left if part.left else 0.0
-            stacks, slow = self._stacked(part.places)
+            places = [(place, place.tensor) for place in part.places]
+            stacks, others = self._stacked(places)
             for stack in stacks:
-                stack.merge_([tensor.detach() for tensor in stack.tensors], ratio)
-            for place in slow:
-                if place.tensor.is_complex():
-                    place.merge_(place.tensor.detach(), ratio)
+                stack.merge_(stack.tensors, ratio)
+            for place, tensor in (places[i] for i in others):
+                if tensor.is_complex():  # whole numbers have no mean: they become equal at the end alone
+                    place.merge_(tensor, ratio)
         else:
             return
         part.left = left
@@ -283,7 +287,7 @@ class Collapse:
         A weight decay that is part of the gradient has left V in the momentum, and would bring it back.
         """
         for place in part.places:
-            place.merge_(place.tensor.detach())
+            place.merge_(place.tensor)
         if 0 <= number < len(self.optimizers):
             self._merge_state(number)
 
@@ -299,11 +303,10 @@ class Collapse:
                 if like_parameter(value, place.tensor) and value.size(place.dim) > 1:
                     place.merge_(value)
 
-    def _stacked(self, places: Sequence[_Place]) -> tuple[list[Stack], list[_Place]]:
-        """Stacks of the tensors in some places, and the places whose tensors are of no kind that stacks."""
-        tensors = [place.tensor for place in places]
-        stacks, others = self._stacks.of(tensors, partial(_stack, places, tensors))
-        return stacks, [places[i] for i in others]
+    def _stacked(self, places: Sequence[tuple[_Place, Tensor]]) -> tuple[list[Stack], list[int]]:
+        """Stacks of the tensors in some places, and which of these are of no kind that stacks."""
+        key = tuple([x for _, tensor in places for x in (id(tensor), tensor.dtype, tensor.device)])
+        return self._stacks.of(key, partial(_stack, places))
 
     def _divide(self) -> None:
         """Which optimizer moves what: InputError if none moves a trained parameter."""
@@ -380,8 +383,11 @@ def _places(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) ->
     return places
 
 
-def _stack(places: Sequence[_Place], tensors: Sequence[Tensor]) -> tuple[list[Stack], list[int]]:
-    dense = [t.is_floating_point() and (t.grad is None or t.grad.layout is torch.strided) for t in tensors]
-    rows = [(tensor, place.dim, place.segments) for place, tensor in zip(places, tensors, strict=True)]
-    stacks = stacks_of(row for row, one in zip(rows, dense, strict=True) if one)
-    return stacks, [i for i, one in enumerate(dense) if not one]
+def _stack(places: Sequence[tuple[_Place, Tensor]]) -> tuple[list[Stack], list[int]]:
+    stacking, others = [], []
+    for i, (place, tensor) in enumerate(places):
+        if tensor.is_floating_point() and (tensor.grad is None or tensor.grad.layout is torch.strided):
+            stacking.append((tensor, place.dim, place.segments))
+        else:
+            others.append(i)
+    return stacks_of(stacking), others

@@ -166,7 +166,8 @@ class CSGD(torch.optim.Optimizer):
 
     def _stacked(self, group: dict, params: Sequence[Tensor]) -> tuple[list[Stack], list[int]]:
         """Some parameters of a group: those with rows that become equal, in stacks, and the positions of the others."""
-        return self._stacks.of(params, partial(self._stack, group, params))
+        key = tuple((id(p), p.shape, p.stride()) for p in params)
+        return self._stacks.of(key, partial(self._stack, group, params))
 
     def _stack(self, group: dict, params: Sequence[Tensor]) -> tuple[list[Stack], list[int]]:
         segments = dict(zip(group["params"], group["segments"] or [None] * len(group["params"]), strict=True))

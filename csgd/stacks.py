@@ -56,17 +56,16 @@ class Stack:
 
         Rows that are alone stay.  Means are summed row after row, never by atomics (fact F10).
         """
-        views = len(values) == 1 and permuted(values[0], self.orders[0].dims).is_contiguous()
-        matrices = self.matrices(values)
-        joint = matrices[0] if views else torch.cat(matrices)
-        merged = self.shared.merge(joint)
+        blocks = [permuted(value, order.dims) for value, order in zip(values, self.orders, strict=True)]
+        alone = len(blocks) == 1 and blocks[0].is_contiguous()
+        joint = blocks[0] if alone else torch.cat(blocks)
+        rows = joint.view(joint.size(0), -1)
+        merged = self.shared.merge(rows)
         if left:
-            merged.lerp_(joint.index_select(0, self.rows), left)
-        joint.index_copy_(0, self.rows, merged)
-        if not views:
-            parts = joint.split([len(matrix) for matrix in matrices])
-            for value, order, part in zip(values, self.orders, parts, strict=True):
-                value.copy_(order.tensor(part))
+            merged.lerp_(rows.index_select(0, self.rows), left)
+        rows.index_copy_(0, self.rows, merged)
+        if not alone:
+            torch._foreach_copy_(blocks, joint.split([order.shape[0] for order in self.orders]))
 
     def deviation(self, values: Sequence[Tensor]) -> Tensor:
         """Σ‖W − ΓW‖² of one value for each tensor, a scalar tensor on the device."""
@@ -86,8 +85,8 @@ def stacks_of(clustered: Iterable[Clustered]) -> list[Stack]:
     """Stacks of at most `STACKED` entries, or of one tensor."""
     alike = defaultdict(list)
     for one in clustered:
-        tensor, dim, _ = one
-        alike[tensor.numel() // tensor.size(dim), tensor.device, tensor.dtype].append(one)
+        order = RowOrder.of(*one[:2])
+        alike[order.shape[1:], one[0].device, one[0].dtype].append(one)
     return [Stack.of(piece) for some in alike.values() for piece in _split(some)]
 
 
@@ -103,10 +102,9 @@ def _split(clustered: Sequence[Clustered]) -> Iterator[list[Clustered]]:
 
 
 class Latest(dict[Hashable, T]):
-    """What was made of each of the latest `KEPT` sets of tensors, by their identities and layouts."""
+    """What was made for each of the latest `KEPT` keys."""
 
-    def of(self, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
-        key = tuple([(id(t), t.device, t.dtype, t.shape, t.stride()) for t in tensors])
+    def of(self, key: Hashable, make: Callable[[], T]) -> T:
         found = self.pop(key) if key in self else make()
         if len(self) >= KEPT:
             del self[next(iter(self))]
