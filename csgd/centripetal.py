@@ -83,9 +83,9 @@ class Segments:
         # mode="mean" does the same along a slower path, in five times as many operations.
         return F.embedding_bag(self.order, rows, self.offsets, mode="sum").div_(self.sizes)
 
-    def merge(self, rows: Tensor) -> Tensor:
+    def merge(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """ΓW of rows [c, k]: each is replaced by the mean of its cluster; a row that is alone stays, bit by bit."""
-        return self.means(rows).index_select(0, self.cluster)
+        return torch.index_select(self.means(rows), 0, self.cluster, out=out)
 
 
 def merged_gradient(
@@ -105,7 +105,7 @@ def merged_gradient(
     else:
         out = torch.cat(gradients, out=out)
         torch._foreach_sub_(out.split([rows.size(0) for rows in weights]), weights, alpha=centri_strength)
-    return torch.index_select(segments.means(out), 0, segments.cluster, out=out)
+    return segments.merge(out, out=out)
 
 
 def squared_deviation(weight: Tensor, segments: Segments) -> Tensor:

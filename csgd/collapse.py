@@ -19,7 +19,7 @@ from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 from csgd.graph.twin import dotted
 from csgd.hooks import check_hooks, on_gradients, parameters_of
-from csgd.stacks import Latest, Stack, stacks_of
+from csgd.stacks import Latest, Memory, Stack, stacks_of
 
 CURVES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
@@ -143,6 +143,7 @@ class Collapse:
         self._held: list[int] = []
         self._divide()
         self._stacks: Latest[tuple[list[Stack], list[int]]] = Latest()
+        self._memory: Memory = {}
         self._handles = []
         for number, optimizer in enumerate(self.optimizers):
             after = torch.compiler.disable(partial(self._after, number))
@@ -232,6 +233,7 @@ class Collapse:
             handle.remove()
         self._handles, self._places = [], []
         self._stacks.clear()
+        self._memory.clear()
         for part in self._parts:
             part.places = []
 
@@ -306,7 +308,7 @@ class Collapse:
     def _stacked(self, places: Sequence[tuple[_Place, Tensor]]) -> tuple[list[Stack], list[int]]:
         """Stacks of the tensors in some places, and which of these are of no kind that stacks."""
         key = tuple([x for _, tensor in places for x in (id(tensor), tensor.dtype, tensor.device)])
-        return self._stacks.of(key, partial(_stack, places))
+        return self._stacks.of(key, partial(_stack, places, self._memory))
 
     def _divide(self) -> None:
         """Which optimizer moves what: InputError if none moves a trained parameter."""
@@ -383,11 +385,11 @@ def _places(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) ->
     return places
 
 
-def _stack(places: Sequence[tuple[_Place, Tensor]]) -> tuple[list[Stack], list[int]]:
+def _stack(places: Sequence[tuple[_Place, Tensor]], memory: Memory) -> tuple[list[Stack], list[int]]:
     stacking, others = [], []
     for i, (place, tensor) in enumerate(places):
         if tensor.is_floating_point() and (tensor.grad is None or tensor.grad.layout is torch.strided):
             stacking.append((tensor, place.dim, place.segments))
         else:
             others.append(i)
-    return stacks_of(stacking), others
+    return stacks_of(stacking, memory), others

@@ -1,5 +1,6 @@
 """Tensors whose rows have one length, as one matrix: their clusters are merged in few operations."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,37 @@ KEPT = 64  # sets of tensors that came together, the latest: blocks left out at 
 
 T = TypeVar("T")
 Clustered = tuple[Tensor, int, Tensor]  # a tensor, the dim of its rows, and their segments
+Memory = dict[tuple[torch.device, torch.dtype], Tensor]  # a fresh allocation costs more than the sums
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Memory in which the tensors of a stack are merged.
+
+    whole   the tensors one below the other, [c, …];  rows  the same as a matrix [c, k]
+    merged  its rows after the merge [c, k];  parts  these as one block for each tensor
+    """
+
+    whole: Tensor
+    rows: Tensor
+    merged: Tensor
+    parts: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, memory: Tensor, orders: Sequence[RowOrder]) -> "_Bench":
+        counts = [order.shape[0] for order in orders]
+        shape = (sum(counts), *orders[0].shape[1:])
+        whole, merged = (half[: math.prod(shape)].view(shape) for half in memory.chunk(2))
+        return cls(whole, whole.view(shape[0], -1), merged.view(shape[0], -1), merged.split(counts))
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Tensors whose rows have one length, type and device, seen as one matrix of c rows.
+    """Tensors whose rows have one shape, type and device, seen as one matrix [c, k].
 
     segments  the clusters of all rows
-    rows      [m] positions of those that share a cluster, which `merge_` reads and writes
-    shared    the clusters of these
+    rows      [m] positions of those that share a cluster;  shared  the clusters of these
+    bench     where several tensors are merged; those that are alone are merged where they are
     """
 
     tensors: list[Tensor]
@@ -32,16 +55,22 @@ class Stack:
     segments: Segments
     rows: Tensor
     shared: Segments
+    bench: _Bench | None
 
     @classmethod
-    def of(cls, clustered: Sequence[Clustered]) -> "Stack":
+    def of(cls, clustered: Sequence[Clustered], memory: Memory | None) -> "Stack":
         tensors, dims, segments = zip(*clustered, strict=True)
         first = accumulate((len(vector) for vector in segments), initial=0)
         joint = torch.cat([vector.cpu() + rows for vector, rows in zip(segments, first, strict=False)])
-        device, dtype = tensors[0].device, tensors[0].dtype
-        rows, shared = Segments.of_shared(joint, device, dtype)
+        where = device, dtype = tensors[0].device, tensors[0].dtype
         orders = [RowOrder.of(tensor, dim) for tensor, dim in zip(tensors, dims, strict=True)]
-        return cls(list(tensors), orders, Segments.of(joint, device, dtype), rows, shared)
+        bench = None
+        if memory is not None and len(tensors) > 1:
+            if where not in memory:
+                memory[where] = torch.empty(2 * STACKED, device=device, dtype=dtype)
+            bench = _Bench.of(memory[where], orders)
+        rows, shared = Segments.of_shared(joint, device, dtype)
+        return cls(list(tensors), orders, Segments.of(joint, device, dtype), rows, shared, bench)
 
     @property
     def size(self) -> int:
@@ -57,15 +86,19 @@ class Stack:
         Rows that are alone stay.  Means are summed row after row, never by atomics (fact F10).
         """
         blocks = [permuted(value, order.dims) for value, order in zip(values, self.orders, strict=True)]
-        alone = len(blocks) == 1 and blocks[0].is_contiguous()
-        joint = blocks[0] if alone else torch.cat(blocks)
-        rows = joint.view(joint.size(0), -1)
-        merged = self.shared.merge(rows)
+        if self.bench is None and len(blocks) == 1 and blocks[0].is_contiguous():
+            rows = blocks[0].view(len(blocks[0]), -1)
+            merged = self.shared.merge(rows)
+            if left:
+                merged.lerp_(rows.index_select(0, self.rows), left)
+            rows.index_copy_(0, self.rows, merged)
+            return
+        bench = self.bench or _Bench.of(blocks[0].new_empty(2 * self.size), self.orders)
+        torch.cat(blocks, out=bench.whole)
+        self.segments.merge(bench.rows, out=bench.merged)
         if left:
-            merged.lerp_(rows.index_select(0, self.rows), left)
-        rows.index_copy_(0, self.rows, merged)
-        if not alone:
-            torch._foreach_copy_(blocks, joint.split([order.shape[0] for order in self.orders]))
+            bench.merged.lerp_(bench.rows, left)
+        torch._foreach_copy_(blocks, bench.parts)
 
     def deviation(self, values: Sequence[Tensor]) -> Tensor:
         """Σ‖W − ΓW‖² of one value for each tensor, a scalar tensor on the device."""
@@ -81,13 +114,13 @@ class Stack:
         return [part.view(order.shape) for part, order in zip(parts, self.orders, strict=True)]
 
 
-def stacks_of(clustered: Iterable[Clustered]) -> list[Stack]:
-    """Stacks of at most `STACKED` entries, or of one tensor."""
+def stacks_of(clustered: Iterable[Clustered], memory: Memory | None = None) -> list[Stack]:
+    """Stacks of at most `STACKED` entries, or of one tensor; `memory` is what they share, if they are to be merged."""
     alike = defaultdict(list)
     for one in clustered:
         order = RowOrder.of(*one[:2])
         alike[order.shape[1:], one[0].device, one[0].dtype].append(one)
-    return [Stack.of(piece) for some in alike.values() for piece in _split(some)]
+    return [Stack.of(piece, memory) for some in alike.values() for piece in _split(some)]
 
 
 def _split(clustered: Sequence[Clustered]) -> Iterator[list[Clustered]]:
