@@ -92,9 +92,7 @@ def unscale(optimizer: Optimizer) -> None:
         optimizer.unscale()
         return
     if not isinstance(optimizer, SGD):
-        raise InputError(
-            f"the state of {type(optimizer).__name__} has no units of its own: make it anew for plain steps"
-        )
+        raise InputError(f"{type(optimizer).__name__} keeps its state in units that are not known: make it anew")
     for group in optimizer.param_groups:
         for p, factors in zip(group["params"], group.get(SCALES) or [], strict=False):
             buffer = optimizer.state.get(p, {}).get("momentum_buffer")

@@ -109,8 +109,9 @@ def merged_gradient(
 
 
 def squared_deviation(weight: Tensor, segments: Segments) -> Tensor:
-    """Deviation ‖W − ΓW‖² of rows [c, k], as a scalar tensor."""
-    return segments.merge(weight).sub_(weight).square_().sum()
+    """Deviation ‖W − ΓW‖² of rows [c, k], as a scalar tensor; 0 where members are equal to the bit."""
+    away = weight - weight.index_select(0, segments.order[segments.offsets][segments.cluster])
+    return segments.merge(away).sub_(away).square_().sum()
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ class Collapse:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         steps, left = state_dict["steps"], state_dict["left"]
-        if len(steps) != len(self.optimizers):
+        if len(steps) != len(self.steps):
             raise InputError(f"a state_dict of a collapse with {len(steps)} optimizers, this has {len(self.steps)}")
         self.steps = list(steps)
         for part, one in zip(self._parts, left, strict=True):
@@ -231,7 +231,7 @@ class Collapse:
         """Takes the hooks off the optimizers, and leaves the members as they are."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._places = [], []
+        self._handles, self._places, self.optimizers = [], [], []
         self._stacks.clear()
         self._memory.clear()
         for part in self._parts:

@@ -58,11 +58,11 @@ def trim(
     (fact F8); tolerance=None cuts all the same.
 
     Every parameter and buffer stays the object that it is, with its attributes, hooks and places in lists; only its
-    data is another, and its gradient None.  What remembers shapes must be made anew: wrappers of DDP, and optimizers,
-    whose state is that of the wide network.  One or several optimizers of torch's interface that are given go on with
-    the narrow network where they were with the wide one: CSGD and SGD exactly (fact F7; not so under a penalty that is
-    part of the loss), others by the rule of `carry_over`.  Their `Collapse`, which is found by its hooks, so that it
-    cannot be forgotten, is finished, and its other optimizers come along.  A moving average of the weights, whose
+    data is another, and its gradient None.  What remembers shapes must be made anew: wrappers of DDP, compiled steps,
+    and optimizers, whose state is that of the wide network.  But those of torch's interface that are given, one or
+    several, go on with the narrow network where they were: CSGD and SGD exactly (fact F7; not so under a penalty that
+    is part of the loss), others by the rule of `carry_over`.  A `Collapse` is found by its hooks on them, so that it
+    cannot be forgotten: it is finished, and its other optimizers come along.  A moving average of the weights, whose
     members lag, goes on after `merge_equal` and `trim` of its own copy.
 
     Integers of the model's own modules that equal a width which is no more are listed in the log (csgd.trim, INFO).
