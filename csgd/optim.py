@@ -20,9 +20,10 @@ from csgd.centripetal import (
     segment_mean,
     stability_limit,
 )
-from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors, dotted
+from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
+from csgd.graph.twin import dotted
 from csgd.stacks import STACKED, Latest, Stack, stacks_of
 
 LINE = 64  # bytes, a line of the cache
