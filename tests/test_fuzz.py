@@ -166,7 +166,7 @@ def examine(seeds: range, trial: bool = True) -> Tally:
     tally = sum((examined(seed, trial) for seed in seeds), Tally())
     print(tally)
     assert tally.wrong == 0
-    assert tally.free >= 0.45 * tally.spaces, "of which a sixth are outputs"
+    assert tally.free >= 0.5 * tally.spaces, "of which a sixth are outputs"
     assert tally.cut >= 0.9 * (tally.networks - tally.refused)
     assert tally.shown >= tally.cut - max(1, 0.02 * tally.cut), "unequal members show, but for dead channels"
     assert tally.accused <= 0.02 * tally.networks
