@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -19,6 +20,7 @@ from csgd.graph.twin import (
     check_examples,
     check_has_values,
     dotted,
+    gradients,
     keep_random_state,
     modes_of,
     raised_in,
@@ -186,7 +188,6 @@ class Trial:
                 if not torch.equal(rows, t.tensor):  # a constant that was expanded has no memory for each entry
                     t.tensor.copy_(rows)
 
-    @torch.no_grad()
     def passes(self, model: nn.Module, mode: Mode, seed: int = 1, grad: bool = False) -> Passes:
         """Every example once in one mode, the running statistics left as they are."""
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if mode is not False and not grad else []
@@ -199,13 +200,14 @@ class Trial:
                 for inputs in self.inputs:
                     set_random_state(model, seed)
                     given = inputs.copied()
-                    with torch.set_grad_enabled(grad), _WithoutDropout():
+                    with nullcontext() if grad else gradients(model, mode is not False), _WithoutDropout():
                         outputs += [out.to_dense() for out in tensors_in(run(model, given))]
                     states.append(random_state(model))
             finally:
                 torch.set_default_dtype(default)
-                for buffer, saved in buffers:
-                    buffer.copy_(saved)
+                with torch.no_grad():
+                    for buffer, saved in buffers:
+                        buffer.copy_(saved)
         return Passes(outputs if grad else [out.detach() for out in outputs], states)
 
     def cut(self, names: Collection[str]) -> nn.Module:

@@ -646,3 +646,18 @@ def test_what_is_small_but_no_rounding_is_found():
     proof = csgd.prove(net, spaces, {"conv": [list(range(6)), *([slot] for slot in range(6, 12))]}, IMAGES)
     assert not proof.exact
     assert proof.change > proof.tolerance
+
+
+def test_code_that_asks_whether_gradients_are_enabled_is_seen():
+    """As in training, and no graph is kept."""
+
+    def looking(h, net):
+        assert not h.requires_grad
+        return h.sum(1, keepdim=True) + h if torch.is_grad_enabled() else h
+
+    net = Body(looking)
+    assert not free(net)
+    assert all(p.requires_grad for p in net.parameters())
+    spaces = csgd.find_spaces(Body(lambda h, _: h), IMAGES)
+    proof = csgd.prove(net, spaces, random_clusters(spaces), IMAGES)
+    assert proof.changes["eval"] < 1e-12 < 1e-3 < proof.changes["train"]

@@ -23,6 +23,7 @@ from csgd.graph.twin import (
     check_examples,
     check_has_values,
     dotted,
+    gradients,
     keep_random_state,
     modes_of,
     own_tensors,
@@ -130,11 +131,11 @@ def _trace(
     for mode in [mode for name, mode in modes.items() if name != "train"]:
         set_mode(model, mode)
         for inputs in examples:
-            _run(ledger, model, inputs, 0, originals)
+            _run(ledger, model, inputs, 0, originals, training=mode is not False)
     statistics = {id(buffer): buffer.clone() for buffer in model.buffers()}
     used, evaluated, ledger.seen = ledger.seen & statistics.keys(), ledger.seen, set()
     for seed in range(TRAINING_PASSES):
-        drew = [_run(ledger, model.train(), inputs, seed, originals) for inputs in examples]
+        drew = [_run(ledger, model.train(), inputs, seed, originals, training=True) for inputs in examples]
         left = _unreached(ledger, model, evaluated | ledger.seen)
         if used <= ledger.seen and not (left and any(drew)):
             break
@@ -159,14 +160,16 @@ def _move_statistics(model: nn.Module, examples: list[Inputs], buffers: list[tup
                 run(model, inputs.copied(lambda t: t + torch.randn_like(t) if t.is_floating_point() else t.clone()))
 
 
-def _run(ledger: Ledger, model: nn.Module, inputs: Inputs, seed: int, originals: dict[int, str]) -> bool:
+def _run(
+    ledger: Ledger, model: nn.Module, inputs: Inputs, seed: int, originals: dict[int, str], training: bool
+) -> bool:
     """One forward pass of which the ledger takes note, the same one whatever was drawn before; whether it draws."""
     set_random_state(model, seed)
     before, inputs = random_state(model), inputs.copied()
     for tensor in inputs.tensors():
         ledger.label(tensor, ledger.fresh(1, "network input"))
     functions = _Functions(ledger, originals)
-    with torch.no_grad(), _Escapes(functions), functions:
+    with gradients(model, training), _Escapes(functions), functions:
         out = run(model, inputs)
     outputs = list(tensors_in(out))
     if not outputs:

@@ -226,6 +226,21 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
         module.training = training
 
 
+@contextmanager
+def gradients(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Gradients enabled as in training while no parameter asks for one: code that looks takes the branch of training,
+    and no graph is kept."""
+    asked = [p for p in model.parameters() if p.requires_grad and p.is_leaf]  # scripted ones are not
+    for p in asked:
+        p.requires_grad_(False)
+    try:
+        with torch.set_grad_enabled(enabled):
+            yield
+    finally:
+        for p in asked:
+            p.requires_grad_(True)
+
+
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """model(*inputs); InputError, in one line, names the module that raises and keeps the words of what it raised."""
     try:
