@@ -181,7 +181,7 @@ class Trial:
     @torch.no_grad()
     def _make_equal(self, model: nn.Module, clusters: Clusters) -> None:
         """Every member becomes its representative: of random weights the mean would do no better."""
-        for t in clustered_tensors(model, self.spaces, clusters):
+        for t in clustered_tensors(model, self.spaces, clusters, for_cut=False):
             if t.becomes_equal:
                 dim, segments = t.merged
                 rows = t.tensor.index_select(dim, segments.to(t.tensor.device))
