@@ -48,6 +48,8 @@ def labelled(root: Path, test_fraction: float) -> tuple[list[str], Labelled, Lab
     if test and not train:
         raise InputError(f"dataset.root: '{test}' holds folders of classes, and '{root / TRAINING[0]}' does not")
     if train and test:
+        if train.samefile(test):
+            raise InputError(f"dataset.root: '{train}' and '{test}' are one folder; test images must be others")
         (classes, images), (others, held_back) = _classes(train), _classes(test)
         if classes != others:
             raise InputError(
@@ -133,8 +135,13 @@ def _visible(folder: Path) -> list[Path]:
 
 def _images(folder: Path, others: Counter | None = None, *, deep: bool = True) -> list[str]:
     """The images in `folder`, sorted; what else lies there is counted in `others`, by its suffix."""
-    found = []
+    found, seen = [], set()
     for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        where = os.stat(parent)
+        if (where.st_dev, where.st_ino) in seen:  # by a link: an image twice could be trained on and tested
+            folders.clear()
+            continue
+        seen.add((where.st_dev, where.st_ino))
         folders[:] = sorted(name for name in folders if deep and not _is_hidden(name))
         for name in sorted(names):
             if not _is_hidden(name):
@@ -213,7 +220,7 @@ def check_images(files: Sequence[str], share: Share) -> None:
 
 
 def _faults(paths: Sequence[str]) -> list[str]:
-    return [f"'{path}' {fault}" for path in paths if (fault := _fault(path))]
+    return [f"{path!r} {fault}" for path in paths if (fault := _fault(path))]
 
 
 def _fault(path: str) -> str | None:

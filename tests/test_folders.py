@@ -74,6 +74,16 @@ def test_folders_that_tell_no_classes_are_refused(tmp_path):
     assert image_folder(tmp_path / "vehicles").num_classes == 2, "a class may be called train"
 
 
+def test_links_do_not_bring_images_into_training_and_test(tmp_path):
+    root = fill(tmp_path / "loop", cat=4, dog=4)
+    (root / "cat" / "again").symlink_to(root / "cat")
+    _, train, test = folders.labelled(root, 0.25)
+    assert (len(train), len(test)) == (6, 2)
+    fill(tmp_path / "linked" / "train", cat=2, dog=2)
+    (tmp_path / "linked" / "val").symlink_to(tmp_path / "linked" / "train")
+    assert refusal(tmp_path / "linked").endswith("/val' are one folder; test images must be others")
+
+
 def test_a_single_class_is_refused(tmp_path):
     assert "holds one class, cat; 2 are the least" in refusal(fill(tmp_path / "whole", cat=5))
     for part in ("train", "val"):
@@ -170,6 +180,12 @@ def test_an_image_that_cannot_be_used_is_named_before_training(tmp_path, name):
     told = refusal(tmp_path)
     assert told.startswith(f"dataset.root: 1 of 5 images cannot be used: '{tmp_path}/dog/{name}' ")
     assert fault in told
+
+
+def test_a_name_of_two_lines_is_told_in_one(tmp_path):
+    fill(tmp_path, cat=2, dog=2)
+    (tmp_path / "cat" / "a\nb.png").touch()
+    assert "cat/a\\nb.png' is empty" in refusal(tmp_path)
 
 
 def test_all_bad_images_are_counted_and_five_are_named(tmp_path):
