@@ -280,16 +280,19 @@ def check_clusters(spaces: list[ChannelSpace], clusters: Clusters, *, for_cut: b
 
     Slots that no cluster names stay alone.
     """
+    if not isinstance(clusters, Mapping):
+        raise InputError(f"clusters must be a mapping {{space name: [[slot, …], …]}}, got {type(clusters).__name__}")
     by_name = {space.name: space for space in spaces}
     for name, parts in clusters.items():
         if name not in by_name:
             raise InputError(f"clusters: there is no channel space '{name}'")
         space = by_name[name]
-        listed = all(isinstance(members, Iterable) for members in parts)
-        if not listed or not all(isinstance(slot, Integral) for members in parts for slot in members):
+        lists = Sequence | np.ndarray
+        listed = isinstance(parts, lists) and all(isinstance(members, lists) for members in parts)
+        if not listed or not all(_is_slot(slot) for members in parts for slot in members):
             raise InputError(f"clusters.{name} must be a list of lists of slots, as [[0, 1], [2]]")
         slots = [slot for members in parts for slot in members]
-        if not all(members for members in parts):
+        if not all(len(members) for members in parts):
             raise InputError(f"clusters.{name} has an empty cluster")
         if len(set(slots)) < len(slots) or not set(slots) <= set(range(space.size)):
             raise InputError(f"clusters.{name} must name each slot of 0 … {space.size - 1} at most once")
@@ -297,6 +300,10 @@ def check_clusters(spaces: list[ChannelSpace], clusters: Clusters, *, for_cut: b
             raise InputError(f"clusters.{name}: the space is pinned ({', '.join(space.pinned)})")
     if for_cut and (line := next(conditions.broken(spaces, clusters), None)):
         raise InputError(line)
+
+
+def _is_slot(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def relative_deviation(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> float:

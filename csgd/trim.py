@@ -129,8 +129,11 @@ def cut(
     return [line for path in widths for line in _stale_integers(model.get_submodule(path), path, widths[path])]
 
 
+@torch.inference_mode(False)
 def replace_data(tensor: Tensor, data: Tensor) -> None:
     """Gives a parameter or buffer data of another shape; it stays the object that it is."""
+    if data.is_inference() and not tensor.is_inference():
+        data = data.clone()  # what is made in inference mode could not be trained on
     if tensor.is_leaf:
         tensor.grad = None
     # While an old graph lives, torch keeps the node that accumulates the gradient, with the old shape; another dtype in

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -96,6 +97,28 @@ def test_trimmed_parameters_stay_parameters_and_stay_tied():
     assert model.fc.weight.requires_grad
 
 
+def test_clusters_may_be_arrays():
+    model, clusters = nets.Plain(), {"conv1": np.arange(8).reshape(4, 2)}
+    spaces = csgd.find_spaces(model, nets.example_of(nets.Plain))
+    csgd.merge_equal(model, spaces, clusters)
+    csgd.trim(model, spaces, clusters)
+    assert len(model.conv1.weight) == 4
+
+
+def test_a_network_that_is_cut_in_inference_mode_can_be_trained_on():
+    model, example = nets.Plain(), nets.example_of(nets.Plain)
+    spaces = csgd.find_spaces(model, example)
+    clusters = random_clusters(spaces)
+    csgd.merge_equal(model, spaces, clusters)
+    reloaded = nets.Plain()
+    with torch.inference_mode():
+        csgd.trim(model, spaces, clusters)
+        csgd.load_trimmed(reloaded, model.state_dict())
+    for net in (model, reloaded):
+        assert len(net.conv1.weight) < 8
+        net(example).sum().backward()
+
+
 @pytest.mark.parametrize(
     "clusters, message",
     [
@@ -105,6 +128,10 @@ def test_trimmed_parameters_stay_parameters_and_stay_tied():
         ({"conv1": [[0, 1], []]}, "clusters.conv1 has an empty cluster"),
         ({"conv1": [0, 1]}, "clusters.conv1 must be a list of lists of slots"),
         ({"conv1": [[0.0, 1.0]]}, "clusters.conv1 must be a list of lists of slots"),
+        ({"conv1": [[True, False]]}, "clusters.conv1 must be a list of lists of slots"),
+        ({"conv1": None}, "clusters.conv1 must be a list of lists of slots"),
+        (None, "clusters must be a mapping"),
+        ([[0, 1]], "clusters must be a mapping"),
         ({"fc2": [[0, 1]]}, "clusters.fc2: the space is pinned .network output."),
     ],
 )
