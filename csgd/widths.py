@@ -48,7 +48,10 @@ def target_widths(
     live = [space for space in spaces if space.trimmable]
     if not live:
         why = "; ".join(f"{space.name}: {', '.join(space.pinned)}" for space in spaces[:5])
-        raise InputError(f"nothing in this network can be trimmed ({why or 'it has no conv or linear layer'})")
+        none = "it calls no conv or linear function on a parameter of its own, as einsum and matmul are none"
+        raise InputError(f"nothing in this network can be trimmed ({why or none})")
+    if isinstance(keep, str):
+        raise InputError(f"deps.keep must be a list of patterns, got the text {keep!r}")
 
     def fraction(space: ChannelSpace, value: float) -> int:
         if not 0 < value <= 1:

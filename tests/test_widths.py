@@ -113,3 +113,27 @@ def test_a_network_in_which_nothing_can_be_trimmed():
     spaces = csgd.find_spaces(torch.nn.Linear(4, 3), torch.randn(2, 4))
     with pytest.raises(InputError, match="nothing in this network can be trimmed .*network output"):
         target_widths(spaces, 0.5)
+
+
+def test_layers_that_are_no_conv_and_no_linear_are_called_so():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 8))
+
+        def forward(self, x):
+            return torch.einsum("ni,io->no", x, self.weight)
+
+    spaces = csgd.find_spaces(Own(), torch.randn(2, 4))
+    with pytest.raises(InputError, match="calls no conv or linear function on a parameter of its own, as einsum and"):
+        target_widths(spaces, 0.5)
+
+
+def test_a_text_where_patterns_are_listed_is_refused(residual):
+    with pytest.raises(InputError, match="deps.keep must be a list of patterns, got the text 'stem'"):
+        target_widths(residual, 0.5, keep="stem")
+    net, example = nets.Residual(), nets.example_of(nets.Residual)
+    with pytest.raises(InputError, match="unused must be a list of patterns, got the text 'stem'"):
+        csgd.find_spaces(net, example, unused="stem")
+    with pytest.raises(InputError, match="examples must be a list of examples, got one tensor"):
+        csgd.find_spaces(net, example, examples=example)

@@ -101,6 +101,10 @@ def trace_spaces(
 
     itself  trace a model that cannot be copied itself, its hooks and all; else InputError
     """
+    if isinstance(unused, str):
+        raise InputError(f"unused must be a list of patterns, got the text {unused!r}")
+    if isinstance(examples, Tensor):
+        raise InputError("examples must be a list of examples, got one tensor")
     inputs = [Inputs.of(one) for one in (example, *examples)]
     check_has_values(model)
     check_examples(inputs)
