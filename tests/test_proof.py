@@ -415,6 +415,22 @@ def test_a_layer_that_no_example_reaches_pins_what_it_may_read():
         csgd.find_spaces(net, IMAGES, unused=["nowhere"])
 
 
+def test_a_layer_that_no_example_reaches_pins_two_activations_that_it_may_read_side_by_side():
+    """Also where a single one would do."""
+
+    def larger(y, m):
+        a, b = m.a(y).relu(), m.b(y).relu()
+        y = m.of_a(a) + m.of_b(b) + m.of_c(m.c(y).relu())
+        return y if y.shape[-1] <= 8 else y + m.both(torch.cat([a, b], 1))
+
+    widths = {"a": 7, "b": 6, "c": 13}
+    layers = {name: nn.Conv2d(12, width, 1) for name, width in widths.items()}
+    layers |= {f"of_{name}": nn.Conv2d(width, 12, 1) for name, width in widths.items()}
+    net = Body(larger, both=nn.Conv2d(13, 12, 1), **layers)
+    assert free(net) == set()
+    assert free(net, examples=[torch.randn(2, 3, 16, 16)]) == {"conv", "a", "b", "c", "of_a"}
+
+
 def test_a_head_that_is_called_now_and_then_is_seen():
     def rarely(y, m):
         if m.training and torch.rand(()) < 0.4:

@@ -223,18 +223,23 @@ def _without(left: dict[str, _Unreached], unused: Sequence[str]) -> dict[str, _U
 
 
 def _pin_what_may_be_read(ledger: Ledger, left: dict[str, _Unreached], examples: list[Inputs]) -> None:
-    """Pins the channels that a layer which no pass has called may read, or meet in a sum: all of a fitting number.
+    """Pins the channels that a layer which no pass has called may read, or meet in a sum: all of a fitting number, also
+    together with those of another activation.
 
     Where nothing fits, what it reads is put together in code that was not seen, and may hold any channels.
     """
     known = {size for layer in left.values() for size in layer.makes}
     known.update(size for inputs in examples for tensor in inputs.tensors() for size in tensor.shape)
     activations = [compact(labels) for labels in ledger.activations] if left else []
+    channels = {n for labels in activations for n in labels.shape if n > 1} | {size for size in known if size > 1}
     for path, layer in left.items():
         reason = f"{path}, which the example does not reach, may read it: examples=[…] or unused=['{path}'] free it"
         for size in layer.reads | layer.makes:
             flattened = layer.flattened and size in layer.reads
-            fits = [labels for labels in activations if any(_fits(size, n, flattened) for n in labels.shape)]
+            beside = {size - n for n in channels} & channels if size in layer.reads else set()  # two that are joined
+            fits = [
+                labels for labels in activations if any(_fits(size, n, flattened) or n in beside for n in labels.shape)
+            ]
             if not fits and size in layer.reads and not any(_fits(size, n, flattened) for n in known):
                 fits = [torch.arange(len(ledger.channel))]
             for labels in fits:
