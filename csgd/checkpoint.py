@@ -36,10 +36,12 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     """
     damaged = {}
     for candidate in (path, path.with_suffix(path.suffix + ".previous")):
-        if not candidate.exists():
+        if not (candidate.exists() or candidate.is_symlink()):  # a link to a disk that is not there
             continue
         try:
             state = torch.load(candidate, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError(f"it holds a {type(state).__name__}, which is no checkpoint of a run")
         except Exception as error:  # zip, pickle and runtime errors, as the damage falls
             damaged[candidate] = line_of(error)
             continue
@@ -83,7 +85,8 @@ def load_weights(path: Path, said: str = "base.weights") -> dict[str, Tensor]:
         raise InputError(f"{said} '{path}' is damaged or of an unknown format: {first}") from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, Mapping) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{said} '{path}' does not hold a state_dict")
     wrapped = "module."  # what DataParallel puts before every name
     if state and all(key.startswith(wrapped) for key in state):

@@ -45,6 +45,21 @@ def test_a_checkpoint_gives_way_to_the_one_before_and_none_that_can_be_read_is_t
         load_checkpoint(path)
 
 
+def test_what_is_no_checkpoint_and_a_link_to_nothing_are_no_start_from_zero(tmp_path, caplog):
+    path = tmp_path / "last.pt"
+    for held in ([1, 2], None):
+        torch.save(held, path)
+        with pytest.raises(InputError, match=f"it holds a {type(held).__name__}, which is no checkpoint of a run"):
+            load_checkpoint(path)
+    path.unlink()
+    path.symlink_to(tmp_path / "unmounted" / "last.pt")
+    with pytest.raises(InputError, match=r"No such file or directory: '.*last.pt'\) cannot be read"):
+        load_checkpoint(path)
+    torch.save({"epoch": 1}, path.with_suffix(".pt.previous"))
+    assert load_checkpoint(path) == {"epoch": 1}
+    assert f"{path} is damaged" in caplog.text
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -68,8 +83,9 @@ def test_a_whole_module_and_a_truncated_file_are_refused(tmp_path):
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:2000])
     with pytest.raises(InputError, match="is damaged or of an unknown format"):
         load_weights(tmp_path / "cut.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(InputError, match="does not hold a state_dict"):
-        load_weights(tmp_path / "list.pt")
+    for held in ([1, 2], {1: torch.ones(1)}):
+        torch.save(held, tmp_path / "other.pt")
+        with pytest.raises(InputError, match="does not hold a state_dict"):
+            load_weights(tmp_path / "other.pt")
     with pytest.raises(InputError, match="is not a file"):
         load_weights(tmp_path / "missing.pt")

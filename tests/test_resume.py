@@ -198,3 +198,6 @@ def test_checkpoints_of_which_none_can_be_read_are_kept(tmp_path):
     assert {path.name: path.read_bytes() for path in checkpoints.iterdir()} == {
         "last.pt": b"PK cut short", "last.pt.previous": b"PK cut short",
     }  # fmt: skip
+    torch.save({"state_dict": {}}, checkpoints / "last.pt")
+    last = finish(start(tmp_path / "damaged"), tmp_path / "damaged", status=2).splitlines()[-1]
+    assert last.endswith("last.pt' is no checkpoint of a run: it has no 'phase'")

@@ -65,6 +65,8 @@ class Journal:
             if cfg.resume == "auto":
                 log.info("resume=auto: there is no checkpoint in '%s', the run starts anew", output_dir)
             return cls(path, config, {"seconds": {}}, None)
+        if missing := [key for key in ("phase", "step", "record", "config") if key not in saved]:
+            raise InputError(f"resume=auto: '{path}' is no checkpoint of a run: it has no '{missing[0]}'")
         _refuse_other("resume=auto", output_dir, saved["config"], config)
         log.info("resumed from %s: %s, step %d", path, saved["phase"], saved["step"])
         return cls(path, config, saved["record"], saved)
