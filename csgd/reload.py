@@ -31,6 +31,8 @@ def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor], *, example=
     Parameters and buffers stay the objects that they are.  InputError if keys are missing, left over, of another kind
     or number of dims or wider than the model's, or if the shapes do not fit together.
     """
+    if not isinstance(state_dict, Mapping):
+        raise InputError(f"a state_dict maps names to tensors, got a {type(state_dict).__name__}")
     own = model.state_dict(keep_vars=True)
     _check_keys(model, own, state_dict)
     versioned = OrderedDict(state_dict)  # some modules ask for their version, which files of safetensors do not hold
@@ -84,6 +86,9 @@ def _check_keys(model: nn.Module, own: Mapping[str, Tensor], state_dict: Mapping
             raise InputError(f"{key} of the model is on the meta device and takes no values; make the model on the CPU")
         if not isinstance(new, Tensor):
             raise InputError(f"{other}: {key} is a {type(new).__name__}, a tensor of {list(old.shape)} is wanted")
+        if new.is_meta or new.is_quantized or new.layout is not torch.strided:
+            kind = "on the meta device" if new.is_meta else "quantised" if new.is_quantized else "sparse"
+            raise InputError(f"{other}: {key} is {kind}, a dense tensor with values is wanted")
         fits = old.dim() == new.dim() and all(0 < b <= a or a == b for a, b in zip(old.shape, new.shape, strict=True))
         if not fits:
             raise InputError(f"{other}: {key} is {list(new.shape)}, at most {list(old.shape)} fit")
@@ -231,16 +236,28 @@ def _check_run(
         while True:
             try:
                 _run(narrow, inputs)
-                return followed
             except Exception as error:  # whatever a network raises whose layers do not fit together
                 if more := _follow_widths(wide, narrow, raised_in(narrow, error)):
                     followed |= more
                     continue
                 if example is None:
-                    device = next((tensor.device for tensor in model.parameters()), None)
-                    _check_spaces(model, shapes, torch.zeros_like(inputs, device=device))  # names the tensors
+                    _check_spaces(model, shapes, _zeros(inputs, model))  # names the tensors
                 raise InputError(f"weights that do not fit together: {line_of(error)}") from None
+            if example is None and _may_broadcast(model, shapes):
+                _check_spaces(model, shapes, _zeros(inputs, model))
+            return followed
     return followed
+
+
+def _zeros(inputs: Tensor, model: nn.Module) -> Tensor:
+    return torch.zeros_like(inputs, device=next((tensor.device for tensor in model.parameters()), None))
+
+
+def _may_broadcast(model: nn.Module, shapes: Shapes) -> bool:
+    """Whether one channel is left of several: torch adds it to any number of others, which means something else."""
+    own = model.state_dict()
+    pairs = (pair for key, shape in shapes.items() for pair in zip(own[key].shape, shape, strict=True))
+    return any(new == 1 < old for old, new in pairs)
 
 
 def _follow_widths(wide: nn.Module, narrow: nn.Module, path: str) -> dict[tuple[str, str], Integers]:

@@ -127,6 +127,9 @@ def test_a_broadcast_that_torch_allows_is_refused():
     message = refused(wide, state, example=example)
     assert "outer." in message
     assert "keeps 1" in message
+    for net, key in ((nets.Residual, "gamma"), (nets.Plain, "act.weight")):
+        state = net().state_dict()
+        assert f"{key} of {[1] * state[key].dim()} keeps 1" in refused(net(), state | {key: state[key][:1].clone()})
 
 
 @pytest.mark.parametrize(
@@ -163,8 +166,13 @@ def test_other_kinds_of_tensors_and_what_is_no_tensor_are_refused():
         (torch.zeros(8, dtype=torch.complex64), "0.bias is of torch.complex64, torch.float32 is wanted"),
         ([0.0] * 8, "0.bias is a list, a tensor of [8] is wanted"),
         (torch.zeros(8, 1), "0.bias is [8, 1], at most [8] fit"),
+        (torch.zeros(8, device="meta"), "0.bias is on the meta device, a dense tensor with values is wanted"),
+        (torch.zeros(8).to_sparse(), "0.bias is sparse, a dense tensor with values is wanted"),
     ):
         assert message in refused(wide, wide.state_dict() | {"0.bias": other})
+    for other in (None, [1], wide):
+        with pytest.raises(InputError, match=f"a state_dict maps names to tensors, got a {type(other).__name__}"):
+            load_trimmed(wide, other)
     lazy = nn.Sequential(nn.LazyLinear(4))
     with pytest.raises(InputError, match="0.weight of the model has no shape yet; call the model once on an example"):
         load_trimmed(lazy, nn.Sequential(nn.Linear(3, 4)).state_dict())
