@@ -320,7 +320,7 @@ def test_tied_spaces_get_one_size():
     spaces, _ = found(nets.UNet())
     assert csgd.target_widths(spaces, 0.5) == {"enter": 4, "down": 8, "merge": 3}
     assert csgd.target_widths(spaces, {"down": 0.25}) == {"enter": 2, "down": 4, "merge": 6}, "the nearest together"
-    assert csgd.target_widths(spaces, 0.5, keep=["down"]) == {"enter": 8, "down": 16, "merge": 3}
+    assert csgd.target_widths(spaces, 0.25, keep=["enter"]) == {"enter": 8, "down": 16, "merge": 2}
 
 
 @pytest.mark.parametrize("method", csgd.clusters.METHODS)
