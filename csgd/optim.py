@@ -1,5 +1,6 @@
 """CSGD: stochastic gradient descent that pulls the filters of a cluster together."""
 
+import logging
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -25,6 +26,8 @@ from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 from csgd.graph.twin import dotted
 from csgd.stacks import STACKED, Latest, Stack, stacks_of
+
+log = logging.getLogger("csgd.optim")
 
 LINE = 64  # bytes, a line of the cache
 CONSTANTS = ("lr", "momentum", "nesterov", "weight_decay")  # of a group, those that torch.optim.SGD has too
@@ -390,14 +393,14 @@ def param_groups(
 
     InputError where a cluster asks for what no step brings about: rows of tensors that differ and that training does
     not change (frozen parameters, and the buffers that a condition of their space names), of complex ones, or of
-    embeddings with sparse gradients.
+    embeddings with sparse gradients.  A warning where parameters have 16 bits, in which rows stay a little apart.
     """
     for key, value in (("centri_strength", centri_strength), ("vector_ratio", vector_ratio)):
         if not value >= 0:
             raise InputError(f"{key} must be 0 or more, got {value}")
     sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse}
     constants = {name for space in spaces for condition in space.conditions for name in condition.tensors}
-    merged, still, odd = {}, [], []
+    merged, still, odd, coarse = {}, [], [], []
     for t in clustered_tensors(model, spaces, clusters):
         if t.merged:
             merged[id(t.tensor)] = t.merged
@@ -407,6 +410,8 @@ def param_groups(
             still += [t.name] if t.relative_deviation() > 0 else []
         elif t.tensor.is_complex() or id(t.tensor) in sparse:
             odd.append(t.name)
+        elif t.tensor.is_floating_point() and t.tensor.element_size() < 4 and isinstance(t.tensor, nn.Parameter):
+            coarse.append(t.name)
     if still:
         of_space = {space.name: {dotted(*ref.owners[0]) for ref in space.refs if ref.role != "in"} for space in spaces}
         touched = [name for name in clusters if not of_space[name].isdisjoint(still)]
@@ -418,6 +423,13 @@ def param_groups(
         raise InputError(
             f"{', '.join(odd)}: complex, or have sparse gradients, so their rows cannot become equal: keep these "
             "layers whole"
+        )
+    if coarse:
+        log.warning(
+            "%s and %d more tensors have 16 bits, which round the pull away before rows are equal: keep parameters in "
+            "float32 (autocast computes in 16 bits all the same), or use csgd.Collapse",
+            coarse[0],
+            len(coarse) - 1,
         )
     biases = {id(module.bias) for module in model.modules() if isinstance(getattr(module, "bias", None), nn.Parameter)}
     vectors = dict(weight_decay=weight_decay_vectors, centri_strength=vector_ratio * centri_strength)

@@ -11,6 +11,7 @@ from csgd.centripetal import stability_limit
 from csgd.optim import set_lr, set_ramp
 from csgd.schedule import RAMPS, learning_rate, ramp
 from csgd.stacks import KEPT
+from tests import nets
 from tests.reference import ReferenceCSGD, random_partition, segments_of
 
 
@@ -643,3 +644,13 @@ def test_all_frozen_tensors_are_refused_in_one_line():
     assert "\n" not in str(refused.value)
     csgd.merge_equal(net, spaces, clusters)
     csgd.param_groups(net, spaces, clusters, centri_strength=0.1)  # they are equal as they are
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_parameters_of_16_bits_are_told(dtype, caplog):
+    """A22: the pull is rounded away before rows are equal."""
+    model, spaces = nets.Plain(), csgd.find_spaces(nets.Plain(), nets.example_of(nets.Plain))
+    csgd.param_groups(model.to(dtype), spaces, {"conv1": [[0, 1]]}, centri_strength=1.0)
+    told = [record.getMessage() for record in caplog.records if record.name == "csgd.optim"]
+    assert len(told) == (dtype != torch.float32)
+    assert all(line.startswith("conv1.weight and 4 more tensors have 16 bits, which round") for line in told)
