@@ -13,6 +13,7 @@ import csgd
 from csgd import InputError
 from csgd.graph import Kind, conditions
 from csgd.pipeline.ahead import spaces_of_run
+from csgd.proof import Trial
 from csgd.trial import random_clusters
 from tests import nets
 from tests.test_graph import Apply, Net
@@ -151,6 +152,13 @@ def test_a_space_that_fails_its_trial_takes_along_those_that_are_tied_to_it():
     net = Net(Apply(body, other=nn.Conv2d(8, 8, 1), free=nn.Conv2d(8, 16, 1)), out=16)
     spaces = by_name(found(net)[0])
     assert all("its trial trim changes the output" in spaces[name].pinned for name in ("conv", "body.other"))
+
+
+def test_the_control_of_one_space_does_not_need_those_that_are_tied_to_it():
+    model = nets.UNet()
+    spaces, example = found(model)
+    trial = Trial(model, spaces, random_clusters(spaces), example)
+    assert all(trial.control({name}) > 1e-3 for name in ("enter", "down", "merge"))
 
 
 def test_lengths_in_the_attributes_of_norms_follow_the_cut():
