@@ -13,6 +13,7 @@ from tests import nets
 
 @pytest.fixture(scope="module")
 def resnet():
+    torch.manual_seed(0)
     model = resnet20(10)
     spaces = find_spaces(model, torch.randn(2, 3, 32, 32), trial=False)
     return model, spaces, target_widths(spaces, 5 / 8)
