@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
-from csgd.centripetal import inverse, memory_order, scale_along, segment_mean
+from csgd.centripetal import one_of_each, scale_along
 from csgd.clusters import ClusteredTensor
 from csgd.errors import InputError
 from csgd.hooks import on_gradients, parameters_of
@@ -111,9 +111,7 @@ def _scale_gradients(optimizer: Optimizer) -> None:
 
 def _of_one(value: Tensor, t: ClusteredTensor) -> Tensor:
     """State after the cut: of the members of a cluster, rows and input slices alike, their mean; laid out as it was."""
-    order = memory_order(value)
     for dim, segments in filter(None, (t.merged, t.summed)):
         if value.size(dim) > 1:
-            representatives = (segments == torch.arange(len(segments))).nonzero().flatten()
-            value = segment_mean(value, dim, segments).index_select(dim, representatives.to(value.device))
-    return value.permute(order).contiguous().permute(inverse(order))
+            value = one_of_each(value, dim, segments, mean=True)
+    return value

@@ -166,7 +166,8 @@ def one_of_each(tensor: Tensor, dim: int, segments: Tensor, *, mean: bool) -> Te
     """
     device, order = tensor.device, memory_order(tensor)
     tensor = tensor.cpu()  # where sums have an order, the same on every rank (fact F10)
-    kept, members = representatives(segments), (segments != torch.arange(len(segments))).nonzero().flatten()
+    kept = representatives(segments)
+    members = (segments != torch.arange(len(segments), device="cpu")).nonzero().flatten()
     out = tensor.index_select(dim, kept)
     if len(members) and (tensor.is_floating_point() or tensor.is_complex() or not mean):
         rows = tensor.index_select(dim, members)
@@ -181,7 +182,7 @@ def one_of_each(tensor: Tensor, dim: int, segments: Tensor, *, mean: bool) -> Te
 
 def representatives(segments: Tensor) -> Tensor:
     """The positions that stand for themselves."""
-    return (segments == torch.arange(len(segments))).nonzero().flatten()
+    return (segments == torch.arange(len(segments), device="cpu")).nonzero().flatten()
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:

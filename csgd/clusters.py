@@ -238,7 +238,7 @@ def clustered_tensors(
     refs = defaultdict(list)
     for space in spaces:
         if space.name in clusters:
-            first = torch.arange(space.size)  # of the cluster of each slot
+            first = torch.arange(space.size, device="cpu")  # of the cluster of each slot
             for members in clusters[space.name]:
                 first[list(members)] = members[0]
             for ref in space.refs:
@@ -250,7 +250,7 @@ def clustered_tensors(
         segments: dict[bool, tuple[int, Tensor]] = {}
         for ref, first in uses:
             summed = ref.role == "in"
-            dim, vector = segments.setdefault(summed, (ref.dim, torch.arange(tensor.size(ref.dim))))
+            dim, vector = segments.setdefault(summed, (ref.dim, torch.arange(tensor.size(ref.dim), device="cpu")))
             if dim != ref.dim:
                 raise InputError(f"{dotted(*owners[0])} is indexed along two dims by channels that become equal")
             vector[ref.index] = ref.index[first]

@@ -323,7 +323,7 @@ class Trial:
             outputs = self.passes(model, mode, grad=True).outputs
             outputs = [out[out.isfinite()] for out in outputs if out.requires_grad]
             generator = torch.Generator().manual_seed(self.seed)
-            signs = [torch.randn(out.shape, generator=generator).sign().to(out) for out in outputs]
+            signs = [torch.randn(out.shape, generator=generator, device="cpu").sign().to(out) for out in outputs]
             torch.autograd.backward(outputs, signs)
         except Exception:  # an operation without a gradient, or one in place of what another needs
             return set()
@@ -372,7 +372,8 @@ def _random(dtype: torch.dtype, generator: torch.Generator, tensor: Tensor) -> T
     """Values under which every channel matters, for a parameter: zero-initialised gammas would hide errors."""
     if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point() or not tensor.numel():
         return _as_given(dtype, generator, tensor)
-    values = torch.empty(tensor.shape).uniform_(-(3**0.5), 3**0.5, generator=generator).to(dtype)  # faster than doubles
+    values = torch.empty(tensor.shape, device="cpu").uniform_(-(3**0.5), 3**0.5, generator=generator)
+    values = values.to(dtype)  # drawn faster than doubles are
     fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
     values = values.mul_((1.5 / fan_in) ** 0.5) if fan_in > 1 else values.mul_(0.4).add_(0.7)
     return torch.empty_like(tensor, dtype=dtype).copy_(values)
@@ -383,7 +384,7 @@ def _noisy(dtype: torch.dtype, generator: torch.Generator, tensor: Tensor) -> Te
     """A parameter's own values, each made larger at random; zeros become small positive numbers."""
     if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
         return _as_given(dtype, generator, tensor)
-    noise = torch.rand(tensor.shape, generator=generator, dtype=dtype).to(tensor.device)
+    noise = torch.rand(tensor.shape, generator=generator, dtype=dtype, device="cpu").to(tensor.device)
     own = tensor.to(dtype)
     return torch.where(own == 0, 0.1 * noise, own * (1 + 0.3 * noise))
 
@@ -403,11 +404,11 @@ def _drawn(dtype: torch.dtype, generator: torch.Generator, tensor: Tensor, signe
     if own.layout is not torch.strided or not own.is_floating_point() or not own.numel() or not own.isfinite().all():
         return own
     low, high = float(own.min()), float(own.max())
-    drawn = torch.rand(own.shape, generator=generator, dtype=dtype)
+    drawn = torch.rand(own.shape, generator=generator, dtype=dtype, device="cpu")
     if low < high and bool(((own == low) | (own == high)).all()):
         drawn = torch.where(drawn < 0.5, low, high)
     elif low == high == 0:
-        drawn = torch.randn(own.shape, generator=generator, dtype=dtype)
+        drawn = torch.randn(own.shape, generator=generator, dtype=dtype, device="cpu")
     elif signed:
         drawn = max(abs(low), abs(high)) * (2 * drawn - 1)
     elif low == high:
@@ -421,7 +422,7 @@ def _rounded_otherwise(generator: torch.Generator, tensor: Tensor) -> Tensor:
     """Floating-point numbers, each moved by a unit in the last place, up or down."""
     if not tensor.is_floating_point():
         return tensor.clone()
-    signs = torch.randint(2, tensor.shape, generator=generator).to(tensor) * 2 - 1
+    signs = torch.randint(2, tensor.shape, generator=generator, device="cpu").to(tensor) * 2 - 1
     return tensor + tensor * signs * torch.finfo(tensor.dtype).eps
 
 
@@ -436,7 +437,7 @@ def _randomise_statistics(model: nn.Module, generator: torch.Generator) -> None:
         ):
             statistic = dict(module._buffers.items()).get(name)  # scripted modules have no dict
             if statistic is not None and statistic.is_floating_point():
-                statistic.copy_(draw(statistic.shape, generator=generator) * scale + shift)
+                statistic.copy_(draw(statistic.shape, generator=generator, device="cpu") * scale + shift)
 
 
 @torch.no_grad()

@@ -677,3 +677,23 @@ def test_code_that_asks_whether_gradients_are_enabled_is_seen():
     spaces = csgd.find_spaces(Body(lambda h, _: h), IMAGES)
     proof = csgd.prove(net, spaces, random_clusters(spaces), IMAGES)
     assert proof.changes["eval"] < 1e-12 < 1e-3 < proof.changes["train"]
+
+
+def test_the_default_device_is_the_networks_own_affair():
+    """As after torch.set_default_device("cuda"): what the library makes for itself lies where it says."""
+    net, fresh = nets.Residual(), nets.Residual()
+    example = nets.example_of(nets.Residual)
+    with torch.device("meta"):
+        spaces = csgd.find_spaces(net, example)
+        clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
+        assert csgd.prove(net, spaces, clusters, example).exact
+        optimizer = torch.optim.AdamW(net.parameters())
+        collapse = csgd.Collapse(optimizer, net, spaces, clusters, stop=2)
+        for _ in range(2):
+            net(example).square().mean().backward()
+            optimizer.step()
+        assert collapse.done
+        csgd.trim(net, spaces, clusters, optimizer)
+        csgd.load_trimmed(fresh, net.state_dict())
+    assert torch.equal(fresh.eval()(example), net.eval()(example))
+    assert any(space.trimmable for space in spaces)

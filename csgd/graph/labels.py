@@ -13,14 +13,14 @@ class UnionFind:
     """Disjoint sets of atoms, united and looked up by whole tensors."""
 
     def __init__(self):
-        self._parent = torch.empty(0, dtype=torch.long)
+        self._parent = torch.empty(0, dtype=torch.long, device="cpu")
 
     def __len__(self) -> int:
         return len(self._parent)
 
     def grow(self, n: int) -> None:
         """Adds n sets of one atom each."""
-        self._parent = torch.cat([self._parent, torch.arange(len(self), len(self) + n)])
+        self._parent = torch.cat([self._parent, torch.arange(len(self), len(self) + n, device="cpu")])
 
     def find(self, atoms: Tensor) -> Tensor:
         """The representative (smallest atom) of each atom's set; the shape of `atoms`."""

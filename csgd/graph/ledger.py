@@ -52,7 +52,7 @@ class Ledger:
 
     def fresh(self, n: int, reason: str | None = None) -> Tensor:
         """n new atoms, pinned when a reason is given."""
-        atoms = torch.arange(len(self.channel), len(self.channel) + n)
+        atoms = torch.arange(len(self.channel), len(self.channel) + n, device="cpu")  # whatever the default is
         self.channel.grow(n)
         self.slot.grow(n)
         if reason:

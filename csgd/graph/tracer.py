@@ -241,7 +241,7 @@ def _pin_what_may_be_read(ledger: Ledger, left: dict[str, _Unreached], examples:
                 labels for labels in activations if any(_fits(size, n, flattened) or n in beside for n in labels.shape)
             ]
             if not fits and size in layer.reads and not any(_fits(size, n, flattened) for n in known):
-                fits = [torch.arange(len(ledger.channel))]
+                fits = [torch.arange(len(ledger.channel), device="cpu")]
             for labels in fits:
                 ledger.pin(labels, reason)
 
