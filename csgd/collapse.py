@@ -29,43 +29,30 @@ COARSE = 0.05  # V is scaled when its curve has fallen by this share since: that
 STATISTICS_APART = 1e-3  # ‖W − ΓW‖ / ‖W‖ of running statistics after the collapse, which every batch moves
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
     """Where a tensor with rows that become equal is: a model that is moved or cast has other tensors there.
 
-    tensors  the parameters or the buffers of its module, by attribute
+    tensors  the parameters or the buffers of its module, by attribute;  count  of its rows
     """
 
-    owner: tuple[str, str]
+    path: str
+    attribute: str
     tensors: dict[str, Tensor | None]
     dim: int
     segments: Tensor
-    rows: int
+    count: int
 
     @classmethod
     def of(cls, model: nn.Module, t: ClusteredTensor) -> "_Place":
         path, attribute = t.owners[0]
-        module = model.get_submodule(path)
-        return cls(
-            (path, attribute),
-            module._parameters if attribute in module._parameters else module._buffers,
-            *t.merged,
-            len(t.merged[1]),
-        )
+        module, (dim, segments) = model.get_submodule(path), t.merged
+        tensors = module._parameters if attribute in module._parameters else module._buffers
+        return cls(path, attribute, tensors, dim, segments, len(segments))
 
     @property
     def name(self) -> str:
-        return dotted(*self.owner)
-
-    @property
-    def tensor(self) -> Tensor:
-        tensor = self.tensors.get(self.owner[1])
-        if tensor is None or tensor.size(self.dim) != self.rows:
-            raise InputError(
-                f"{self.name} has been cut or removed while a Collapse pulls it: trim(…, optimizer) finishes that, "
-                "detach() gives it up"
-            )
-        return tensor
+        return dotted(self.path, self.attribute)
 
     def merge_(self, value: Tensor, left: float = 0.0) -> None:
         """W ← ΓW + left · (W − ΓW) in place, of a value of this shape; rows that are equal stay, bit by bit."""
@@ -73,8 +60,24 @@ class _Place:
         if not torch.equal(merged, value):
             value.copy_(merged + left * (value - merged) if left else merged)
 
-    def relative_deviation(self) -> float:
-        return ClusteredTensor([self.owner], self.tensor, (self.dim, self.segments), None).relative_deviation()
+    def relative_deviation(self, tensor: Tensor) -> float:
+        return ClusteredTensor(
+            [(self.path, self.attribute)], tensor, (self.dim, self.segments), None
+        ).relative_deviation()
+
+
+def _found(places: Sequence[_Place]) -> list[tuple[_Place, Tensor]]:
+    """The tensors that are in these places now."""
+    found = []
+    for place in places:
+        tensor = place.tensors.get(place.attribute)
+        if tensor is None or tensor.size(place.dim) != place.count:
+            raise InputError(
+                f"{place.name} has been cut or removed while a Collapse pulls it: trim(…, optimizer) finishes that, "
+                "detach() gives it up"
+            )
+        found.append((place, tensor))
+    return found
 
 
 @dataclass
@@ -179,7 +182,7 @@ class Collapse:
     @torch.no_grad()
     def deviation(self) -> Tensor:
         """Σ‖W − ΓW‖² over the parameters whose rows become equal, a scalar tensor that stays on the device."""
-        places = [(place, p) for place in self._places if isinstance(p := place.tensor, nn.Parameter)]
+        places = [(place, p) for place, p in _found(self._places) if isinstance(p, nn.Parameter)]
         stacks, others = self._stacked(places)
         terms = [stack.deviation(stack.tensors) for stack in stacks]
         for place, p in (places[i] for i in others):
@@ -206,8 +209,8 @@ class Collapse:
                 f"the filters collapse at step {self.stop}, and the optimizer has taken {min(self.steps)} steps: "
                 "train on until Collapse.done"
             )
-        for place in self._places:
-            tensor, apart = place.tensor, place.relative_deviation()
+        for place, tensor in _found(self._places):
+            apart = place.relative_deviation(tensor)
             exact = isinstance(tensor, nn.Parameter) and (tensor.is_floating_point() or tensor.is_complex())
             if apart > (math.sqrt(torch.finfo(tensor.dtype).eps) / 10 if exact else STATISTICS_APART):
                 raise InputError(
@@ -249,8 +252,7 @@ class Collapse:
         """G ← ΓG in place."""
         if self.steps[number] < self.start:
             return
-        places = self._parts[number].places
-        present = [(place, p) for place in places if (p := place.tensor).grad is not None]
+        present = [(place, p) for place, p in _found(self._parts[number].places) if p.grad is not None]
         stacks, others = self._stacked(present)
         for stack in stacks:
             stack.merge_([p.grad for p in stack.tensors])
@@ -272,7 +274,7 @@ class Collapse:
             self._merge(number, part)
         elif self.start < step < self.stop and left <= (1 - COARSE) * part.left:
             ratio = left / part.left if part.left else 0.0
-            places = [(place, place.tensor) for place in part.places]
+            places = _found(part.places)
             stacks, others = self._stacked(places)
             for stack in stacks:
                 stack.merge_(stack.tensors, ratio)
@@ -288,8 +290,8 @@ class Collapse:
 
         A weight decay that is part of the gradient has left V in the momentum, and would bring it back.
         """
-        for place in part.places:
-            place.merge_(place.tensor)
+        for place, tensor in _found(part.places):
+            place.merge_(tensor)
         if 0 <= number < len(self.optimizers):
             self._merge_state(number)
 
@@ -300,9 +302,9 @@ class Collapse:
             if self.steps[number] == self.start:  # one history of all parameters, of steps that were not merged
                 optimizer.state.clear()
             return
-        for place in self._parts[number].places:
-            for value in optimizer.state.get(place.tensor, {}).values():
-                if like_parameter(value, place.tensor) and value.size(place.dim) > 1:
+        for place, p in _found(self._parts[number].places):
+            for value in optimizer.state.get(p, {}).values():
+                if like_parameter(value, p) and value.size(place.dim) > 1:
                     place.merge_(value)
 
     def _stacked(self, places: Sequence[tuple[_Place, Tensor]]) -> tuple[list[Stack], list[int]]:
@@ -316,8 +318,7 @@ class Collapse:
         home = {id(p): number for number, optimizer in enumerate(self.optimizers) for p in parameters_of(optimizer)}
         for part in self._parts:
             part.places = []
-        for place in self._places:
-            tensor = place.tensor
+        for place, tensor in _found(self._places):
             if tensor.requires_grad and id(tensor) not in home:
                 raise InputError(
                     f"{place.name} is in no optimizer that was given: give all that train the model, or freeze it "

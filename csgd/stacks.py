@@ -24,10 +24,12 @@ Memory = dict[tuple[torch.device, torch.dtype], Tensor]  # a fresh allocation co
 class _Bench:
     """Memory in which the tensors of a stack are merged.
 
-    whole   the tensors one below the other, [c, …];  rows  the same as a matrix [c, k]
-    merged  its rows after the merge [c, k];  parts  these as one block for each tensor
+    dim     along which they are put together
+    whole   as they are put together;  rows  the same memory as a matrix [c, k]
+    merged  rows after the merge [c, k];  parts  these in the shapes of the tensors
     """
 
+    dim: int
     whole: Tensor
     rows: Tensor
     merged: Tensor
@@ -36,14 +38,15 @@ class _Bench:
     @classmethod
     def of(cls, memory: Tensor, orders: Sequence[RowOrder]) -> "_Bench":
         counts = [order.shape[0] for order in orders]
-        shape = (sum(counts), *orders[0].shape[1:])
+        shape, back = (sum(counts), *orders[0].shape[1:]), orders[0].back
         whole, merged = (half[: math.prod(shape)].view(shape) for half in memory.chunk(2))
-        return cls(whole, whole.view(shape[0], -1), merged.view(shape[0], -1), merged.split(counts))
+        parts = [permuted(part, back) for part in merged.split(counts)]
+        return cls(orders[0].dims[0], permuted(whole, back), whole.view(shape[0], -1), merged.view(shape[0], -1), parts)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Tensors whose rows have one shape, type and device, seen as one matrix [c, k].
+    """Tensors whose rows have one shape and layout, type and device, seen as one matrix [c, k].
 
     segments  the clusters of all rows
     rows      [m] positions of those that share a cluster;  shared  the clusters of these
@@ -85,20 +88,19 @@ class Stack:
 
         Rows that are alone stay.  Means are summed row after row, never by atomics (fact F10).
         """
-        blocks = [permuted(value, order.dims) for value, order in zip(values, self.orders, strict=True)]
-        if self.bench is None and len(blocks) == 1 and blocks[0].is_contiguous():
-            rows = blocks[0].view(len(blocks[0]), -1)
+        if self.bench is None and (block := permuted(values[0], self.orders[0].dims)).is_contiguous():
+            rows = block.view(len(block), -1)
             merged = self.shared.merge(rows)
             if left:
                 merged.lerp_(rows.index_select(0, self.rows), left)
             rows.index_copy_(0, self.rows, merged)
             return
-        bench = self.bench or _Bench.of(blocks[0].new_empty(2 * self.size), self.orders)
-        torch.cat(blocks, out=bench.whole)
+        bench = self.bench or _Bench.of(values[0].new_empty(2 * self.size), self.orders)
+        torch.cat(values, bench.dim, out=bench.whole)
         self.segments.merge(bench.rows, out=bench.merged)
         if left:
             bench.merged.lerp_(bench.rows, left)
-        torch._foreach_copy_(blocks, bench.parts)
+        torch._foreach_copy_(values, bench.parts)
 
     def deviation(self, values: Sequence[Tensor]) -> Tensor:
         """Σ‖W − ΓW‖² of one value for each tensor, a scalar tensor on the device."""
@@ -119,7 +121,7 @@ def stacks_of(clustered: Iterable[Clustered], memory: Memory | None = None) -> l
     alike = defaultdict(list)
     for one in clustered:
         order = RowOrder.of(*one[:2])
-        alike[order.shape[1:], one[0].device, one[0].dtype].append(one)
+        alike[order.dims, order.shape[1:], one[0].device, one[0].dtype].append(one)
     return [Stack.of(piece, memory) for some in alike.values() for piece in _split(some)]
 
 

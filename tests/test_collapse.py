@@ -397,12 +397,37 @@ def in_group(function, *arguments):
         return function(*arguments)
 
 
-def both_ways():
-    return [ranks_collapse(views) for views in (False, True)]
+def shards():
+    """What is said of the optimizer of a ZeRO, and of a sharded parameter."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.distributed.tensor import distribute_tensor
+
+    model, said = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), []
+    spaces, clusters = csgd.find_spaces(model, torch.randn(2, 3)), {"0": [[0, 1], [2, 3]]}
+    for kind in ("zero", "dtensor"):
+        if kind == "zero":
+            optimizer = ZeroRedundancyOptimizer(model.parameters(), OPTIM.SGD, lr=0.1)
+        else:
+            sharded = distribute_tensor(model[0].weight.detach(), init_device_mesh("cpu", (2,)))
+            model[0].weight = nn.Parameter(sharded)
+            optimizer = OPTIM.SGD(model.parameters(), 0.1)
+        try:
+            Collapse(optimizer, model, spaces, clusters, stop=3)
+        except InputError as error:
+            said.append(str(error))
+    return said
 
 
-def test_ranks_collapse_alike_and_gradients_may_be_views_of_buckets():
-    assert launch(in_group, (both_ways,), 2, None) == [([], 0, True, 6), ([], 8, True, 6)]
+def on_two_ranks():
+    return [ranks_collapse(views) for views in (False, True)], shards()
+
+
+def test_ranks_collapse_alike_and_gradients_may_be_views_of_buckets_but_not_shards():
+    ends, (zero, dtensor) = launch(in_group, (on_two_ranks,), 2, None)
+    assert ends == [([], 0, True, 6), ([], 8, True, 6)]
+    assert zero.startswith("ZeroRedundancyOptimizer keeps each rank's share of the state alone")
+    assert dtensor.startswith("0.weight is a DTensor: the rows of a sharded tensor cannot be pulled together")
 
 
 def test_a_compiled_step_calls_the_hooks():
@@ -465,7 +490,7 @@ def test_an_average_of_the_weights_is_merged_before_its_own_cut():
         average.update_parameters(model)
 
 
-@pytest.mark.parametrize("killed", [1, 4, 5, 9, 13, 15])
+@pytest.mark.parametrize("killed", [3, 4, 9, 13, 15])
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "LBFGS"])
 def test_killed_at_any_step_a_run_goes_on_to_the_same_bits(kind, killed, tmp_path):
     def made():
@@ -747,29 +772,3 @@ def test_what_cannot_be_pulled_is_refused_in_one_line():
         take(model, [sgd], [0])
     with pytest.raises(InputError, match="a state_dict of a collapse with 2 optimizers, this has 1"):
         collapse.load_state_dict({"steps": [1, 1], "left": [1.0, 1.0, 1.0]})
-
-
-def shards():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-    from torch.distributed.tensor import distribute_tensor
-
-    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
-    spaces, messages = csgd.find_spaces(model, torch.randn(2, 3)), []
-    clusters = {"0": [[0, 1], [2, 3]]}
-    zero = ZeroRedundancyOptimizer(model.parameters(), OPTIM.SGD, lr=0.1)
-    for name in ("zero", "dtensor"):
-        if name == "dtensor":
-            mesh = init_device_mesh("cpu", (1,))
-            model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh))
-        try:
-            Collapse(zero if name == "zero" else OPTIM.SGD(model.parameters(), 0.1), model, spaces, clusters, stop=3)
-        except InputError as error:
-            messages.append(str(error))
-    return messages
-
-
-def test_shards_are_refused_in_one_line():
-    zero, dtensor = launch(in_group, (shards,), 1, None)
-    assert zero.startswith("ZeroRedundancyOptimizer keeps each rank's share of the state alone")
-    assert dtensor.startswith("0.weight is a DTensor: the rows of a sharded tensor cannot be pulled together")
