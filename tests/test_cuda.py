@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import csgd
 from csgd.centripetal import Segments
+from csgd.clusters import ClusteredTensor
 from csgd.models import resnet20, vgg16_bn
 from csgd.proof import randomise
 from csgd.trial import random_clusters
@@ -91,6 +92,26 @@ def test_spaces_steps_cut_and_carry_over_leave_nothing_on_the_cpu(name):
     assert {tensor.device for tensor in kept} == {CUDA}
     assert len(optimizer.state) == len(list(model.parameters()))
     assert model(example).device == CUDA
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.usefixtures("_fake_cuda")
+def test_a_collapse_and_its_cut_leave_nothing_on_the_cpu(name, monkeypatch):
+    monkeypatch.setattr(ClusteredTensor, "relative_deviation", lambda self: 0.0)  # a number, which is not there
+    model, example = on_cuda(name)
+    spaces = csgd.find_spaces(model, example, trial=False)
+    clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 0.5), "even")
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, foreach=False)
+    collapse = csgd.Collapse(optimizer, model, spaces, clusters, start=1, stop=3)
+    for _ in range(3):
+        random_gradients(model)
+        optimizer.step()
+        assert collapse.deviation().device == CUDA
+    csgd.trim(model, spaces, clusters, optimizer, tolerance=None)
+    random_gradients(model)
+    optimizer.step()
+    kept = [*model.parameters(), *model.buffers(), *(state["momentum_buffer"] for state in optimizer.state.values())]
+    assert {tensor.device for tensor in kept} == {CUDA}
 
 
 @pytest.mark.usefixtures("_fake_cuda")
