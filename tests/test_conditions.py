@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
+from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -384,3 +385,45 @@ def test_balanced_clusters_find_planted_pairs_in_the_groups_of_a_group_norm():
         for a, b in pairs:
             model.enter.weight[b] = model.enter.weight[a] + 1e-3 * torch.randn(3, 3, 3)
     assert csgd.cluster(model, spaces, {"enter": 4, "down": 8})["enter"] == pairs
+
+
+class Published(nn.Module):
+    """Batch norms whose statistics training does not change: one of momentum 0 that stays in eval mode, one frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 16, 3, padding=1), varied(nn.BatchNorm2d(16, momentum=0.0))
+        self.conv2, self.norm2, self.fc = nn.Conv2d(16, 16, 3), varied(FrozenBatchNorm2d(16)), nn.Linear(16, 5)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm1.eval()
+        return self
+
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)))
+        return self.fc(F.relu(self.norm2(self.conv2(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("net", [nets.ConvNext, Published])
+def test_after_200_steps_of_training_with_collapse_the_cut_moves_the_logits_by_rounding_alone(net):
+    digits, labels = load_digits(n_class=5, return_X_y=True)
+    images, labels = torch.tensor(digits).float().view(-1, 1, 8, 8).repeat(1, 3, 1, 1) / 16, torch.tensor(labels)
+    torch.manual_seed(0)
+    model = net()
+    spaces = csgd.find_spaces(model, images[:4])
+    clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 0.5), of="outputs", data=images[:256].split(64))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    collapse = csgd.Collapse(optimizer, model.train(), spaces, clusters, stop=180)
+    for step in range(200):
+        batch = torch.randint(600, (64,), generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+    assert collapse.done
+    before = model.eval()(images[600:]).detach()
+    csgd.trim(model, spaces, clusters, optimizer)
+    after, spread = model(images[600:]).detach(), before.amax(1) - before.amin(1)
+    assert sum(len(parts) for parts in clusters.values()) <= sum(space.size for space in spaces[:-1]) // 2
+    assert float(((after - before).abs().amax(1) / spread).max()) <= 2e-6
+    assert float((after.argmax(1) == labels[600:]).float().mean()) >= 0.8
