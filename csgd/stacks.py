@@ -88,7 +88,8 @@ class Stack:
 
         Rows that are alone stay.  Means are summed row after row, never by atomics (fact F10).
         """
-        if self.bench is None and (block := permuted(values[0], self.orders[0].dims)).is_contiguous():
+        block = permuted(values[0], self.orders[0].dims)
+        if len(values) == 1 and block.is_contiguous():
             rows = block.view(len(block), -1)
             merged = self.shared.merge(rows)
             if left:

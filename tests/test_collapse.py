@@ -153,6 +153,24 @@ def test_v_follows_the_curve_whatever_the_optimizer_does(name):
     assert 5 < scaled <= 40
 
 
+def test_before_start_nothing_happens():
+    """To the bit, in the state too."""
+    ends = []
+    for pulled in (False, True):
+        model, spaces, clusters = prepared()
+        optimizer = OPTIM.Adam(model.parameters(), 1e-2)
+        take(model, [optimizer], range(2))
+        if pulled:
+            Collapse(optimizer, model, spaces, clusters, start=3, stop=9)
+        take(model, [optimizer], range(3))
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        ends.append([*model.state_dict().values(), *states])
+        take(model, [optimizer], [3])
+        ends[-1].append(model.conv1.weight)
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][:-1], ends[1][:-1], strict=True))
+    assert not torch.equal(ends[0][-1], ends[1][-1])
+
+
 def test_the_mean_takes_the_steps_of_the_optimizer_alone():
     """ΓW never sees the pull: it is that of a run that merges gradients and pulls nothing."""
     runs = []
@@ -607,6 +625,21 @@ def test_f7_sgd_goes_on_exactly_as_the_wide_network_would(net, momentum, nestero
         take(model, [optimizer], range(8, 28), net)
         runs.append(model(nets.example_of(net, torch.float64)).detach())
     assert (runs[0] - runs[1]).abs().max() < 1e-12 * runs[0].abs().max()
+
+
+def test_state_that_is_an_average_of_the_weights_is_cut_as_they_are():
+    model, spaces, clusters = prepared(dtype=torch.float64)
+    optimizer = OPTIM.ASGD(model.parameters(), 1e-2, t0=0)
+    Collapse(optimizer, model, spaces, clusters, stop=5)
+    take(model, [optimizer], range(9))
+    average = copy.deepcopy(model)
+    for p, q in zip(average.parameters(), model.parameters(), strict=True):
+        p.data.copy_(optimizer.state[q]["ax"])
+    csgd.merge_equal(average, spaces, clusters)
+    csgd.trim(average, spaces, clusters)
+    csgd.trim(model, spaces, clusters, optimizer)
+    for p, q in zip(average.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(optimizer.state[q]["ax"], p.detach(), rtol=1e-12, atol=1e-12)
 
 
 def test_sgd_goes_on_plainly_where_that_is_asked_for():
