@@ -7,6 +7,7 @@ import itertools
 import math
 import shutil
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -153,6 +154,19 @@ def test_v_follows_the_curve_whatever_the_optimizer_does(name):
     assert 5 < scaled <= 40
 
 
+def test_in_16_bits_v_follows_its_curve_too():
+    """One step's share of it would be lost in rounding: it is scaled when 5 % are due."""
+    model, spaces, clusters = prepared(nets.Mlp, torch.bfloat16)
+    optimizer = OPTIM.SGD(model.parameters(), 1e-3, momentum=0.9)
+    collapse, start = Collapse(optimizer, model, spaces, clusters, stop=400, curve="linear"), None
+    for step in range(400):
+        start = start or float(collapse.deviation())
+        take(model, [optimizer], [step], nets.Mlp)
+        if step in (99, 199, 299):
+            assert math.sqrt(float(collapse.deviation()) / start) == pytest.approx(collapse.left(step + 1), abs=0.05)
+    assert apart(model, spaces, clusters) == []
+
+
 def test_before_start_nothing_happens():
     """To the bit, in the state too."""
     ends = []
@@ -164,7 +178,7 @@ def test_before_start_nothing_happens():
             Collapse(optimizer, model, spaces, clusters, start=3, stop=9)
         take(model, [optimizer], range(3))
         states = [value for state in optimizer.state.values() for value in state.values()]
-        ends.append([*model.state_dict().values(), *states])
+        ends.append([value.clone() for value in (*model.state_dict().values(), *states)])
         take(model, [optimizer], [3])
         ends[-1].append(model.conv1.weight)
     assert all(torch.equal(a, b) for a, b in zip(ends[0][:-1], ends[1][:-1], strict=True))
@@ -220,6 +234,7 @@ def test_frozen_tensors_statistics_and_constants_become_equal_too():
         first, now = (one[name][:3] - one[name][:3].mean(0) for one in (before, model.state_dict()))
         assert 0.49 < float((now / first).abs().mean()) < 0.6, name
     assert torch.equal(model.index, torch.arange(8)), "whole numbers have no mean"
+    assert model.alike.stride() == (0,), "what is equal needs no memory for each entry"
     take(model, [optimizer], range(5, 10))
     assert apart(model, spaces, clusters) == []
     torch.testing.assert_close(model.scale[0], before["scale"][:3].mean(0))
@@ -625,6 +640,41 @@ def test_f7_sgd_goes_on_exactly_as_the_wide_network_would(net, momentum, nestero
         take(model, [optimizer], range(8, 28), net)
         runs.append(model(nets.example_of(net, torch.float64)).detach())
     assert (runs[0] - runs[1]).abs().max() < 1e-12 * runs[0].abs().max()
+
+
+def test_state_goes_over_as_that_of_one_member_and_the_mean_of_slices():
+    """And of the gradient, rows alone are scaled: |H| equal slices had the gradient that their sum has."""
+    model, spaces, clusters = prepared(dtype=torch.float64)
+    optimizer = OPTIM.AdamW(model.parameters(), 1e-3)
+    Collapse(optimizer, model, spaces, clusters, stop=5)
+    take(model, [optimizer], range(6))
+    wide = {t.name: (t, optimizer.state[t.tensor]["exp_avg_sq"].clone())
+            for t in clustered_tensors(model, spaces, clusters) if t.tensor in optimizer.state}  # fmt: skip
+    csgd.trim(model, spaces, clusters, optimizer)
+    scales = dict(zip(model.parameters(), optimizer.param_groups[0]["gradient_scales"], strict=True))
+    for name, (t, state) in wide.items():
+        for dim, segments in filter(None, (t.merged, t.summed)):
+            parts = [(segments == one).nonzero().flatten() for one in segments.unique()]
+            state = torch.stack([state.index_select(dim, part).mean(dim) for part in parts], dim)
+        torch.testing.assert_close(optimizer.state[t.tensor]["exp_avg_sq"], state, rtol=1e-9, atol=0)
+        dims = [dim for dim, _ in scales[t.tensor] or []]
+        assert dims == ([t.merged[0]] if t.merged else []), name
+
+
+def test_after_the_cut_gradients_are_scaled_once_with_a_closure_as_without():
+    ends = []
+    for closure in (False, True):
+        model, spaces, clusters = prepared()
+        optimizer = OPTIM.SGD(model.parameters(), 1e-2)
+        csgd.merge_equal(model, spaces, clusters)
+        csgd.trim(model, spaces, clusters, optimizer)
+        for step in range(4):
+            if closure:
+                optimizer.step(partial(backward, model, step))
+            else:
+                take(model, [optimizer], [step])
+        ends.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_state_that_is_an_average_of_the_weights_is_cut_as_they_are():

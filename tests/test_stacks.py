@@ -11,12 +11,21 @@ from tests.reference import random_partition, segments_of
 def tensors():
     """Kernels of one and of several shapes, turned, transposed and with gaps, vectors, and one that is large."""
     draw = torch.Generator().manual_seed(0)
-    shapes = [(8, 3, 2, 2)] * 3 + [(6, 3, 2, 2), (8, 12), (9, 12), (7,), (12,), (5, 8, 2, 2), (40, STACKED // 32)]
+    shapes = [(8, 3, 2, 2)] * 3 + [
+        (6, 3, 2, 2),
+        (6, 4, 2, 2),
+        (8, 12),
+        (9, 12),
+        (7,),
+        (12,),
+        (5, 8, 2, 2),
+        (40, STACKED // 32),
+    ]
     made = [(torch.randn(shape, generator=draw, dtype=torch.float64), 0) for shape in shapes]
     made += [(torch.randn(4, 8, 2, 2, generator=draw, dtype=torch.float64), 1) for _ in range(2)]
     made[1] = made[1][0].to(memory_format=torch.channels_last), 0
     made.append((torch.randn(8, 20, generator=draw, dtype=torch.float64)[:, :12], 0))
-    made.append((torch.randn(9, generator=draw), 0))
+    made.insert(0, (torch.randn(9, generator=draw), 0))
     return [(t, dim, random_partition(t.size(dim), t.size(dim) // 2, draw)) for t, dim in made]
 
 
