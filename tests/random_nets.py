@@ -183,6 +183,67 @@ class OwnNorm(Block):
         return x - mean.view(1, -1, 1, 1)
 
 
+def _by_hand(x):
+    """Layer norm over dim 1, written out."""
+    mean = x.mean(1, keepdim=True)
+    return (x - mean) * torch.rsqrt((x - mean).square().mean(1, keepdim=True) + 1e-3)
+
+
+def _response(x):
+    """Global response norm."""
+    size = x.norm(dim=(2, 3), keepdim=True)
+    return x + x * size / (size.mean(1, keepdim=True) + 1e-3)
+
+
+class ChannelsLast(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def _over_channels(rng, c):
+    """A norm over c channels, or over groups of them, as a layer, as a function or by hand."""
+    groups = rng.choice([g for g in (1, 2, 3, 4) if c % g == 0])
+    return rng.choice(
+        [
+            nn.GroupNorm(groups, c, affine=rng.random() < 0.5),
+            ChannelsLast(nn.LayerNorm(c, elementwise_affine=rng.random() < 0.5)),
+            ChannelsLast(nn.RMSNorm(c)),
+            nn.LayerNorm([c, SIDE, SIDE]),
+            _by_hand,
+            _response,
+        ]
+    )
+
+
+class Weighed(Block):
+    """A residual branch behind a norm over the channels, whose hidden channels may have one too."""
+
+    def __init__(self, rng, c):
+        super().__init__(c)
+        hidden = rng.choice(WIDTHS)
+        self.norm, self.hidden = _over_channels(rng, c), _over_channels(rng, hidden) if rng.random() < 0.5 else F.gelu
+        self.up, self.down = conv(rng, c, hidden, 1), conv(rng, hidden, c, 1)
+
+    def forward(self, x):
+        return x + self.down(self.hidden(self.up(self.norm(x))))
+
+
+class Skip(Block):
+    """A norm over a concatenation, which ties its parts."""
+
+    def __init__(self, rng, c):
+        more = rng.choice(WIDTHS)
+        super().__init__(c + more)
+        self.more, self.norm = conv(rng, c, more), _over_channels(rng, c + more)
+
+    def forward(self, x):
+        return self.norm(torch.cat([x, self.more(torch.tanh(x))], 1))
+
+
 class Computed(Block):
     """A weight that is computed from others: weight norm, spectral norm, a pruning mask in a pre-hook."""
 
@@ -477,7 +538,7 @@ class Typed(Block):
 SOUND = [
     Stack, Stack, Stack, Prelu, Residual, Concat, Depthwise, Grouped, Gate, Halves, Shuffle, Branches, Shared, OwnNorm,
     Computed, OtherFunction, OtherBranch, OtherTie, TwoFlags, StochasticDepth, Dropout, FrozenNorm, Constant, NoGrad,
-    *MASKED, PaddedMaximum, Tapped, Remembers, MixesChannels,
+    *MASKED, Weighed, Weighed, Skip, PaddedMaximum, Tapped, Remembers, MixesChannels,
 ]  # fmt: skip
 
 
