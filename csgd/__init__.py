@@ -4,7 +4,7 @@ from csgd.centripetal import decay_matrix, forecast, merge_matrix
 from csgd.clusters import cluster, relative_deviation
 from csgd.collapse import Collapse
 from csgd.errors import InputError
-from csgd.graph import ChannelSpace, Inputs, Ref, describe
+from csgd.graph import ChannelSpace, Condition, Inputs, Ref, describe
 from csgd.optim import CSGD, param_groups
 from csgd.proof import Proof, prove
 from csgd.pruned import load_pruned, save_pruned
@@ -17,6 +17,7 @@ __all__ = [
     "CSGD",
     "ChannelSpace",
     "Collapse",
+    "Condition",
     "InputError",
     "Inputs",
     "Proof",

@@ -97,10 +97,10 @@ def _refuse_unequal(model: nn.Module, touched: list[ClusteredTensor], tolerance:
     module = model.get_submodule(worst.owners[0][0])
     if isinstance(worst.tensor, nn.Parameter) and worst.tensor.requires_grad:
         way = "train on until csgd.relative_deviation is below that"
-    elif isinstance(module, nn.modules.batchnorm._NormBase) and worst.is_statistic:
+    elif isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum != 0 and worst.is_statistic:
         way = "statistics lag the filters, and stand still in eval mode: train on with this layer in train mode"
     else:
-        way = "training does not change it: keep its layer whole"
+        way = "training does not change it: csgd.Collapse does, or keep its layer whole"
     raise InputError(
         f"{worst.name} has not collapsed: relative deviation {left:.1e}, above the tolerance of {tolerance:.1e}; "
         f"{way}; merge_equal makes members equal in one stroke; tolerance=None cuts all the same, and changes outputs"

@@ -270,6 +270,10 @@ def test_what_training_does_not_change_is_a_condition_that_csgd_refuses_and_no_p
     equal = copy.deepcopy(net)
     csgd.merge_equal(equal, spaces, clusters)
     csgd.param_groups(equal, spaces, clusters, centri_strength=0.1)  # nothing is left to be brought about
+    state = equal.state_dict() | {tensor: net.state_dict()[tensor] for tensor in still}
+    equal.load_state_dict(state)
+    with pytest.raises(InputError, match=r"training does not change it: csgd.Collapse does, or keep its layer whole"):
+        csgd.trim(equal, spaces, clusters)
 
 
 def test_all_that_csgd_does_not_reach_is_refused_at_once():
