@@ -87,7 +87,7 @@ def main() -> None:
         if older:
             contenders["spaces, before"] = partial(older.find_spaces, network, size, False)
             contenders["with trial, before"] = partial(older.find_spaces, network, size, True)
-        seconds = in_turns(contenders, 3 if given.quick else 7, warmup=1)
+        seconds = in_turns(contenders, 3 if given.quick else 5, warmup=1)
         for name in contenders:
             relative = ratio(seconds[name], seconds["spaces"])
             rows.append((f"{network} at {size}", name, milliseconds(seconds[name]), f"{relative:.2f}"))
