@@ -49,6 +49,40 @@ def response(x, _):
     return x * (size / (size.mean(1, keepdim=True) + 1e-6)) + x
 
 
+def in_groups(shape):
+    """A group norm by hand, of two groups of channels."""
+
+    def norm(x, _):
+        groups, dims = x.reshape(shape(x)), tuple(range(-len(shape(x)) + 2, 0)) if len(shape(x)) > 2 else (-1,)
+        mean, var = groups.mean(dims, keepdim=True), groups.var(dims, unbiased=False, keepdim=True)
+        return ((groups - mean) / (var + 1e-5).sqrt()).reshape(x.shape)
+
+    return norm
+
+
+BY_HAND = {
+    "a dim of groups": in_groups(lambda x: (x.size(0), 2, x.size(1) // 2, *x.shape[2:])),
+    "a row for each group": in_groups(lambda x: (x.size(0), 2, -1)),
+    "groups beside images": in_groups(lambda x: (2 * x.size(0), -1)),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_group_norm_by_hand_is_cut_alike_in_each_group(name):
+    net = Net(Apply(BY_HAND[name]))
+    spaces, example = found(net)
+    space = by_name(spaces)["conv"]
+    assert space.trimmable, space.pinned
+    assert space.size == 4, "a slot holds a channel of each group"
+    assert [condition.sizes for condition in space.conditions] == [(2,)]
+    proof = csgd.prove(net, spaces, {"conv": [[0, 2], [1, 3]]}, example)
+    assert proof.exact
+    assert proof.change <= 1e-12
+    assert proof.control >= 1e-3
+    space.conditions.clear()
+    assert not csgd.prove(net, spaces, {"conv": [[0, 1, 2], [3]]}, example).exact
+
+
 NORMS = {
     "layer norm": last(lambda x, m: F.layer_norm(x, x.shape[-1:])),
     "layer norm of all but the batch": lambda x, m: F.layer_norm(x, x.shape[1:]),
@@ -92,7 +126,7 @@ def test_a_norm_over_channels_is_cut_exactly_with_clusters_of_one_size_and_with_
         (lambda x, m: x / torch.std(x, 1, True, keepdim=True), "std: runs over the channels"),
         (lambda x, m: x / x.square().sum(1, keepdim=True), "sum: runs over the channels"),
         (lambda x, m: x / x.norm(dim=1, keepdim=True), "norm: runs over the channels"),
-        (lambda x, m: F.layer_norm(x.view(2, 2, 4, 64), (4, 64)).view_as(x), "splits the channel axis"),
+        (lambda x, m: F.layer_norm(x.view(2, 2, 4, 64), (4, 64)).view_as(x), "its trial trim raises in eval mode"),
     ],
 )
 def test_what_weighs_copies_otherwise_is_pinned(function, reason):

@@ -143,6 +143,11 @@ class Ledger:
         rows = labels.movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims))
         self.means.append((rows.reshape(-1, rows.size(-1)), by))
 
+    def apart(self, labels: Tensor) -> list[int]:
+        """The dims along which channels lie that need not be clustered alike: a cut makes these shorter, not others."""
+        slots = self.slot.find(compact(self.canonical(labels)))
+        return [dim for dim in wide_dims(slots) if not torch.equal(slots, slots.narrow(dim, 0, 1).expand_as(slots))]
+
     def mixed(self, labels: Tensor, dims: set[int]) -> Tensor | None:
         """Labels (dims kept, compact) after an operation that mixes values along `dims`.
 

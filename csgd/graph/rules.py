@@ -96,9 +96,9 @@ def elementwise(ledger: Ledger, call: Call) -> None:
         if result is None:
             result, shape = labels, size
             continue
-        if wide_dims(result) and labels.numel() == 1 and all(size[d] == 1 for d in wide_dims(result)):
+        if wide_dims(result) and labels.numel() == 1 and all(size[d] == 1 for d in ledger.apart(result)):
             pass
-        elif wide_dims(labels) and result.numel() == 1 and all(shape[d] == 1 for d in wide_dims(labels)):
+        elif wide_dims(labels) and result.numel() == 1 and all(shape[d] == 1 for d in ledger.apart(labels)):
             result = labels
         else:
             result, labels = torch.broadcast_tensors(result, labels)
@@ -127,12 +127,13 @@ def reduce(ledger: Ledger, call: Call) -> None:
     if dims is None or isinstance(dims, bool):
         dims = range(ndim)
     dims = {dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)} or set(range(ndim))
-    mixed = ledger.mixed(labels, dims)
-    if mixed is None and not _is_mean(call):
-        return unknown(ledger, call, "runs over the channels")
-    if mixed is None:
+    over_channels = _is_mean(call) and not dims.isdisjoint(ledger.apart(labels))
+    mixed = None if over_channels else ledger.mixed(labels, dims)
+    if over_channels:
         ledger.weigh(ledger.canonical(labels), dims, _told(ledger, call))
         mixed = ledger.fresh(1).view([1] * ndim)
+    elif mixed is None:
+        return unknown(ledger, call, "runs over the channels")
     labels = mixed
     if call.outputs[0].dim() < ndim:
         labels = labels.reshape([labels.size(dim) for dim in range(ndim) if dim not in dims])
@@ -171,8 +172,10 @@ def reshape(ledger: Ledger, call: Call) -> None:
     if out.numel() != labels.numel():  # a view as another dtype
         return unknown(ledger, call)
     moved = ledger.canonical(labels.reshape(out.shape))
-    if len(wide_dims(moved)) > max(1, len(wide_dims(labels))):
-        ledger.pin(labels, f"{call.name}: splits the channel axis")
+    wide = wide_dims(moved)
+    if len(wide) > max(1, len(wide_dims(labels))):  # groups of channels: each loses as many, at the same places
+        for dim in wide[:-1]:
+            ledger.clustered_alike(compact(moved), dim)
     ledger.label(out, moved)
 
 

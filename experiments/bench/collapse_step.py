@@ -88,7 +88,7 @@ def passes(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -
 
 def main() -> None:
     given = arguments(__doc__)
-    turns, processes = (7, 1) if given.quick else (15, 5)
+    turns, processes = (7, 1) if given.quick else (7, 3)
     rows, numbers = [], []
     for network in ("VGG-16", "ResNet-56"):
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
