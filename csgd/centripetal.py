@@ -173,10 +173,17 @@ def one_of_each(tensor: Tensor, dim: int, segments: Tensor, *, mean: bool) -> Te
         if mean:
             first = tensor.index_select(dim, segments[members])
             share = (1 / segments.bincount()[segments[members]]).to(tensor.dtype)
+            if torch.equal(rows, first):
+                return laid_out(out, order).to(device)
             rows = torch.where(rows == first, 0, rows - first)  # also where both are infinite
             rows.mul_(share.view([-1] + [1] * (tensor.dim() - dim - 1)))
         out.index_add_(dim, torch.searchsorted(kept, segments[members]), rows)
-    return out.permute(order).contiguous().permute(inverse(order)).to(device)
+    return laid_out(out, order).to(device)
+
+
+def laid_out(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
+    """A tensor whose dims lie in memory from the first to the last of `order`."""
+    return tensor.permute(order).contiguous().permute(inverse(order))
 
 
 def representatives(segments: Tensor) -> Tensor:

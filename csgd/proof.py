@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from csgd.clusters import Clusters, clustered_tensors
+from csgd.clusters import Clusters, check_clusters, clustered_tensors
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Inputs, conditions
 from csgd.graph.twin import (
@@ -144,7 +144,7 @@ class Trial:
         self.raised_in: str | None = None  # the module that the latest cut has made raise
         self._model, self._examples = model, [Inputs.of(one) for one in (example, *examples)]
         check_examples(self._examples)
-        clustered_tensors(model, spaces, clusters)  # refuses what does not belong together
+        check_clusters(spaces, clusters)
         self.model, self.unequal, self.before = self._first_that_runs()
 
     def _first_that_runs(self) -> tuple[nn.Module, Passes | None, dict[str, Passes]]:
@@ -185,8 +185,8 @@ class Trial:
             if t.becomes_equal:
                 dim, segments = t.merged
                 rows = t.tensor.index_select(dim, segments.to(t.tensor.device))
-                if not torch.equal(rows, t.tensor):  # a constant that was expanded has no memory for each entry
-                    t.tensor.copy_(rows)
+                if 0 not in t.tensor.stride() or not torch.equal(rows, t.tensor):
+                    t.tensor.copy_(rows)  # but for a constant that was expanded: it has no memory for each entry
 
     def passes(self, model: nn.Module, mode: Mode, seed: int = 1, grad: bool = False) -> Passes:
         """Every example once in one mode, the running statistics left as they are."""
@@ -372,11 +372,10 @@ def _random(dtype: torch.dtype, generator: torch.Generator, tensor: Tensor) -> T
     """Values under which every channel matters, for a parameter: zero-initialised gammas would hide errors."""
     if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point() or not tensor.numel():
         return _as_given(dtype, generator, tensor)
-    values = torch.empty(tensor.shape, device="cpu").uniform_(-(3**0.5), 3**0.5, generator=generator)
-    values = values.to(dtype)  # drawn faster than doubles are
     fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
-    values = values.mul_((1.5 / fan_in) ** 0.5) if fan_in > 1 else values.mul_(0.4).add_(0.7)
-    return torch.empty_like(tensor, dtype=dtype).copy_(values)
+    middle, away = (0.0, (4.5 / fan_in) ** 0.5) if fan_in > 1 else (0.7, 0.7)
+    values = torch.empty_like(tensor, dtype=torch.float32, device="cpu")  # drawn faster than doubles are
+    return values.uniform_(middle - away, middle + away, generator=generator).to(tensor.device, dtype)
 
 
 @torch.no_grad()
