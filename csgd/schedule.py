@@ -1,7 +1,25 @@
-"""Learning rates as pure functions of the step."""
+"""Learning rates as pure functions of the step, and the timetable of a training."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import cos, pi
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """Every step of a training: what is trained by, and what is forecast from.
+
+    learning_rates  τ of each step
+    ramp            factor of ε at each step; None: 1 at all of them
+    """
+
+    steps_per_epoch: int
+    learning_rates: Sequence[float]
+    ramp: Sequence[float] | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.learning_rates)
 
 
 def learning_rate(

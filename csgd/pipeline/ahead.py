@@ -19,7 +19,7 @@ from csgd.pipeline.base import weights_at_hand
 from csgd.pipeline.build import device_name
 from csgd.pipeline.clock import Clock
 from csgd.pipeline.console import headline
-from csgd.pipeline.phase import phase_of
+from csgd.pipeline.phase import timetable_of
 from csgd.pipeline.pull import Pull, tell_plan
 from csgd.proof import Proof, prove
 from csgd.train import criterion
@@ -45,7 +45,7 @@ def plan_only(cfg: Any, model: nn.Module, data: Data, output_dir: Path) -> None:
     before = {"macs": count_macs(model, data.example), "params": count_params(model)}
     after = costs_after(model, data, spaces, stages)
     clock = clock_of(cfg, data, pull, before["macs"], after)
-    start = phase_of(cfg, data, "base")["steps"].stop if ready or cfg.base.weights else 0
+    start = timetable_of(cfg, data, "base").steps if ready or cfg.base.weights else 0
     steps = clock.work(start, sum(steps for steps, _ in clock.parts))
     step_seconds, memory = _step(model, data, cfg.schedule, pull.optimizer)
     layers, ahead = described(spaces, stages[-1]), pull.ahead
@@ -57,7 +57,7 @@ def plan_only(cfg: Any, model: nn.Module, data: Data, output_dir: Path) -> None:
         "proof": {"changes": proof.changes, "control": proof.control},
         "strengths": pull.strengths,
         "forecast": {
-            "steps": pull.phase["steps"].stop,
+            "steps": pull.timetable.steps,
             "collapses": ahead.collapses,
             "collapse_step": ahead.collapse_step,
             "left": {name: abs(factors[-1]) for name, factors in ahead.factors.items()},
@@ -165,9 +165,9 @@ def costs_after(
 
 def clock_of(cfg: Any, data: Data, pull: Pull, macs: int, after: list[dict[str, int]]) -> Clock:
     """The clock of a run whose stages are cut when the first one's forecast says."""
-    end, before = pull.phase["steps"].stop, macs
+    end, before = pull.timetable.steps, macs
     cut = (pull.ahead.collapse_step if cfg.trim_at == "collapse" else None) or end
-    parts = [(phase_of(cfg, data, "base")["steps"].stop, 1.0)]
+    parts = [(timetable_of(cfg, data, "base").steps, 1.0)]
     for cost in after:
         parts += [(cut, before / macs), (end - cut, cost["macs"] / macs)]
         before = cost["macs"]

@@ -20,7 +20,7 @@ import csgd.optim
 import csgd.schedule
 import csgd.seeds
 import csgd.train
-from csgd import ranks, seeds
+from csgd import ranks
 from csgd.build import label, named
 from csgd.checkpoint import load_weights, save_weights
 from csgd.data import Data
@@ -31,9 +31,9 @@ from csgd.pipeline.build import as_trained, scaler_of, versions
 from csgd.pipeline.clock import Clock, bar_of
 from csgd.pipeline.journal import Journal
 from csgd.pipeline.launch import rank_count
-from csgd.pipeline.phase import chunks, log_epoch, phase_of
+from csgd.pipeline.phase import log_epoch, timetable_of, train_spec
 from csgd.tracking import Tracker
-from csgd.train import accuracy, predict, train
+from csgd.train import Learner, Sums, accuracy, predict, train
 
 log = logging.getLogger("csgd")
 
@@ -90,28 +90,24 @@ def _train(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tr
     else:  # without clusters it is SGD, also for parameters whose first gradient comes later than that of others
         inertia = dict(momentum=schedule.momentum, nesterov=schedule.nesterov)
         optimizer = CSGD(model.parameters(), **constants, **inertia)
-    phase = phase_of(cfg, data, "base") | {"ramp_at": None, "scaler": scaler}
-    steps, random_state = phase.pop("steps"), None
+    timetable, done, sums = timetable_of(cfg, data, "base"), 0, Sums()
+    learner = Learner(model, optimizer, as_trained(cfg, model), scaler)
     if saved := journal.take("base"):
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if scaler:
-            scaler.load_state_dict(saved["scaler"])
-        steps, random_state = range(saved["step"], steps.stop), saved["random_state"]
-    clock.start(steps.start)
-    network = as_trained(cfg, model)
-    with bar_of(cfg, "base", steps) as bar:
-        for part in chunks(steps, cfg.checkpoint_every):
-            for epoch in train(network, optimizer, data, **phase, steps=part, bar=bar, random_state=random_state):
-                measured = epoch.step % phase["steps_per_epoch"] == 0 or epoch.step == steps.stop
-                test_accuracy = accuracy(*predict(model, data)) if measured else None
-                clock.tick(epoch.step)
+        learner.load_state_dict(saved)
+        done, sums = saved["step"], saved["sums"]
+    clock.start(done)
+    with bar_of(cfg, "base", range(done, timetable.steps)) as bar:
+        for moment in train(learner, data, timetable, train_spec(cfg, "base"), range(done, timetable.steps), sums):
+            bar.update()
+            if moment.epoch_ends:
+                test_accuracy = accuracy(*predict(model, data))
+                clock.tick(moment.step)
                 bar.set_description(f"base, {clock.ends()}", refresh=False)
-                if measured:
-                    row = {"epoch": epoch.step / phase["steps_per_epoch"]}
-                    log_epoch("base", epoch, test_accuracy, tracker, row, clock.seconds_left)
-                journal.save("base", epoch.step, model, optimizer, tracker, scaler=scaler and scaler.state_dict())
-            random_state = seeds.random_state()
+                row = {"epoch": moment.epoch}
+                log_epoch("base", moment, sums.shared(), test_accuracy, tracker, row, clock.seconds_left)
+                sums.clear()
+            if moment.epoch_ends or (cfg.checkpoint_every and moment.step % cfg.checkpoint_every == 0):
+                journal.save("base", moment.step, learner.state_dict(), sums, tracker)
 
 
 def _load(cfg: Any, model: nn.Module) -> bool:

@@ -8,16 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
-from torch import nn
 
 from csgd import ranks
 from csgd.checkpoint import load_checkpoint, save_checkpoint
 from csgd.errors import InputError
 from csgd.pipeline.build import code, versions
-from csgd.seeds import random_state
+from csgd.seeds import random_state, set_random_state
 from csgd.tracking import Tracker
+from csgd.train import Sums
 
 log = logging.getLogger("csgd")
 
@@ -70,40 +69,36 @@ class Journal:
         return cls(path, config, saved["record"], saved)
 
     def take(self, *phases: str) -> dict[str, Any] | None:
-        """The checkpoint if it is of one of `phases`, once."""
+        """The checkpoint if it is of one of `phases`, once; the random state is then as it was."""
         if self.saved is None or self.saved["phase"] not in phases:
             return None
         saved, self.saved = self.saved, None
         rank, states = ranks.own_share().rank, saved["random_states"]
-        return saved | {"random_state": states[rank] if rank < len(states) else None}
+        if rank < len(states):
+            set_random_state(states[rank])
+        sums = Sums(**saved["sums"]) if ranks.is_first() else Sums()  # they are of all ranks
+        return saved | {"sums": sums}
 
-    def save(
-        self,
-        phase: str,
-        step: int,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        tracker: Tracker,
-        **more: Any,
-    ) -> None:
-        """Writes a checkpoint: the model at its present widths, the optimizer, and everything that fixes the rest.
+    def save(self, phase: str, step: int, state: dict[str, Any], sums: Sums, tracker: Tracker, **more: Any) -> None:
+        """Writes a checkpoint: the state of the learner, or of the model alone, and everything that fixes the rest.
 
         phase  base | between (two stages, with all that is known in `record`) | wide | trimmed
         """
-        random_states = ranks.gathered(random_state())
+        sums.check(step)
+        random_states, shared = ranks.gathered(random_state()), sums.shared()
         if not ranks.is_first():
             return
-        state = {
+        facts = {
             "phase": phase,
             "step": step,
-            "model": model.state_dict(),
-            "optimizer": optimizer and optimizer.state_dict(),
             "random_states": random_states,
+            "sums": {"loss": shared.loss, "hits": shared.hits, "images": shared.images, "steps": shared.steps,
+                     "seconds": shared.seconds},
             "rows": tracker.rows,
             "record": self.record,
             "config": self.config,
-        }
-        save_checkpoint(self.path, state | more)
+        }  # fmt: skip
+        save_checkpoint(self.path, facts | state | more)
 
 
 def finished(cfg: Any, output_dir: Path) -> dict[str, Any] | None:

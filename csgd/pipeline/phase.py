@@ -1,9 +1,6 @@
 """What the two trainings of a run share: their schedule, and what is said of each epoch."""
 
 import logging
-from collections.abc import Callable
-from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,28 +12,35 @@ from csgd.graph.twin import keep_random_state, twin_of
 from csgd.pipeline.build import PRECISIONS
 from csgd.pipeline.launch import rank_count
 from csgd.report import duration
-from csgd.schedule import learning_rate, ramp
+from csgd.schedule import Timetable, learning_rate, ramp
 from csgd.tracking import Tracker
-from csgd.train import Epoch
+from csgd.train import Moment, Sums, TrainSpec
 
 log = logging.getLogger("csgd")
 
 
-def phase_of(cfg: Any, data: Data, name: str) -> dict[str, Any]:
-    """The arguments of `train` for schedule.base or schedule.csgd; the ramp is for the pull of the latter."""
+def timetable_of(cfg: Any, data: Data, name: str) -> Timetable:
+    """The steps of schedule.base, or those of schedule.csgd with the ramp of its pull."""
     phase = getattr(cfg.schedule, name)
-    steps_per_epoch = min(data.steps_per_epoch, phase.max_steps or data.steps_per_epoch)
-    return dict(
-        steps=range(phase.epochs * steps_per_epoch),
-        steps_per_epoch=steps_per_epoch,
-        clip_norm=phase.clip_norm,
+    per_epoch = min(data.steps_per_epoch, phase.max_steps or data.steps_per_epoch)
+    steps = range(phase.epochs * per_epoch)
+    keys = ("epochs", "lr", "warmup_epochs", "decay", "milestones", "gamma")
+    how = {key: getattr(phase, key) for key in keys}
+    rates, ramps = [learning_rate(step, steps_per_epoch=per_epoch, **how) for step in steps], None
+    if name == "csgd":
+        ramps = [ramp(step, length=round(cfg.collapse_by * len(steps)), shape=cfg.ramp) for step in steps]
+    return Timetable(per_epoch, rates, ramps)
+
+
+def train_spec(cfg: Any, name: str) -> TrainSpec:
+    """How a batch is taken in schedule.base or schedule.csgd."""
+    return TrainSpec(
+        seed=cfg.seed,
+        clip_norm=getattr(cfg.schedule, name).clip_norm,
         label_smoothing=cfg.schedule.label_smoothing,
         accumulation=cfg.schedule.accumulation,
         precision=PRECISIONS[cfg.precision],
-        check_every=cfg.distributed.check_every,
-        lr_at=partial(_lr_at(phase), steps_per_epoch=steps_per_epoch),
-        ramp_at=partial(ramp, length=round(cfg.collapse_by * phase.epochs * steps_per_epoch), shape=cfg.ramp),
-        seed=cfg.seed,
+        compare_ranks_every=cfg.distributed.check_every,
     )
 
 
@@ -45,7 +49,7 @@ def check_batches(cfg: Any, model: nn.Module, data: Data) -> None:
     is a single image on which this network cannot be trained."""
     size, count = cfg.schedule.batch_size, rank_count(cfg)
     left = data.train_size % size
-    longest = max(phase_of(cfg, data, name)["steps_per_epoch"] for name in ("base", "csgd"))
+    longest = max(timetable_of(cfg, data, name).steps_per_epoch for name in ("base", "csgd"))
     smallest = left if left and longest * size > data.train_size else size
     leaves = f"schedule.batch_size={size} leaves a last batch of {smallest} of the {data.train_size} images, "
     if count > 1 and smallest < 2 * count:
@@ -59,50 +63,30 @@ def check_batches(cfg: Any, model: nn.Module, data: Data) -> None:
             raise InputError(f"{leaves}on which this network cannot be trained: {error}") from None
 
 
-def chunks(steps: range, every: int | None) -> list[range]:
-    """`steps` in parts that end at multiples of `every`."""
-    if every is None:
-        return [steps]
-    stops = [*range((steps.start // every + 1) * every, steps.stop, every), steps.stop]
-    return [range(start, stop) for start, stop in pairwise([steps.start, *stops])]
-
-
-def _lr_at(phase: Any) -> Callable[..., float]:
-    return partial(
-        learning_rate,
-        epochs=phase.epochs,
-        lr=phase.lr,
-        warmup_epochs=phase.warmup_epochs,
-        decay=phase.decay,
-        milestones=phase.milestones,
-        gamma=phase.gamma,
-    )
-
-
 def log_epoch(
-    phase: str, epoch: Epoch, test_accuracy: float, tracker: Tracker, row: dict[str, Any], seconds_left: float
+    phase: str, moment: Moment, sums: Sums, test_accuracy: float, tracker: Tracker, row: dict[str, Any], left: float
 ) -> None:
     values = {
-        "loss": epoch.loss,
-        "train_accuracy": epoch.train_accuracy,
+        "loss": sums.mean_loss,
+        "train_accuracy": sums.accuracy,
         "test_accuracy": test_accuracy,
-        "lr": epoch.lr,
-        "seconds": epoch.seconds,
-        "seconds_per_step": epoch.seconds_per_step,
+        "lr": moment.lr,
+        "seconds": sums.seconds,
+        "seconds_per_step": sums.seconds_per_step,
     }
-    tracker.log({"phase": phase, "step": epoch.step} | {f"{phase}/{k}": v for k, v in values.items()} | row)
+    tracker.log({"phase": phase, "step": moment.step} | {f"{phase}/{k}": v for k, v in values.items()} | row)
     deviations = "".join(
         f", deviation of {k.split('/')[1]} {v:.1e}" for k, v in row.items() if k.startswith("deviation/")
     )
     log.info(
         "%s epoch %d: loss %.4f, test accuracy %.4f, lr %.2g%s, %.1f s (%.3g ms a step), %s to go",
         phase,
-        epoch.epoch,
-        epoch.loss,
+        moment.epoch,
+        sums.mean_loss,
         test_accuracy,
-        epoch.lr,
+        moment.lr,
         deviations,
-        epoch.seconds,
-        1000 * epoch.seconds_per_step,
-        duration(seconds_left),
+        sums.seconds,
+        1000 * sums.seconds_per_step,
+        duration(left),
     )

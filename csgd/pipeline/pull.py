@@ -1,34 +1,30 @@
 """The C-SGD phase: forecast, training until the collapse, the cut, and the rest of the run."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from torch.amp import GradScaler
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from csgd import seeds
 from csgd.clusters import Clusters
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 from csgd.optim import CSGD, check_stability, param_groups
-from csgd.pipeline.build import as_trained
 from csgd.pipeline.clock import Clock
 from csgd.pipeline.journal import Journal
-from csgd.pipeline.phase import chunks, log_epoch, phase_of
-from csgd.plan import Plan, Timetable, plan, strengths_by
-from csgd.seeds import RandomState
+from csgd.pipeline.phase import log_epoch, timetable_of, train_spec
+from csgd.plan import Collapsed, Plan, plan, strengths_by
+from csgd.schedule import Timetable
 from csgd.tracking import Tracker
-from csgd.train import Epoch, accuracy, predict, train
+from csgd.train import Learner, Moment, Sums, accuracy, predict, train
 from csgd.trim import merge_equal, statistics_momentum, trim
 from csgd.verify import Verdict, deviation, statistics_spread, verdict, worst, worst_deviation
 
 log = logging.getLogger("csgd")
-
-Tested = tuple[list[Tensor], Tensor]  # outputs of the test set, the logits [n, classes] first, and its labels [n]
 
 LOOK_EVERY = 10  # steps between two looks at the deviation, once the collapse is due
 
@@ -52,13 +48,13 @@ class Pull:
     """
 
     optimizer: CSGD
-    phase: dict[str, Any]
+    timetable: Timetable
     ahead: Plan
     start: dict[str, float]
 
     @classmethod
     def of(cls, cfg: Any, model: nn.Module, data: Data, spaces: list[ChannelSpace], clusters: Clusters) -> "Pull":
-        phase, timetable = _timetable(cfg, model, data)
+        timetable, collapsed = timetable_of(cfg, data, "csgd"), _collapsed(cfg, model)
 
         def optimizer(strength: float, ratio: float) -> CSGD:
             groups = param_groups(
@@ -74,9 +70,9 @@ class Pull:
             return CSGD(groups, cfg.schedule.csgd.lr, cfg.schedule.momentum, cfg.schedule.nesterov)
 
         if cfg.centri_strength == "auto":
-            made, steps = optimizer(0.0, 0.0), len(timetable.learning_rates)
+            made, steps = optimizer(0.0, 0.0), timetable.steps
             within = round(cfg.collapse_by * steps)
-            solved = strengths_by(made.clustered_groups(), timetable, within)
+            solved = strengths_by(made.clustered_groups(), timetable, collapsed, within)
             if None in solved.values():
                 raise InputError(
                     f"centri_strength=auto: no stable strength collapses the filters within {within} of {steps} "
@@ -87,17 +83,17 @@ class Pull:
         else:
             made = optimizer(cfg.centri_strength, cfg.vector_ratio)
         start = {group["name"]: float(made.deviation(group)) for group in made.clustered_groups()}
-        return cls(made, phase, plan(made.clustered_groups(), timetable), start)
+        return cls(made, timetable, plan(made.clustered_groups(), timetable, collapsed), start)
 
     @classmethod
     def resumed(cls, cfg: Any, model: nn.Module, data: Data, saved: dict[str, Any]) -> "Pull":
         """The phase as a checkpoint left it, before its cut or after it."""
-        phase, timetable = _timetable(cfg, model, data)
+        timetable = timetable_of(cfg, data, "csgd")
         named = dict(model.named_parameters())
         optimizer = CSGD([{"params": [named[name] for name in names]} for names in saved["groups"]], lr=0.0)
         optimizer.load_state_dict(saved["optimizer"])
         clustered = [group for group in optimizer.param_groups if group["name"] in saved["start"]]
-        return cls(optimizer, phase, plan(clustered, timetable), saved["start"])
+        return cls(optimizer, timetable, plan(clustered, timetable, _collapsed(cfg, model)), saved["start"])
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -110,8 +106,8 @@ class Pull:
 
     def curves(self, points: int) -> dict[str, list[tuple[int, float]]]:
         """The forecast deviation of each group as (step, deviation), at about so many steps."""
-        steps = self.phase["steps"]
-        shown = range(1, steps.stop + 1, max(1, steps.stop // points))
+        steps = self.timetable.steps
+        shown = range(1, steps + 1, max(1, steps // points))
         return {name: [(step, self.foreseen(name, step)) for step in shown] for name in self.start}
 
     def state(self, model: nn.Module) -> dict[str, Any]:
@@ -123,12 +119,10 @@ class Pull:
         }
 
 
-def _timetable(cfg: Any, model: nn.Module, data: Data) -> tuple[dict[str, Any], Timetable]:
-    phase = phase_of(cfg, data, "csgd")
-    rates, ramps = ([phase[at](step) for step in phase["steps"]] for at in ("lr_at", "ramp_at"))
+def _collapsed(cfg: Any, model: nn.Module) -> Collapsed:
     momenta = statistics_momentum(model), 1 - cfg.schedule.ema if cfg.schedule.ema else None
     slowest = min((momentum for momentum in momenta if momentum is not None), default=None)
-    return phase, Timetable(rates, ramps, cfg.tolerance.deviation, slowest)
+    return Collapsed(cfg.tolerance.deviation, slowest)
 
 
 def tell_plan(pull: Pull) -> None:
@@ -140,107 +134,101 @@ def tell_plan(pull: Pull) -> None:
         log.warning("%s", ahead.warning)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage:
-    """One C-SGD phase on its way to one set of widths; `number` counts from 0.
+    """One C-SGD phase on its way to one set of widths; `number` counts from 0, `step` within it.
 
-    scaler  of the gradients, for float16;  average  of the weights, if there is one
+    sums  of the steps since the last row of metrics
     """
 
     cfg: Any
-    model: nn.Module
     data: Data
     spaces: list[ChannelSpace]
     clusters: Clusters
     pull: Pull
-    scaler: GradScaler | None
-    average: AveragedModel | None
+    learner: Learner
     number: int
     journal: Journal
     tracker: Tracker
     clock: Clock
     bar: tqdm
+    step: int
+    sums: Sums
 
-    def train_wide(self, done: int, random_state: RandomState | None) -> tuple[int, RandomState | None, Tested | None]:
-        """Trains the wide network from step `done` to its cut; the step of that, and what `train` returns there."""
-        network, tested = as_trained(self.cfg, self.model), None
-        end = self.pull.phase["steps"].stop
+    def train_wide(self) -> None:
+        """Trains the wide network to its cut."""
         foreseen = self.pull.ahead.collapse_step if self.cfg.trim_at == "collapse" else None
-        if done < (foreseen or end):
-            random_state, tested = self.train(network, "wide", range(done, foreseen or end), random_state)
-            done = foreseen or end
-        while foreseen and done < end:
-            past = (done - foreseen) % LOOK_EVERY  # a run that goes on looks where it would have looked
-            if not past and self.is_collapsed():
+        for moment in self.train("wide"):
+            late = moment.step - (foreseen or self.pull.timetable.steps)
+            looks = late >= 0 and late % LOOK_EVERY == 0  # slower than the forecast: float32, a mean of means
+            if looks:
+                self.learner.share_buffers()
+            if moment.epoch_ends or looks:
+                self.tell("wide", moment)
+            if looks and self.is_collapsed():
                 break
-            more = range(done, min(done + LOOK_EVERY - past, end))  # slower than the forecast: float32, a mean of means
-            random_state, tested = self.train(network, "wide", more, random_state)
-            done = more.stop
-        return done, random_state, tested
+
+    def train_narrow(self) -> None:
+        for moment in self.train("trimmed"):
+            if moment.epoch_ends:
+                self.tell("trimmed", moment)
 
     def is_collapsed(self) -> bool:
         """Whether every tensor that is to be merged has collapsed, running statistics and the average included."""
-        networks = [self.model, self.average.module] if self.average else [self.model]
+        average = self.learner.average
+        networks = [self.learner.model, average.module] if average else [self.learner.model]
         left = [worst_deviation(network, self.spaces, self.clusters) for network in networks]
         return all(value <= self.cfg.tolerance.deviation for value in left)
 
-    def train(
-        self, network: nn.Module, phase: str, steps: range, random_state: RandomState | None
-    ) -> tuple[RandomState | None, Tested | None]:
-        """Some steps, wide or trimmed: metrics at the end of each epoch and of `steps`, and checkpoints.
+    def train(self, phase: str) -> Iterator[Moment]:
+        """The steps that are left, wide or trimmed; saves at the end of each epoch, after the caller has looked."""
+        every, timetable = self.cfg.checkpoint_every, self.pull.timetable
+        self.clock.start(self.position(self.step))
+        steps, spec = range(self.step, timetable.steps), train_spec(self.cfg, "csgd")
+        for moment in train(self.learner, self.data, timetable, spec, steps, self.sums):
+            self.step = moment.step
+            self.bar.update()
+            yield moment
+            if moment.epoch_ends or (every and moment.step % every == 0):
+                self.save(phase)
 
-        Takes and returns the random state at the first and after the last step, and returns what the network
-        says of the test set after the last one; None where there is no step.
-        """
-        arguments, optimizer, tested = self.pull.phase, self.pull.optimizer, None
-        self.clock.start(self.position(steps.start))
-        for part in chunks(steps, self.cfg.checkpoint_every):
-            here = arguments | {"steps": part, "bar": self.bar, "random_state": random_state}
-            here |= {"scaler": self.scaler, "average": self.average}
-            for epoch in train(network, optimizer, self.data, **here):
-                measured = epoch.step % arguments["steps_per_epoch"] == 0 or epoch.step == steps.stop
-                tested = predict(self.model, self.data) if measured else None
-                self.clock.tick(self.position(epoch.step))
-                self.tell_pace(phase, epoch)
-                if tested:
-                    self.log(epoch, accuracy(*tested))
-                self.save(phase, epoch.step)
-            random_state = seeds.random_state()
-        return random_state, tested
-
-    def save(self, phase: str, step: int) -> None:
-        states = {
-            key: value and value.state_dict() for key, value in (("scaler", self.scaler), ("average", self.average))
-        }
-        more = self.pull.state(self.model) | states | {"clusters": self.clusters}
-        self.journal.save(phase, step, self.model, self.pull.optimizer, self.tracker, **more)
+    def save(self, phase: str) -> None:
+        more = self.pull.state(self.learner.model) | {"clusters": self.clusters}
+        self.journal.save(phase, self.step, self.learner.state_dict(), self.sums, self.tracker, **more)
 
     def position(self, step: int) -> int:
         """The same step, counted from the start of the run."""
-        base = phase_of(self.cfg, self.data, "base")["steps"].stop
-        return base + self.number * self.pull.phase["steps"].stop + step
+        return timetable_of(self.cfg, self.data, "base").steps + self.number * self.pull.timetable.steps + step
 
-    def tell_pace(self, phase: str, epoch: Epoch) -> None:
+    def tell(self, phase: str, moment: Moment) -> None:
+        """A row of metrics, and the pace in the bar."""
+        sums = self.sums.shared()
+        self.clock.tick(self.position(moment.step))
+        self.tell_pace(phase, sums)
+        self.log(moment, sums, accuracy(*predict(self.learner.model, self.data)))
+        self.sums.clear()
+
+    def tell_pace(self, phase: str, sums: Sums) -> None:
         """Adds to what the steps of this stage have taken, wide and trimmed, and shows it in the bar."""
         pace = self.journal.record["pace"]
         seconds, steps = pace.get(phase, (0.0, 0))
-        pace[phase] = seconds + epoch.seconds, steps + epoch.steps
+        pace[phase] = seconds + sums.seconds, steps + sums.steps
         now = ""
         if phase == "trimmed":
             wide, trimmed = (1000 * seconds / steps for seconds, steps in (pace["wide"], pace["trimmed"]))
             now = f", cut at {self.journal.record['stage']['cut_step']}: {wide:.3g} → {trimmed:.3g} ms a step"
         self.bar.set_description(f"C-SGD{now}, {self.clock.ends()}", refresh=False)
 
-    def log(self, epoch: Epoch, test_accuracy: float) -> None:
-        schedule = self.cfg.schedule
+    def log(self, moment: Moment, sums: Sums, test_accuracy: float) -> None:
+        schedule, optimizer, average = self.cfg.schedule, self.learner.optimizer, self.learner.average
         before = schedule.base.epochs + self.number * schedule.csgd.epochs
-        row = {"epoch": before + epoch.step / self.pull.phase["steps_per_epoch"], "stage": self.number + 1}
-        for group in self.pull.optimizer.clustered_groups():
-            row[f"deviation/{group['name']}"] = float(self.pull.optimizer.deviation(group))
-            row[f"forecast/{group['name']}"] = self.pull.foreseen(group["name"], epoch.step)
-        if self.average:
-            row["csgd/average_accuracy"] = accuracy(*predict(self.average.module, self.data))
-        log_epoch("csgd", epoch, test_accuracy, self.tracker, row, self.clock.seconds_left)
+        row = {"epoch": before + moment.step / self.pull.timetable.steps_per_epoch, "stage": self.number + 1}
+        for group in optimizer.clustered_groups():
+            row[f"deviation/{group['name']}"] = float(optimizer.deviation(group))
+            row[f"forecast/{group['name']}"] = self.pull.foreseen(group["name"], moment.step)
+        if average:
+            row["csgd/average_accuracy"] = accuracy(*predict(average.module, self.data))
+        log_epoch("csgd", moment, sums, test_accuracy, self.tracker, row, self.clock.seconds_left)
 
 
 def cut(
@@ -251,16 +239,15 @@ def cut(
     clusters: Clusters,
     optimizer: CSGD,
     average: AveragedModel | None,
-    tested: Tested | None,
 ) -> Verdict:
-    """Trims the model and the optimizer in place, and judges what that did to the outputs, which were `tested`.
+    """Trims the model and the optimizer in place, and judges what that did to the outputs.
 
     The average of the weights is what ships, if there is one.  It is trimmed too, by its means: as it is linear in the
     weights, it goes on as the average of a run that was narrow from its start.  The worse of the two cuts counts, and
     the accuracies are the average's.
     """
     networks = [model, average.module] if average else [model]
-    wide = [tested or predict(model, data), *(predict(network, data) for network in networks[1:])]
+    wide = [predict(network, data) for network in networks]
     measured = [
         dict(
             deviation=deviation(network, spaces, clusters),

@@ -52,7 +52,7 @@ from csgd.pruned import save_pruned
 from csgd.reload import load_trimmed
 from csgd.seeds import seed_all
 from csgd.tracking import Tracker
-from csgd.train import accuracy, predict
+from csgd.train import Learner, Sums, accuracy, predict
 from csgd.verify import Verdict, count_macs, count_params, worst
 
 log = logging.getLogger("csgd")
@@ -132,7 +132,7 @@ def _run(cfg: Any, output_dir: Path, command: str | None) -> Verdict | None:
         for number in range(len(record.setdefault("stages", [])), len(stages)):
             _stage(cfg, model, data, trial, number, stages[number], journal, tracker, clock, output_dir)
             seconds["total"] = before + time.perf_counter() - started
-            journal.save("between", 0, model, None, tracker)
+            journal.save("between", 0, {"model": model.state_dict()}, Sums(), tracker)
         record["cost"] |= _cost(model, data, "after")
         seconds["csgd"] = seconds["csgd_wide"] + seconds["csgd_trimmed"]
         seconds["total"] = before + time.perf_counter() - started
@@ -176,19 +176,19 @@ def _stage(
         load_trimmed(model, saved["model"])
     spaces = spaces_of_run(model, data, trial)  # mostly without: that was made on the network before its cuts
     if saved:
-        clusters, done, random_state = saved["clusters"], saved["step"], saved["random_state"]
-        pull = Pull.resumed(cfg, model, data, saved)
+        clusters, pull = saved["clusters"], Pull.resumed(cfg, model, data, saved)
     else:
         with clocked(seconds, "cluster"):
             how = cfg.clustering.method, cfg.seed, cfg.clustering.of
             clusters = ranks.from_first(cluster(model, spaces, widths, *how) if ranks.is_first() else None)
             proven(model, spaces, clusters, data)
-        pull, done, random_state = Pull.of(cfg, model, data, spaces, clusters), 0, None
+        pull = Pull.of(cfg, model, data, spaces, clusters)
         journal.record["pace"] = {}
     scaler, average = scaler_of(cfg, data.example.device), average_of(cfg, model)
-    for follower, key in ((scaler, "scaler"), (average, "average")):
-        if follower and saved:
-            follower.load_state_dict(saved[key])
+    learner, done, sums = Learner(model, pull.optimizer, as_trained(cfg, model), scaler, average), 0, Sums()
+    if saved:
+        learner.load_state_dict(saved)
+        done, sums = saved["step"], saved["sums"]
     album, wide = None, not saved or saved["phase"] == "wide"
     if ranks.is_first():
         write_json(output_dir / "clusters.json", clusters)
@@ -197,25 +197,24 @@ def _stage(
             album = Album.of(output_dir / "filters.safetensors", number, model, spaces, clusters)
     if not saved:
         _keep(album, model, "start")
-    end = pull.phase["steps"].stop
+    end = pull.timetable.steps
     with bar_of(cfg, "C-SGD", range(done, end)) as bar:
-        stage = Stage(cfg, model, data, spaces, clusters, pull, scaler, average, number, journal, tracker, clock, bar)
+        stage = Stage(cfg, data, spaces, clusters, pull, learner, number, journal, tracker, clock, bar, done, sums)
         if wide:
             with clocked(seconds, "csgd_wide"):
-                done, random_state, tested = stage.train_wide(done, random_state)
+                stage.train_wide()
             with clocked(seconds, "trim"):
                 _keep(album, model, "collapse")
-                judged = cut(cfg, model, data, spaces, clusters, pull.optimizer, average, tested)
+                judged = cut(cfg, model, data, spaces, clusters, pull.optimizer, average)
                 _keep(album, model, "cut")
-            bar.set_description(f"C-SGD, cut at {done}", refresh=False)
-            journal.record["stage"] = {"cut_step": done, "verdict": asdict(judged)}
-            stage.save("trimmed", done)
+            bar.set_description(f"C-SGD, cut at {stage.step}", refresh=False)
+            journal.record["stage"] = {"cut_step": stage.step, "verdict": asdict(judged)}
+            stage.save("trimmed")
+            learner.network = as_trained(cfg, model)
         with clocked(seconds, "csgd_trimmed"):
-            network = as_trained(cfg, model)
-            _, tested = stage.train(network, "trimmed", range(done, end), random_state)
+            stage.train_narrow()
     if average:
         model.load_state_dict(average.module.state_dict())
-        tested = None
     record = journal.record.pop("stage")
     journal.record["stages"].append(
         {
@@ -226,7 +225,7 @@ def _stage(
                 "predicted_step": pull.ahead.collapse_step,
                 "fraction": record["cut_step"] / end,
             },
-            "verdict": record["verdict"] | {"accuracy": accuracy(*(tested or predict(model, data)))},
+            "verdict": record["verdict"] | {"accuracy": accuracy(*predict(model, data))},
             "forecast": {"steps": end, "curves": pull.curves(FORECAST_POINTS)},
         }
     )

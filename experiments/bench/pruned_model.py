@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from conf.schema import register
 from csgd.build import build
 from csgd.checkpoint import load_weights
 from csgd.pipeline.build import placed
-from csgd.pipeline.phase import phase_of
-from csgd.train import accuracy, predict, train
+from csgd.pipeline.phase import timetable_of, train_spec
+from csgd.train import Learner, accuracy, predict, train
 from csgd.verify import count_macs
 
 NETWORKS = {"ResNet-20": ["model=resnet20", "dataset.image_size=16"], "VGG-16": ["model=vgg16"]}
@@ -91,8 +92,11 @@ def torch_pruning(settings: list[str], base: dict) -> dict:
     schedule = cfg.schedule
     inertia = dict(momentum=schedule.momentum, nesterov=schedule.nesterov, weight_decay=schedule.weight_decay)
     optimizer = torch.optim.SGD(model.parameters(), schedule.csgd.lr, **inertia)
-    for _ in train(model, optimizer, data, **phase_of(cfg, data, "csgd") | {"ramp_at": None}):
-        at_end = accuracy(*predict(model, data))
+    timetable = replace(timetable_of(cfg, data, "csgd"), ramp=None)
+    learner, spec = Learner.of(model, optimizer), train_spec(cfg, "csgd")
+    for moment in train(learner, data, timetable, spec, range(timetable.steps)):
+        if moment.epoch_ends:
+            at_end = accuracy(*predict(model, data))
     return {
         "seconds": time.perf_counter() - started,
         "after_cut": after_cut,
