@@ -88,10 +88,10 @@ def _run(cfg) -> tuple[int, float]:
     hydra_config = HydraConfig.get()
     output_dir = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode == RunMode.MULTIRUN:
-        if summary := finished(cfg, output_dir):
+        if verdict := finished(cfg, output_dir):
             log.info("finished before: %s", output_dir)
             (output_dir / "failed.txt").unlink(missing_ok=True)
-            return 0 if summary["verdict"]["lossless"] else 1, summary["verdict"]["accuracy"]
+            return 0 if verdict.lossless else 1, verdict.accuracy
         cfg.wandb.group = cfg.wandb.group or hydra_config.sweep.dir
         cfg.progress = cfg.progress and _kind(hydra_config.launcher) == "BasicLauncher"
     overrides = [re.sub(r"^(\+{0,2}deps=)'(\d+_\d+)'$", r"\1\2", override) for override in hydra_config.overrides.task]

@@ -45,7 +45,7 @@ CONFIGURATIONS = {
     "planned": ["plan_only=true", "deps.stages=[0.75,0.5]"],
     "fast": ["centri_strength=500"],  # diverges: refused
     "whole": ["deps.fraction=1"],  # nothing to trim: refused
-    "few": ["schedule.batch_size=239"],  # a last batch of one image: refused
+    "single": ["schedule.batch_size=239"],  # and a batch of one image
 }
 KILLED = ["deps.stages=[0.75,0.5]", "schedule.ema=0.8", "schedule.csgd={epochs: 5, lr: 0.05}", "checkpoint_every=7"]
 NETS = '''

@@ -16,7 +16,8 @@ import csgd
 from csgd import data, ranks
 from csgd.models import resnet20
 from csgd.pipeline.launch import RankError, launch
-from csgd.pipeline.phase import check_batches
+from csgd.pipeline.setup import check_batches
+from csgd.pipeline.spec import RunSpec
 from csgd.ranks import Share
 from csgd.reload import load_trimmed
 from csgd.schedule import Timetable
@@ -162,12 +163,12 @@ def test_a_rank_that_goes_astray_is_named(kind, error, message):
 def test_a_batch_too_small_for_the_ranks_is_refused():
     d = data.digits(image_size=8, batch_size=718, shift=0, seed=0, device=CPU)
     few = "schedule.batch_size=718"
-    check_batches(composed(few), Plain(), d)
+    check_batches(RunSpec.of(composed(few)), Plain(), d)
     with pytest.raises(csgd.InputError, match="a last batch of 1 of the 1437 images, 2 ranks need at least 4"):
-        check_batches(composed(few, "distributed.nproc=2"), Plain(), d)
+        check_batches(RunSpec.of(composed(few, "distributed.nproc=2")), Plain(), d)
     short = [few, "schedule.base.max_steps=2", "schedule.csgd.max_steps=2"]
-    check_batches(composed(*short, "distributed.nproc=2"), Plain(), d)
-    check_batches(composed("schedule.batch_size=16", "distributed.nproc=4"), Plain(), d)
+    check_batches(RunSpec.of(composed(*short, "distributed.nproc=2")), Plain(), d)
+    check_batches(RunSpec.of(composed("schedule.batch_size=16", "distributed.nproc=4")), Plain(), d)
 
 
 def test_shares_make_the_batches_of_one():

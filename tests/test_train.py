@@ -3,7 +3,6 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 import csgd
 from csgd import CSGD, InputError, data
 from csgd.centripetal import forecast
-from csgd.pipeline.build import as_trained
+from csgd.pipeline.device import as_trained
 from csgd.plan import Collapsed, Plan, plan, strengths_by
 from csgd.schedule import Timetable, ramp
 from csgd.train import DivergedError, Learner, Sums, TrainSpec, accuracy, criterion, logits_of, predict, train
@@ -179,7 +178,7 @@ def test_compiled_once_before_and_once_after_the_cut():
         csgd.merge_equal(net, spaces, clusters)
         torch._dynamo.utils.counters.clear()
         for phase in (0, 1):
-            learner = Learner(net, optimizer, as_trained(SimpleNamespace(compile=compiled), net))
+            learner = Learner(net, optimizer, as_trained(net, compiled))
             timetable, steps = Timetable(6, [0.05] * 24), range(12 * phase, 12 * phase + 12)
             list(train(learner, d, timetable, TrainSpec(0), steps))
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled * (phase + 1)
@@ -193,7 +192,7 @@ def test_few_channels_of_a_strided_conv_of_one_pixel_do_not_corrupt_memory():
     code = """
 import torch
 from torch import nn
-from csgd.pipeline.build import placed
+from csgd.pipeline.device import placed
 torch.set_num_threads(2)
 for inputs in (4, 8, 10, 15):
     net = nn.Sequential(nn.Conv2d(3, inputs, 3, padding=1), nn.Conv2d(inputs, 20, 1, stride=2, bias=False))

@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from omegaconf import OmegaConf
 from conf.schema import register
 from csgd.build import build
 from csgd.checkpoint import load_weights
-from csgd.pipeline.build import placed
-from csgd.pipeline.phase import timetable_of, train_spec
+from csgd.pipeline.device import placed
+from csgd.pipeline.spec import RunSpec, timetable_of
 from csgd.train import Learner, accuracy, predict, train
 from csgd.verify import count_macs
 
@@ -76,25 +75,24 @@ def torch_pruning(settings: list[str], base: dict) -> dict:
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         register()
-        cfg = OmegaConf.to_object(compose("config", settings))
+        spec = RunSpec.of(OmegaConf.to_object(compose("config", settings)))
     device = torch.device("cpu")
-    data = build("dataset", cfg.dataset, batch_size=cfg.schedule.batch_size, seed=cfg.seed, device=device)
-    model = build("model", cfg.model, num_classes=data.num_classes, image_size=data.example.size(-1))
+    data = build("dataset", spec.dataset, batch_size=spec.batch_size, seed=spec.seed, device=device)
+    model = build("model", spec.model, num_classes=data.num_classes, image_size=data.example.size(-1))
     model = placed(model, device)
     model.load_state_dict(load_weights(ROOT / base["source"]))
     before = count_macs(model, data.example)
     started = time.perf_counter()
     heads = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     importance = torch_pruning.importance.MagnitudeImportance(p=2)
-    how = dict(importance=importance, pruning_ratio=1 - cfg.deps.fraction, ignored_layers=heads)
+    how = dict(importance=importance, pruning_ratio=1 - spec.deps.fraction, ignored_layers=heads)
     torch_pruning.pruner.MagnitudePruner(model, data.example, **how).step()
     after_cut = accuracy(*predict(model, data))
-    schedule = cfg.schedule
-    inertia = dict(momentum=schedule.momentum, nesterov=schedule.nesterov, weight_decay=schedule.weight_decay)
-    optimizer = torch.optim.SGD(model.parameters(), schedule.csgd.lr, **inertia)
-    timetable = replace(timetable_of(cfg, data, "csgd"), ramp=None)
-    learner, spec = Learner.of(model, optimizer), train_spec(cfg, "csgd")
-    for moment in train(learner, data, timetable, spec, range(timetable.steps)):
+    sgd, pull = spec.sgd, spec.pull
+    inertia = dict(momentum=sgd.momentum, nesterov=sgd.nesterov, weight_decay=sgd.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), pull.rates.lr, **inertia)
+    timetable = timetable_of(pull.rates, data.steps_per_epoch)
+    for moment in train(Learner.of(model, optimizer), data, timetable, pull.train, range(timetable.steps)):
         if moment.epoch_ends:
             at_end = accuracy(*predict(model, data))
     return {
