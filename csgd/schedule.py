@@ -49,7 +49,12 @@ def learning_rate(
     raise ValueError(f"decay must be cosine, step or constant, got {decay!r}")
 
 
-RAMPS = ("constant", "linear", "quadratic", "cosine")
+RAMPS = {
+    "constant": lambda x: 1.0,
+    "linear": lambda x: x,
+    "quadratic": lambda x: x * x,
+    "cosine": lambda x: (1 - cos(pi * x)) / 2,
+}
 
 
 def ramp(step: int, *, length: int, shape: str = "constant") -> float:
@@ -59,5 +64,4 @@ def ramp(step: int, *, length: int, shape: str = "constant") -> float:
     """
     if shape not in RAMPS:
         raise ValueError(f"a ramp must be one of {', '.join(RAMPS)}, got {shape!r}")
-    x = min(1.0, (step + 1) / max(1, length))
-    return {"constant": 1.0, "linear": x, "quadratic": x * x, "cosine": (1 - cos(pi * x)) / 2}[shape]
+    return RAMPS[shape](min(1.0, (step + 1) / max(1, length)))

@@ -17,6 +17,7 @@ from csgd.pipeline.progress import Part, Progress, StageResult
 from csgd.pipeline.provenance import flat, refuse_other, versions
 from csgd.pipeline.setup import Setup
 from csgd.pipeline.ship import ship
+from csgd.pipeline.spec import plain
 from csgd.pipeline.watch import warn_instead_of_raising
 from csgd.pruned import save_pruned
 from csgd.tracking import Tracker
@@ -53,7 +54,7 @@ def finished(config: "Config", path: Path) -> Verdict | None:
     if not folder.summary.exists():
         return None
     summary = folder.read_summary()
-    refuse_other("hydra.sweep.dir", path, flat(summary["config"]), flat(asdict(config)))
+    refuse_other("hydra.sweep.dir", path, flat(summary["config"]), flat(plain(config)))
     return Verdict(**summary["verdict"])
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,8 +139,13 @@ class RunSpec:
             shows_bar=c.progress and not c.quiet,
             quiet=c.quiet,
             export=c.export,
-            config=asdict(c),
+            config=plain(c),
         )
+
+
+def plain(c: "Config") -> dict[str, Any]:
+    """The configuration as plain JSON."""
+    return asdict(c, dict_factory=lambda pairs: {k: str(v) if isinstance(v, StrEnum) else v for k, v in pairs})
 
 
 def machine_of(c: "Config") -> Machine:

@@ -34,7 +34,7 @@ class Watch:
         name = f"{label(spec.model)}-{label(spec.dataset)}-{spec.deps.fraction:g}-s{spec.seed}"
         settings = dict(project=wandb.project, entity=wandb.entity, group=wandb.group, tags=wandb.tags, name=name)
         where = progress.folder.path if first else None
-        self.tracker = Tracker(where, mode=wandb.mode, config=spec.config, settings=settings, rows=progress.rows)
+        self.tracker = Tracker(where, mode=str(wandb.mode), config=spec.config, settings=settings, rows=progress.rows)
         self._plan, self._album, self._opened = plan, None, ExitStack()
         self._opened.push(self.tracker)
         self._shows = spec.shows_bar and first and sys.stderr.isatty()
