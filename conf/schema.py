@@ -10,7 +10,7 @@ from enum import StrEnum, auto
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import II, MISSING
+from omegaconf import MISSING
 
 
 class ConfigError(ValueError):
@@ -145,9 +145,6 @@ class Schedule:
     label_smoothing: float = 0.0  # in both trainings
     ema: float | None = None  # decay of a moving average of the weights, of C-SGD: what the run then ends with
     accumulation: int = 1  # parts in which a batch goes through the network: less memory, the same gradient
-    centri_strength: Any = MISSING
-    vector_ratio: float = MISSING
-    ramp: Ramp = Ramp.constant
     base: Phase = MISSING
     csgd: Phase = MISSING
 
@@ -241,9 +238,9 @@ class Config:
     base: Base = MISSING
     tolerance: Tolerance = MISSING
     distributed: Distributed = MISSING
-    centri_strength: Any = II("schedule.centri_strength")
-    vector_ratio: float = II("schedule.vector_ratio")
-    ramp: Ramp = II("schedule.ramp")
+    centri_strength: Any = MISSING
+    vector_ratio: float = MISSING
+    ramp: Ramp = MISSING
     collapse_by: float = MISSING
     trim_at: TrimAt = MISSING
     after_trim: AfterTrim = MISSING
