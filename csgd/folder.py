@@ -92,10 +92,11 @@ class RunFolder:
             return True
 
     def clear(self) -> None:
-        """Removes what an older run has come to, so that this one is not taken for it."""
-        pictures = self.report.glob("*.png")
-        for path in (self.summary, self.failure, self.path / "report.html", *self.path.glob("pruned.*"), *pictures):
-            path.unlink(missing_ok=True)
+        """Removes what says that an older run came to its end; its weights stay until this one's take their place."""
+        told = (self.summary, self.failure, self.card, self.path / "report.html", *self.report.glob("*.png"))
+        for path in told:
+            if path.is_file():
+                path.unlink()
 
     def status(self) -> Status:
         """How far the run in it has come."""

@@ -34,12 +34,12 @@ def test_a_second_process_is_kept_out(folder):
         pass
 
 
-def test_what_an_older_run_came_to_is_cleared_and_its_checkpoints_are_not(folder):
+def test_what_an_older_run_came_to_is_cleared_and_its_weights_are_not(folder):
     folder.checkpoint.parent.mkdir()
     folder.report.mkdir()
-    gone = [folder.summary, folder.failure, folder.card, folder.report / "curves.png"]
-    gone += [folder.path / name for name in ("pruned.safetensors", "pruned.json", "pruned.onnx.data", "report.html")]
-    kept = [folder.checkpoint, folder.metrics, folder.plan, folder.path / "run.log"]
+    (folder.report / "in_the_way.png").mkdir()
+    gone = [folder.summary, folder.failure, folder.card, folder.report / "curves.png", folder.path / "report.html"]
+    kept = [folder.checkpoint, folder.metrics, folder.plan, folder.path / "run.log", folder.path / "pruned.safetensors"]
     for path in gone + kept:
         path.write_text("{}")
     folder.clear()
