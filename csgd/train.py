@@ -80,7 +80,7 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "average": self.average}
-        return {key: part and part.state_dict() for key, part in parts.items()}
+        return {key: part if part is None else part.state_dict() for key, part in parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -97,7 +97,7 @@ class Sums:
 
     loss       of the steps, each the mean over its batch;  hits, images  over all batches
     seconds    of the steps alone, with the loading of their images
-    unchecked  losses that have not been looked at: a look waits for the device
+    unchecked  losses that have not been looked at, as a look waits for the device; `clear` leaves them
     """
 
     loss: Tensor | float = 0.0

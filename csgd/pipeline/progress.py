@@ -231,6 +231,7 @@ def _restored(saved: Checkpoint, setup: Setup, folder: RunFolder) -> Progress:
     """The facts of a checkpoint, and its weights in the network, at their widths."""
     facts = saved["facts"]
     load_trimmed(setup.model, saved["state"]["model"])
+    counted = {"loss": 0.0, "hits": 0.0, "images": 0}  # by rank 0 for all ranks
     results = [StageResult(**one | {"verdict": Verdict(**one["verdict"])}) for one in facts["results"]]
     typed = {
         "part": Part(facts["part"]),
@@ -238,7 +239,7 @@ def _restored(saved: Checkpoint, setup: Setup, folder: RunFolder) -> Progress:
         "results": results,
         "seconds": Seconds(**facts["seconds"]),
         "pace": {Part(part): Pace(**pace) for part, pace in facts["pace"].items()},
-        "sums": Sums(**facts["sums"]) if ranks.is_first() else Sums(),  # they are of all ranks
+        "sums": Sums(**facts["sums"] | ({} if ranks.is_first() else counted)),
     }
     return Progress(folder, **facts | typed)
 

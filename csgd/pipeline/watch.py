@@ -146,7 +146,8 @@ def _where(setup: Setup, progress: Progress) -> str:
 def _shown(progress: Progress, moment: Moment) -> dict[str, str]:
     """What the bar says beside the steps, of this rank alone."""
     sums, optimizer = progress.sums, progress.learner.optimizer
-    shown = {"loss": f"{sums.mean_loss:.3f}", "accuracy": f"{sums.accuracy:.3f}", "lr": f"{moment.lr:.1e}"}
+    loss = sums.mean_loss * ranks.own_share().ranks
+    shown = {"loss": f"{loss:.3f}", "accuracy": f"{sums.accuracy:.3f}", "lr": f"{moment.lr:.1e}"}
     if progress.part is Part.WIDE:
         shown["deviation"] = f"{optimizer.deviation():.1e}"
     return shown
