@@ -4,23 +4,18 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
 import hydra
 from filelock import FileLock, Timeout
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from conf.schema import ConfigError, register
+from conf.errors import is_input, one_line
+from conf.schema import register
+from conf.sweep import launcher_kind
 
 log = logging.getLogger("csgd")
 
@@ -49,13 +44,13 @@ def main() -> int:
         try:
             status, accuracy = _run(OmegaConf.to_object(cfg))
         except Exception as error:
-            if wants_trace or (not _is_input(error) and HydraConfig.get().mode == RunMode.RUN):
+            if wants_trace or (not is_input(error) and HydraConfig.get().mode == RunMode.RUN):
                 raise
-            if not _is_input(error) or (error.__cause__ and HydraConfig.get().mode == RunMode.MULTIRUN):
+            if not is_input(error) or (error.__cause__ and HydraConfig.get().mode == RunMode.MULTIRUN):
                 log.exception("the job failed")
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
             if FIRST_RANK:
-                _leave_failure(output_dir, found, _one_line(error))
+                _leave_failure(output_dir, found, one_line(error))
             status, accuracy = 2, float("nan")
         if HydraConfig.get().mode == RunMode.RUN:
             statuses.append(status)
@@ -75,9 +70,9 @@ def main() -> int:
     try:
         job()
     except Exception as error:
-        if wants_trace or not _is_input(error):
+        if wants_trace or not is_input(error):
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return max(statuses, default=0)
 
@@ -88,12 +83,12 @@ def _run(cfg) -> tuple[int, float]:
     hydra_config = HydraConfig.get()
     output_dir = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode == RunMode.MULTIRUN:
-        if summary := finished(cfg, output_dir):
+        if verdict := finished(cfg, output_dir):
             log.info("finished before: %s", output_dir)
             (output_dir / "failed.txt").unlink(missing_ok=True)
-            return 0 if summary["verdict"]["lossless"] else 1, summary["verdict"]["accuracy"]
+            return 0 if verdict.lossless else 1, verdict.accuracy
         cfg.wandb.group = cfg.wandb.group or hydra_config.sweep.dir
-        cfg.progress = cfg.progress and _kind(hydra_config.launcher) == "BasicLauncher"
+        cfg.progress = cfg.progress and launcher_kind(hydra_config.launcher) == "BasicLauncher"
     overrides = [re.sub(r"^(\+{0,2}deps=)'(\d+_\d+)'$", r"\1\2", override) for override in hydra_config.overrides.task]
     logs = OmegaConf.to_container(hydra_config.job_logging, resolve=True)
     verdict = run(cfg, output_dir, shlex.join(["python", "run.py", *overrides]), logs=logs)
@@ -119,115 +114,6 @@ def _leave_failure(output_dir: Path, found: int | None, line: str) -> None:
                 (output_dir / "failed.txt").write_text(line + "\n")
     except Timeout:
         pass
-
-
-class Sweep(Callback):
-    """Before a sweep: refuses a folder that holds another one, divides the cores.  After it: tables and pictures.
-
-    Leaves by SystemExit, since Hydra does no more than warn of an Exception in a callback.
-    """
-
-    def on_multirun_start(self, config, **_):
-        try:
-            if "RANK" in os.environ:
-                raise ConfigError(
-                    "torchrun starts the ranks of one run; for those of each job of a sweep there is distributed.nproc"
-                )
-            jobs = _jobs(config)
-            _refuse_other(config, jobs)
-            _divide_cores(config.hydra.launcher, len(jobs))
-        except Exception as error:
-            if not _is_input(error):
-                raise
-            print(f"error: {_one_line(error)}", file=sys.stderr)
-            raise SystemExit(2) from None
-
-    def on_multirun_end(self, config, **_):
-        from csgd import sweep
-
-        folder = Path(config.hydra.sweep.dir)
-        jobs = sweep.read_jobs(folder)
-        print(f"\n{sweep.leave(folder, jobs)}\n\nfiles: {folder}/sweep.csv, sweep.md, *.png")
-        if any(folder.glob("*/wandb/offline-run-*")):
-            print(f"W&B, offline: upload every run with `wandb sync {folder}/*/wandb/offline-run-*`")
-        if any(job.status in ("failed", "running", "killed") for job in jobs):
-            print(f"what is missing or failed runs again with the same command and hydra.sweep.dir={folder}")
-            raise SystemExit(2)
-
-
-def _kind(launcher) -> str:
-    return launcher._target_.rsplit(".", 1)[-1]
-
-
-def _jobs(config) -> list[list[str]]:
-    """The overrides of each job, as Hydra's own sweeper will number them; none with another sweeper."""
-    sweeper = config.hydra.sweeper
-    if _kind(sweeper) != "BasicSweeper":
-        return []
-    given = [*(f"{key}={value}" for key, value in (sweeper.params or {}).items()), *config.hydra.overrides.task]
-    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    return BasicSweeper.split_arguments(parser.parse_overrides(given), None)[0]
-
-
-def _refuse_other(config, jobs: list[list[str]]) -> None:
-    """InputError before anything is overwritten, if a job would find the result of another configuration."""
-    folder = Path(config.hydra.sweep.dir)
-    if not any(folder.glob("*/summary.json")):
-        return
-    from csgd.pipeline import finished
-
-    for number, overrides in enumerate(jobs):
-        cfg = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
-        with open_dict(cfg):
-            cfg.hydra.job.num = number
-            output_dir = folder / cfg.hydra.sweep.subdir
-            del cfg["hydra"]
-        if (output_dir / "summary.json").exists():
-            finished(OmegaConf.to_object(cfg), output_dir)
-
-
-def _divide_cores(launcher, jobs: int) -> None:
-    """Sets OMP_NUM_THREADS, where it is not set, for jobs in processes of their own, and lets them find this file."""
-    kind = _kind(launcher)
-    if kind == "BasicLauncher":
-        return
-    from joblib import cpu_count, effective_n_jobs  # comes with scikit-learn
-
-    if kind == "JoblibLauncher":
-        at_once = effective_n_jobs(launcher.n_jobs)
-        threads = cpu_count() // min(at_once, jobs or at_once)
-    elif kind == "LocalLauncher":  # submitit starts all jobs at once
-        threads = launcher.cpus_per_task or cpu_count() // (jobs or cpu_count())
-    elif kind == "SlurmLauncher":
-        if shutil.which("srun") is None:
-            raise ConfigError(
-                "hydra/launcher=submitit_slurm: there is no srun here; submitit_local and joblib need none"
-            )
-        threads = launcher.cpus_per_task
-    else:
-        threads = None
-    if threads is not None:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-
-
-def _is_input(error: Exception) -> bool:
-    """Whether the user can mend it; anything else is a bug and keeps its trace."""
-    names = {kind.__name__ for kind in type(error).__mro__}  # a faulty configuration must not cost an import of csgd
-    known = HydraException | OmegaConfBaseException | ConfigError | OSError
-    return isinstance(error, known) or not names.isdisjoint(
-        ("InputError", "UncompletedJobError")
-    )  # of csgd, of submitit
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).split("Config search path")[0]
-    if isinstance(error, HydraException) and error.__cause__ is not None:
-        text += f": {error.__cause__}"
-    if "'hydra/launcher/" in text:
-        text += "; pip install '.[sweeps]' brings joblib, submitit_local and submitit_slurm"
-    return " ".join(text.split())
 
 
 if __name__ == "__main__":

@@ -1,19 +1,88 @@
 """Types and ranges of our own keys.  Imports nothing heavy: `--help` and `--cfg job` answer without torch.
 
-Hydra checks the types while it composes; the ranges are checked when the composed configuration is turned into these
-objects, before anything else happens.
+Hydra checks the types and the allowed words while it composes; the ranges are checked when the composed configuration
+is turned into these objects, before anything else happens.
 """
 
 import math
 from dataclasses import dataclass, field
+from enum import StrEnum, auto
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import II, MISSING
+from omegaconf import MISSING
 
 
 class ConfigError(ValueError):
     """A value that is not allowed: one line that names the key and what is."""
+
+
+class Optimizer(StrEnum):
+    sgd = auto()
+    adamw = auto()
+
+
+class Decay(StrEnum):
+    cosine = auto()
+    step = auto()
+    constant = auto()
+
+
+class Ramp(StrEnum):
+    constant = auto()
+    linear = auto()
+    quadratic = auto()
+    cosine = auto()
+
+
+class Method(StrEnum):
+    kmeans = auto()
+    even = auto()
+    imbalanced = auto()
+
+
+class Of(StrEnum):
+    pacesetter = auto()
+    producers = auto()
+
+
+class Mode(StrEnum):
+    online = auto()
+    offline = auto()
+    disabled = auto()
+
+
+class TrimAt(StrEnum):
+    collapse = auto()
+    end = auto()
+
+
+class AfterTrim(StrEnum):
+    same_run = auto()
+    plain = auto()
+
+
+class Resume(StrEnum):
+    auto = "auto"
+    never = "never"
+
+
+class Export(StrEnum):
+    onnx = auto()
+    torch = auto()
+    all = auto()
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(StrEnum):
+    fp32 = auto()
+    bf16 = auto()
+    fp16 = auto()
 
 
 def _require(holds: bool, key: str, allowed: str, value: Any) -> None:
@@ -41,9 +110,9 @@ class Phase:
 
     epochs: int = MISSING
     lr: float = MISSING
-    optimizer: str = "sgd"
+    optimizer: Optimizer = Optimizer.sgd
     warmup_epochs: float = 0.0
-    decay: str = "cosine"
+    decay: Decay = Decay.cosine
     milestones: list[float] = field(default_factory=list)
     gamma: float = 0.1
     clip_norm: float | None = None  # of the gradient of all parameters
@@ -55,9 +124,8 @@ class Phase:
         _require(
             0 <= self.warmup_epochs <= self.epochs, f"{key}.warmup_epochs", "within the epochs", self.warmup_epochs
         )
-        _require(self.decay in ("cosine", "step", "constant"), f"{key}.decay", "cosine, step or constant", self.decay)
-        allowed = ("sgd", "adamw") if key == "schedule.base" else ("sgd",)  # fact F9: the pull needs a linear optimizer
-        _require(self.optimizer in allowed, f"{key}.optimizer", " or ".join(allowed), self.optimizer)
+        linear = key == "schedule.base" or self.optimizer is Optimizer.sgd  # fact F9: the pull needs it
+        _require(linear, f"{key}.optimizer", "sgd", str(self.optimizer))
         clip = self.clip_norm
         _require(clip is None or _positive(clip), f"{key}.clip_norm", "above 0, or null", clip)
         _require(0 < self.gamma <= 1, f"{key}.gamma", "above 0 and at most 1", self.gamma)
@@ -77,9 +145,6 @@ class Schedule:
     label_smoothing: float = 0.0  # in both trainings
     ema: float | None = None  # decay of a moving average of the weights, of C-SGD: what the run then ends with
     accumulation: int = 1  # parts in which a batch goes through the network: less memory, the same gradient
-    centri_strength: Any = MISSING
-    vector_ratio: float = MISSING
-    ramp: str = "constant"
     base: Phase = MISSING
     csgd: Phase = MISSING
 
@@ -127,13 +192,8 @@ class Deps:
 
 @dataclass
 class Clustering:
-    method: str = MISSING
-    of: str = "pacesetter"  # k-means on its kernels, or on those of all producers of a space
-
-    def __post_init__(self):
-        _require(self.of in ("pacesetter", "producers"), "clustering.of", "pacesetter or producers", self.of)
-        allowed = ("kmeans", "even", "imbalanced")
-        _require(self.method in allowed, "clustering.method", "kmeans, even or imbalanced", self.method)
+    method: Method = MISSING
+    of: Of = Of.pacesetter  # k-means on its kernels, or on those of all producers of a space
 
 
 @dataclass
@@ -148,14 +208,11 @@ class Tolerance:
 
 @dataclass
 class Wandb:
-    mode: str = MISSING
+    mode: Mode = MISSING
     project: str = "csgd"
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
-
-    def __post_init__(self):
-        _require(self.mode in ("online", "offline", "disabled"), "wandb.mode", "online, offline or disabled", self.mode)
 
 
 @dataclass
@@ -181,19 +238,19 @@ class Config:
     base: Base = MISSING
     tolerance: Tolerance = MISSING
     distributed: Distributed = MISSING
-    centri_strength: Any = II("schedule.centri_strength")
-    vector_ratio: float = II("schedule.vector_ratio")
-    ramp: str = II("schedule.ramp")
+    centri_strength: Any = MISSING
+    vector_ratio: float = MISSING
+    ramp: Ramp = MISSING
     collapse_by: float = MISSING
-    trim_at: str = MISSING
-    after_trim: str = MISSING
-    resume: str = MISSING
+    trim_at: TrimAt = MISSING
+    after_trim: AfterTrim = MISSING
+    resume: Resume = MISSING
     checkpoint_every: int | None = None
-    export: str | None = None
+    export: Export | None = None
     seed: int = MISSING
-    device: str = MISSING
+    device: Device = MISSING
     threads: int | None = None
-    precision: str = MISSING
+    precision: Precision = MISSING
     compile: bool = False
     progress: bool = True
     quiet: bool = False
@@ -203,20 +260,12 @@ class Config:
         strength = self.centri_strength
         number = isinstance(strength, int | float) and not isinstance(strength, bool) and _not_negative(strength)
         _require(number or strength == "auto", "centri_strength", "a number of 0 or more, or auto", strength)
-        shapes = ("constant", "linear", "quadratic", "cosine")
-        _require(self.ramp in shapes, "ramp", "constant, linear, quadratic or cosine", self.ramp)
         _require(0 < self.collapse_by <= 1, "collapse_by", "above 0 and at most 1", self.collapse_by)
         _require(_not_negative(self.vector_ratio), "vector_ratio", "0 or more", self.vector_ratio)
-        _require(self.trim_at in ("collapse", "end"), "trim_at", "collapse or end", self.trim_at)
-        _require(self.after_trim in ("same_run", "plain"), "after_trim", "same_run or plain", self.after_trim)
-        _require(self.resume in ("auto", "never"), "resume", "auto or never", self.resume)
         every = self.checkpoint_every
         _require(every is None or every >= 1, "checkpoint_every", "1 or more, or null", every)
-        _require(self.export in (None, "onnx", "torch", "all"), "export", "onnx, torch, all or null", self.export)
         _require(0 <= self.seed < 2**31, "seed", "between 0 and 2147483647", self.seed)
-        _require(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda", self.device)
         _require(self.threads is None or self.threads >= 1, "threads", "1 or more, or null", self.threads)
-        _require(self.precision in ("fp32", "bf16", "fp16"), "precision", "fp32, bf16 or fp16", self.precision)
         for group in ("model", "dataset"):
             target = getattr(self, group).get("_target_")
             _require(

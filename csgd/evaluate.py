@@ -24,7 +24,7 @@ from csgd.build import build, call, judged, label, makes, off_the_path, within
 from csgd.checkpoint import load_weights
 from csgd.data import Data
 from csgd.errors import InputError, line_of
-from csgd.pipeline.build import check_fit, device_name, device_of, placed
+from csgd.pipeline.device import check_fit, device_name, device_of, placed
 from csgd.pruned import describe, load_pruned
 from csgd.reload import load_trimmed
 from csgd.train import accuracy, predict
@@ -63,7 +63,7 @@ def evaluate(network: Path, settings: list[str], allow: Sequence[str] = ()) -> s
     described = describe(network) if network.is_dir() else {}
     with off_the_path(network):
         cfg = _composed(settings, described)
-    device = device_of(cfg)
+    device = device_of(cfg.device, cfg.threads)
     offered = dict(batch_size=cfg.schedule.batch_size, seed=cfg.seed, device=device)
     target, typed = cfg.dataset["_target_"], _says(settings, "dataset")
     own_code = allow or (typed and not within(target, ["csgd"]))  # which may lie in the folder

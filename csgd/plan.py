@@ -10,23 +10,20 @@ import torch
 from csgd.centripetal import collapse_step, forecast, lengthening, strength_to_collapse
 from csgd.errors import InputError
 from csgd.optim import check_stability
+from csgd.schedule import Timetable
 
 FORGETFUL = "batch norm with a momentum, as momentum=0.1, in place of an average over all batches (momentum=None)"
 
 
 @dataclass(frozen=True)
-class Timetable:
-    """What happens to the pull, step by step, and what counts as collapsed.
+class Collapsed:
+    """What counts as collapsed.
 
-    learning_rates       τ of each step
-    ramp                 factor of ε at each step
-    tolerance            a factor of the deviation that counts as collapsed
+    tolerance            a factor of the deviation
     statistics_momentum  of the slowest running mean of what is pulled (batch norm's statistics, an average of the
                          weights): None if there is none, 0 if one forgets nothing
     """
 
-    learning_rates: Sequence[float]
-    ramp: Sequence[float]
     tolerance: float
     statistics_momentum: float | None = None
 
@@ -107,7 +104,8 @@ class _Recurrence:
         constants = {key: group[key] for key in ("weight_decay", "momentum", "nesterov")}
         rates = [rate * group["lr_factor"] for rate in timetable.learning_rates]
         coarse = [torch.finfo(p.dtype).eps for p in group["params"] if p.is_floating_point() and p.element_size() < 4]
-        return cls(group["name"], group["centri_strength"], rates, timetable.ramp, constants, max(coarse, default=0.0))
+        ramp = timetable.ramp or [1.0] * timetable.steps
+        return cls(group["name"], group["centri_strength"], rates, ramp, constants, max(coarse, default=0.0))
 
     def factors(self) -> list[float]:
         return forecast(self.rates, [self.strength * r for r in self.ramp], **self.constants)
@@ -128,46 +126,48 @@ class _Recurrence:
         fastest = max(zip(self.rates, self.ramp, strict=True), key=lambda pair: pair[0] * pair[1], default=(0.0, 0.0))
         check_stability(fastest[0], self.strength * fastest[1], **self.constants)
 
-    def needed(self, timetable: Timetable, within: int | None = None) -> float | None:
+    def needed(self, collapsed: Collapsed, within: int | None = None) -> float | None:
         return strength_to_collapse(
             self.rates,
-            timetable.tolerance,
+            collapsed.tolerance,
             **self.constants,
             ramp=self.ramp,
             within=within,
-            statistics_momentum=timetable.statistics_momentum or None,
+            statistics_momentum=collapsed.statistics_momentum or None,
         )
 
 
-def plan(groups: Sequence[dict], timetable: Timetable) -> Plan:
+def plan(groups: Sequence[dict], timetable: Timetable, collapsed: Collapsed) -> Plan:
     """Forecasts what a run does to the clustered parameter groups of a CSGD; InputError where it diverges (F6)."""
     recurrences = [_Recurrence.of(group, timetable) for group in groups]
     for recurrence in recurrences:
         recurrence.check()
     factors = {r.name: r.factors() for r in recurrences}
     floor = max((r.floor() for r in recurrences), default=0.0)
-    ahead = Plan(factors, timetable.tolerance, timetable.statistics_momentum, floor=floor)
-    return ahead if ahead.collapses else replace(ahead, advice=_advice(ahead, recurrences, timetable))
+    ahead = Plan(factors, collapsed.tolerance, collapsed.statistics_momentum, floor=floor)
+    return ahead if ahead.collapses else replace(ahead, advice=_advice(ahead, recurrences, collapsed))
 
 
-def strengths_by(groups: Sequence[dict], timetable: Timetable, within: int) -> dict[str, float | None]:
+def strengths_by(
+    groups: Sequence[dict], timetable: Timetable, collapsed: Collapsed, within: int
+) -> dict[str, float | None]:
     """The smallest strength of each group that collapses within `within` steps, None where no stable one does (F4).
 
     InputError where running statistics forget nothing: no strength brings these together.
     """
-    if timetable.statistics_momentum == 0:
+    if collapsed.statistics_momentum == 0:
         raise InputError(
             f"no strength makes running statistics collapse that average over all batches: use {FORGETFUL}"
         )
-    return {group["name"]: _Recurrence.of(group, timetable).needed(timetable, within) for group in groups}
+    return {group["name"]: _Recurrence.of(group, timetable).needed(collapsed, within) for group in groups}
 
 
-def _advice(ahead: Plan, recurrences: list[_Recurrence], timetable: Timetable) -> str:
+def _advice(ahead: Plan, recurrences: list[_Recurrence], collapsed: Collapsed) -> str:
     """A strength that does for kernels and vectors alike, with vector_ratio as it is or else 1; or more epochs."""
     if ahead.floor > ahead.tolerance:
         return "float32 parameters (autocast keeps them)"
     strongest, ways = max(r.strength for r in recurrences), []
-    needed = [r.needed(timetable) for r in recurrences]
+    needed = [r.needed(collapsed) for r in recurrences]
     for ratios, also in (
         ([r.strength / strongest if strongest else 0.0 for r in recurrences], ""),
         ([1.0] * len(recurrences), " with a vector_ratio of 1"),
@@ -176,7 +176,7 @@ def _advice(ahead: Plan, recurrences: list[_Recurrence], timetable: Timetable) -
             continue
         strength = max(n / ratio for n, ratio in zip(needed, ratios, strict=True))
         stronger = [replace(r, strength=strength * ratio) for r, ratio in zip(recurrences, ratios, strict=True)]
-        if all(abs(r.factors()[-1]) <= timetable.tolerance for r in stronger):  # too strong a pull diverges
+        if all(abs(r.factors()[-1]) <= collapsed.tolerance for r in stronger):  # too strong a pull diverges
             ways.append(f"a centri_strength of {_round_up(strength)}{also}")
             break
     longer = max(lengthening(factors[-1], ahead.tolerance) for factors in ahead.factors.values())

@@ -1,7 +1,25 @@
-"""Learning rates as pure functions of the step."""
+"""Learning rates as pure functions of the step, and the timetable of a training."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import cos, pi
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """Every step of a training: what is trained by, and what is forecast from.
+
+    learning_rates  τ of each step
+    ramp            factor of ε at each step; None: 1 at all of them
+    """
+
+    steps_per_epoch: int
+    learning_rates: Sequence[float]
+    ramp: Sequence[float] | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.learning_rates)
 
 
 def learning_rate(
@@ -31,7 +49,12 @@ def learning_rate(
     raise ValueError(f"decay must be cosine, step or constant, got {decay!r}")
 
 
-RAMPS = ("constant", "linear", "quadratic", "cosine")
+RAMPS = {
+    "constant": lambda x: 1.0,
+    "linear": lambda x: x,
+    "quadratic": lambda x: x * x,
+    "cosine": lambda x: (1 - cos(pi * x)) / 2,
+}
 
 
 def ramp(step: int, *, length: int, shape: str = "constant") -> float:
@@ -41,5 +64,4 @@ def ramp(step: int, *, length: int, shape: str = "constant") -> float:
     """
     if shape not in RAMPS:
         raise ValueError(f"a ramp must be one of {', '.join(RAMPS)}, got {shape!r}")
-    x = min(1.0, (step + 1) / max(1, length))
-    return {"constant": 1.0, "linear": x, "quadratic": x * x, "cosine": (1 - cos(pi * x)) / 2}[shape]
+    return RAMPS[shape](min(1.0, (step + 1) / max(1, length)))

@@ -1,30 +1,40 @@
-"""A sweep, read back from the folders of its jobs: sweep.csv, sweep.md and pictures, whichever launcher ran them."""
+"""python -m csgd.sweep multirun/2026-01-31/12-00-00
 
+A sweep, read back from the folders of its jobs: sweep.csv, sweep.md and pictures, whichever launcher ran them, and also
+of a sweep that was killed.
+"""
+
+import argparse
 import csv
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from csgd.errors import line_of
+from csgd.folder import RunFolder, Status
 from csgd.report import table
 
 log = logging.getLogger("csgd")
 
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
+UNFINISHED = {
+    Status.RUNNING: "it is still running",
+    Status.KILLED: "it was killed",
+    Status.PLANNED: "nothing was trained (plan_only=true)",
+}
 
 
 @dataclass(frozen=True)
 class Job:
     """One job: its folder, what sets it apart from the others, and its summary if it came to its end.
 
-    status  lossless | not lossless | failed | running | killed
+    status  lossless | not lossless | failed | running | killed | planned
     """
 
     folder: Path
@@ -37,6 +47,31 @@ class Job:
         """Its settings as a label, but for those of some keys and what is below them."""
         kept = {key: value for key, value in self.settings.items() if key.split(".")[0] not in keys}
         return ", ".join(f"{key}={value}" for key, value in kept.items())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0, or 2 if a job has not come to its end, or if there is none."""
+    parser = argparse.ArgumentParser(prog="python -m csgd.sweep", description="Makes the tables of a sweep.")
+    parser.add_argument("folder", type=Path, help="of the sweep: hydra.sweep.dir")
+    folder = parser.parse_args(arguments).folder
+    if not read_jobs(folder):
+        print(f"error: '{folder}' holds no job of a sweep", file=sys.stderr)
+        return 2
+    text, complete = conclude(folder)
+    print(text)
+    return 0 if complete else 2
+
+
+def conclude(sweep_dir: Path) -> tuple[str, bool]:
+    """Writes tables and pictures; what there is to say on the terminal, and whether every job has come to its end."""
+    jobs = read_jobs(sweep_dir)
+    said = [leave(sweep_dir, jobs), "", f"files: {sweep_dir}/sweep.csv, sweep.md, *.png"]
+    if any(sweep_dir.glob("*/wandb/offline-run-*")):
+        said.append(f"W&B, offline: upload every run with `wandb sync {sweep_dir}/*/wandb/offline-run-*`")
+    complete = not any(job.status in (Status.FAILED, Status.RUNNING, Status.KILLED) for job in jobs)
+    if not complete:
+        said.append(f"what is missing or failed runs again with the same command and hydra.sweep.dir={sweep_dir}")
+    return "\n".join(said), complete
 
 
 def read_jobs(sweep_dir: Path) -> list[Job]:
@@ -64,25 +99,13 @@ def _overrides(folder: Path) -> dict[str, str]:
 
 
 def _job(folder: Path, settings: dict[str, str]) -> Job:
-    failed, finished = folder / "failed.txt", folder / "summary.json"
-    if failed.exists():
-        return Job(folder, settings, "failed", failed.read_text().strip(), None)
-    if not finished.exists():
-        told = ("running", "it is still running") if _is_alive(folder) else ("killed", "it was killed")
-        return Job(folder, settings, *told, None)
-    summary = json.loads(finished.read_text())
-    return Job(folder, settings, "lossless" if summary["verdict"]["lossless"] else "not lossless", "", summary)
-
-
-def _is_alive(folder: Path) -> bool:
-    """Whether a run holds the lock of the folder."""
-    if not (folder / ".lock").exists():
-        return False
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True
+    left = RunFolder(folder)
+    status = left.status()
+    if status is Status.FINISHED:
+        summary = left.read_summary()
+        return Job(folder, settings, "lossless" if summary["verdict"]["lossless"] else "not lossless", "", summary)
+    failure = left.failure.read_text().strip() if status is Status.FAILED else UNFINISHED[status]
+    return Job(folder, settings, str(status), failure, None)
 
 
 def leave(sweep_dir: Path, jobs: list[Job]) -> str:
@@ -285,3 +308,7 @@ def _deviation(axes: Any, jobs: list[Job]) -> None:
 
 def _rows(job: Job) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

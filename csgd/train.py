@@ -2,12 +2,12 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, zip_longest
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,12 @@ from torch.amp import GradScaler
 from torch.optim.swa_utils import AveragedModel
 
 from csgd import ranks
-from csgd.data import Data
+from csgd.data import Batches, Data
 from csgd.errors import InputError
 from csgd.graph.twin import tensors_in
-from csgd.optim import CSGD, set_lr, set_ramp
-from csgd.seeds import RandomState, seed_all, set_random_state
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from csgd.optim import set_lr, set_ramp
+from csgd.schedule import Timetable
+from csgd.seeds import random_state, seed_all, set_random_state
 
 CHECK_EVERY = 16  # steps between two looks at the losses; a look waits for the device
 AUXILIARY_WEIGHT = 0.3  # of the loss of an auxiliary head (Szegedy et al., 2015)
@@ -34,144 +32,218 @@ class DivergedError(InputError):
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """What one epoch of training, or the part of it that was asked for, measured.
+class TrainSpec:
+    """How a batch is taken.
 
-    epoch  1, 2, …;  step  steps done since the start of the phase;  steps, seconds  of training alone, in this part
+    clip_norm            caps the norm of the gradient (fact F9: the forecast holds all the same)
+    label_smoothing      the share of a label that is spread evenly over all classes (Szegedy et al., 2016)
+    accumulation         parts in which a batch goes through the network, or as many as have two images; batch norm sees
+                         one part at a time
+    precision            of the passes through the network, under autocast if it has 16 bits; parameters, gradients and
+                         their update stay what they are
+    compare_ranks_every  steps between two comparisons of the parameters of all ranks, bit by bit
     """
 
-    epoch: int
-    step: int
-    loss: float
-    train_accuracy: float
-    lr: float
-    steps: int
-    seconds: float
+    seed: int
+    clip_norm: float | None = None
+    label_smoothing: float = 0.0
+    accumulation: int = 1
+    precision: torch.dtype = torch.float32
+    compare_ranks_every: int | None = None
+
+
+@dataclass
+class Learner:
+    """What a step of training changes, with torch's protocol of state_dicts.
+
+    network  `model` as it is called, with the same parameters: compiled, or one of `ranks.parallel`
+    scaler   of the gradients, for float16; a step that it leaves out for an overflow is one in which nothing is pulled
+    average  of the weights, which follows them
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    network: nn.Module
+    scaler: GradScaler | None = None
+    average: AveragedModel | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> "Learner":
+        """A network that is called as it is."""
+        return cls(model, optimizer, model)
+
+    def share_buffers(self) -> None:
+        """Gives every rank the running statistics of rank 0."""
+        ranks.share_buffers(self.model)
+        if self.average:
+            ranks.share_buffers(self.average)
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "average": self.average}
+        return {key: part if part is None else part.state_dict() for key, part in parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+
+
+@dataclass
+class Sums:
+    """What the steps since the last `clear` have measured on this rank; `shared` is of all ranks.
+
+    loss       of the steps, each the mean over its batch;  hits, images  over all batches
+    seconds    of the steps alone, with the loading of their images
+    unchecked  losses that have not been looked at, as a look waits for the device; `clear` leaves them
+    """
+
+    loss: Tensor | float = 0.0
+    hits: Tensor | float = 0.0
+    images: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    unchecked: list[Tensor] = field(default_factory=list)
+
+    def add(self, loss: Tensor, hits: Tensor, images: int) -> None:
+        self.loss, self.hits = self.loss + loss.double() / ranks.own_share().ranks, self.hits + hits
+        self.images, self.steps = self.images + images, self.steps + 1
+        self.unchecked.append(loss)
+
+    def check(self, step: int) -> None:
+        """DivergedError, after `step` steps, that names the one at which the loss stopped being a number."""
+        if not self.unchecked:
+            return
+        finite, first = torch.stack(self.unchecked).isfinite(), step - len(self.unchecked)
+        if not finite.all():
+            at = first + int(finite.long().argmin())
+            raise DivergedError(f"the loss at step {at} is not a number: a lower learning rate is needed")
+        self.unchecked.clear()
+
+    def shared(self) -> "Sums":
+        """The sums over all ranks as plain numbers, the same on each; to be called on all of them."""
+        own = torch.tensor([float(self.loss), float(self.hits), float(self.images)], dtype=torch.float64)
+        loss, hits, images = ranks.total(own).tolist()
+        return Sums(loss, hits, round(images), self.steps, self.seconds)
+
+    def clear(self) -> None:
+        self.loss, self.hits, self.images, self.steps, self.seconds = 0.0, 0.0, 0, 0, 0.0
+
+    @property
+    def mean_loss(self) -> float:
+        return float(self.loss) / self.steps
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.hits) / self.images
 
     @property
     def seconds_per_step(self) -> float:
         return self.seconds / self.steps
 
 
+@dataclass(frozen=True)
+class Moment:
+    """Where a training is: after `step` steps, the last of which was of epoch 1, 2, … and had this learning rate."""
+
+    step: int
+    epoch: int
+    epoch_ends: bool
+    lr: float
+
+
 def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: Data,
-    *,
-    steps: range,
-    steps_per_epoch: int,
-    lr_at: Callable[[int], float],
-    ramp_at: Callable[[int], float] | None = None,
-    clip_norm: float | None = None,
-    label_smoothing: float = 0.0,
-    accumulation: int = 1,
-    precision: torch.dtype = torch.float32,
-    scaler: GradScaler | None = None,
-    average: AveragedModel | None = None,
-    check_every: int | None = None,
-    seed: int,
-    bar: "tqdm | None" = None,
-    random_state: RandomState | None = None,
-) -> Iterator[Epoch]:
-    """Trains the steps of a run that `steps` names, and yields at the end of each epoch and of `steps`, so that the
-    caller tests, logs, saves and cuts.
+    learner: Learner, data: Data, timetable: Timetable, spec: TrainSpec, steps: range, sums: Sums | None = None
+) -> Iterator[Moment]:
+    """Takes those steps of the timetable, and yields after each, so that the caller tests, logs, saves and leaves.
 
-    `lr_at` and `ramp_at` (of the strength of a CSGD) are functions of the step; `clip_norm` caps the norm of the
-    gradient (fact F9: the forecast holds all the same).  A batch goes through the network in `accumulation` parts,
-    or in as many as have two images, whose gradients add up to that of its mean loss; batch norm sees one part at a
-    time.  Data and random state of an epoch are fixed by (seed, epoch); where `steps` starts within one,
-    `random_state` is that of `seeds` at this step.  `bar` is of the caller's, for more than these steps.  DivergedError
-    names the step at which the loss stopped being a number; the weights are then lost.
+    Data and random state of an epoch are fixed by (seed, epoch); `steps` that start within one go on with the random
+    state of now.  What the steps measure is added to `sums`, which the caller reads and clears.  DivergedError names
+    the step at which the loss stopped being a number; the weights are then lost.
 
-    In a `precision` of 16 bits the network is run under autocast, and its parameters, gradients and their update stay
-    what they are; float16 needs a `scaler`, whose factor is out of the gradients before they are clipped and merged.
-    A step that it leaves out for an overflow is one in which nothing is pulled.  `average` follows the weights.
+    A batch goes through the network in parts whose gradients add up to that of its mean loss.  A `scaler` has its
+    factor out of the gradients before they are clipped and merged.
 
-    Several ranks, whose `model` is one of `ranks.parallel`, take the steps that one would take with the same batches;
-    what is yielded is of all of them, and at that point all have the statistics of batch norm of rank 0.  Every
-    `check_every` steps they make sure that their parameters are the same.
+    Several ranks, whose network is one of `ranks.parallel`, take the steps that one would take with the same batches;
+    where an epoch or `steps` end, all have the statistics of batch norm of rank 0.
+
+    InputError if the data give fewer batches than the timetable has steps.
     """
-    own = ranks.own_share()
-    how = dict(label_smoothing=label_smoothing, accumulation=accumulation, precision=precision, scaler=scaler)
-    passes = partial(_passes, model, **how)
-    for epoch in range(steps.start // steps_per_epoch, -(-steps.stop // steps_per_epoch)):
-        started = time.perf_counter()
-        first, last = max(steps.start, epoch * steps_per_epoch), min(steps.stop, (epoch + 1) * steps_per_epoch)
-        seed_all(seed * 1_000_003 + epoch + own.offset)
-        batches = data.train_batches(epoch)
-        if first > epoch * steps_per_epoch:
-            deque(islice(batches, first - epoch * steps_per_epoch), maxlen=0)
-            if random_state is not None:
-                set_random_state(random_state)
-        model.train()
-        losses, correct, seen = [], torch.zeros((), device=data.example.device), 0
-        for step, (images, labels) in enumerate(islice(batches, last - first), first):
-            loss, hits = passes(images, labels)
-            correct += hits
-            if scaler:
-                scaler.unscale_(optimizer)
-            if clip_norm:
-                nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-            lr = lr_at(step)
-            set_lr(optimizer, lr)
-            if ramp_at is not None:
-                set_ramp(optimizer, ramp_at(step))
-            if scaler:
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if average:
-                average.update_parameters(model)
-
-            if check_every and (step + 1) % check_every == 0:
-                ranks.check_equal(model, step + 1)
-            losses.append(loss)
-            seen += len(labels)
-            if (step - first) % CHECK_EVERY == 0 or step == last - 1:
-                _check_losses(losses, first)
-                if bar is not None and not bar.disable:
-                    shown = {"loss": f"{losses[-1]:.3f}", "accuracy": f"{correct / seen:.3f}", "lr": f"{lr:.1e}"}
-                    if isinstance(optimizer, CSGD) and optimizer.clustered_groups():
-                        shown["deviation"] = f"{optimizer.deviation():.1e}"
-                    bar.set_postfix(shown, refresh=False)
-            if bar is not None:
-                bar.update()
-        ranks.share_buffers(model)
-        if average:
-            ranks.share_buffers(average)
-        sums = torch.stack([torch.stack(losses).mean(), correct, torch.full_like(correct, seen)])
-        mean_loss, correct, seen = ranks.total(sums).tolist()
-        seconds = time.perf_counter() - started
-        yield Epoch(epoch + 1, last, mean_loss / own.ranks, correct / seen, lr, last - first, seconds)
+    sums, per_epoch = sums or Sums(), timetable.steps_per_epoch
+    for epoch in range(steps.start // per_epoch, -(-steps.stop // per_epoch)):
+        first, last = max(steps.start, epoch * per_epoch), min(steps.stop, (epoch + 1) * per_epoch)
+        began, done = time.perf_counter(), first
+        learner.network.train()
+        for images, labels in islice(_batches(data, epoch, first - epoch * per_epoch, spec.seed), last - first):
+            if not learner.model.training:  # the caller has tested it
+                learner.network.train()
+            loss, hits = _passes(learner, images, labels, spec)
+            _descend(learner, timetable, done, spec.clip_norm)
+            done += 1
+            if spec.compare_ranks_every and done % spec.compare_ranks_every == 0:
+                ranks.check_equal(learner.model, done)
+            sums.add(loss, hits, len(labels))
+            if len(sums.unchecked) >= CHECK_EVERY or done == last:
+                sums.check(done)
+            if done == last:
+                learner.share_buffers()
+            sums.seconds += time.perf_counter() - began
+            yield Moment(done, epoch + 1, done == (epoch + 1) * per_epoch, timetable.learning_rates[done - 1])
+            began = time.perf_counter()
+        if done < last:
+            left = f"{done - epoch * per_epoch} batches of epoch {epoch + 1}, {per_epoch} were to come"
+            raise InputError(f"the data gave {left}")
 
 
-def _passes(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    label_smoothing: float,
-    accumulation: int,
-    precision: torch.dtype,
-    scaler: GradScaler | None,
-) -> tuple[Tensor, Tensor]:
+def _batches(data: Data, epoch: int, skipped: int, seed: int) -> Batches:
+    """The batches of an epoch, but for the first ones, with which its random state is past."""
+    now = random_state() if skipped else None
+    seed_all(seed * 1_000_003 + epoch + ranks.own_share().offset)
+    batches = data.train_batches(epoch)
+    if now is not None:
+        deque(islice(batches, skipped), maxlen=0)
+        set_random_state(now)
+    return batches
+
+
+def _descend(learner: Learner, timetable: Timetable, step: int, clip_norm: float | None) -> None:
+    """The update that the gradients of a batch ask for."""
+    optimizer, scaler = learner.optimizer, learner.scaler
+    if scaler:
+        scaler.unscale_(optimizer)
+    if clip_norm:
+        nn.utils.clip_grad_norm_(learner.model.parameters(), clip_norm)
+    set_lr(optimizer, timetable.learning_rates[step])
+    if timetable.ramp is not None:
+        set_ramp(optimizer, timetable.ramp[step])
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if learner.average:
+        learner.average.update_parameters(learner.model)
+
+
+def _passes(learner: Learner, images: Tensor, labels: Tensor, spec: TrainSpec) -> tuple[Tensor, Tensor]:
     """Adds the gradients of a batch, of which this rank has [n, …] images; what they add to the loss, and the hits.
 
     The mean over ranks of that loss is the mean over the images of all, and so are the gradients.
     """
     loss, hits = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
     per_rank = ranks.total(torch.tensor(float(len(images)), device=images.device)) / ranks.own_share().ranks
-    parts = max(1, min(accumulation, len(images) // 2))  # batch norm needs two images
+    parts = max(1, min(spec.accumulation, len(images) // 2))  # batch norm needs two images
     pairs = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
     for number, (part, targets) in enumerate(pairs, 1):
-        with nullcontext() if number == parts else ranks.alone(model):
-            with torch.autocast(part.device.type, precision, enabled=precision != torch.float32):
-                outputs = model(part)
-                mean = criterion(outputs, targets, label_smoothing)
+        with nullcontext() if number == parts else ranks.alone(learner.network):
+            with torch.autocast(part.device.type, spec.precision, enabled=spec.precision != torch.float32):
+                outputs = learner.network(part)
+                mean = criterion(outputs, targets, spec.label_smoothing)
             term = mean * (len(part) / per_rank)
-            (scaler.scale(term) if scaler else term).backward()
+            (learner.scaler.scale(term) if learner.scaler else term).backward()
         loss += term.detach()
         hits += (logits_of(outputs).detach().argmax(1) == targets).sum()
     return loss, hits
@@ -229,10 +301,3 @@ def accuracy(outputs, labels: Tensor) -> float:
     if not labels.numel():
         raise InputError("there is no image to test")
     return (logits.argmax(1) == labels).double().mean().item()
-
-
-def _check_losses(losses: list[Tensor], first: int) -> None:
-    finite = torch.stack(losses[-CHECK_EVERY:]).isfinite()
-    if not finite.all():
-        step = first + max(0, len(losses) - CHECK_EVERY) + int(finite.long().argmin())
-        raise DivergedError(f"the loss at step {step} is not a number: a lower learning rate is needed")

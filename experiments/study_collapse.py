@@ -39,8 +39,8 @@ from csgd.data import digits  # noqa: E402
 from csgd.models import resnet20, vgg16  # noqa: E402
 from csgd.optim import CSGD  # noqa: E402
 from csgd.report import table  # noqa: E402
-from csgd.schedule import RAMPS, learning_rate, ramp  # noqa: E402
-from csgd.train import accuracy, predict, train  # noqa: E402
+from csgd.schedule import RAMPS, Timetable, learning_rate, ramp  # noqa: E402
+from csgd.train import Learner, TrainSpec, accuracy, predict, train  # noqa: E402
 from csgd.verify import relative_change  # noqa: E402
 
 RESULTS = HERE / "study_collapse.jsonl"
@@ -112,8 +112,9 @@ def rate(lr: float, steps: int, step: int) -> float:
 def advance(model, optimizer, data, steps: range, lr_at, *, seed: int, ramp_at=None) -> float:
     """Trains for some steps; CPU seconds."""
     started = time.process_time()
-    fixed = dict(steps_per_epoch=STEPS_PER_EPOCH, lr_at=lr_at, ramp_at=ramp_at, seed=seed)
-    for _ in train(model, optimizer, data, steps=steps, **fixed):
+    rates, ramps = ([at(step) for step in range(steps.stop)] if at else None for at in (lr_at, ramp_at))
+    timetable = Timetable(STEPS_PER_EPOCH, rates, ramps)
+    for _ in train(Learner.of(model, optimizer), data, timetable, TrainSpec(seed), steps):
         pass
     return time.process_time() - started
 

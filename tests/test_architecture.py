@@ -32,6 +32,7 @@ FLOORS = {
     "csgd.plan": 1,
     "csgd.train": 1,
     "csgd.checkpoint": 1,
+    "csgd.folder": 1,
     "csgd.pruned": 1,
     "csgd.reload": 1,
     "csgd.verify": 2,
@@ -88,6 +89,17 @@ def test_no_stair_goes_up():
         if room(target) and FLOORS[room(target)] > FLOORS[room(name)]
     ]
     assert up == []
+
+
+def test_functions_of_the_pipeline_are_small_and_see_no_configuration():
+    for path in sorted((ROOT / "csgd" / "pipeline").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            where, names = f"{path.name}: {node.name}", [arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)]
+            assert len(names) - (names[:1] in (["self"], ["cls"])) <= 6, where
+            assert node.end_lineno - node.lineno < 50, where
+            assert "cfg" not in names, where
 
 
 def test_libraries_stay_in_their_rooms():

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from test_sweep import TINY, launch
 
-from csgd.pipeline import build
-from csgd.pipeline.build import commit
+from csgd.pipeline import provenance
+from csgd.pipeline.provenance import commit
 
 
 def git(folder, *arguments):
@@ -61,7 +61,7 @@ def test_a_git_that_is_broken_refuses_or_hangs_costs_nothing(checkout, monkeypat
     assert commit(checkout / "csgd") is None
     (checkout / ".git" / "HEAD").write_text("nonsense")
     assert commit(checkout / "csgd") is None
-    monkeypatch.setattr(build, "GIT_SECONDS", 0.3)
+    monkeypatch.setattr(provenance, "GIT_SECONDS", 0.3)
     fake = checkout.parent / "bin" / "git"
     fake.parent.mkdir()
     monkeypatch.setenv("PATH", f"{fake.parent}{os.pathsep}{os.environ['PATH']}")

@@ -1,5 +1,4 @@
 import copy
-import types
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import csgd
 from csgd import InputError
 from csgd.graph import Kind, conditions
-from csgd.pipeline.ahead import spaces_of_run
+from csgd.pipeline.setup import spaces_of
 from csgd.proof import Trial
 from csgd.trial import random_clusters
 from tests import nets
@@ -330,7 +329,7 @@ def test_runs_leave_whole_what_csgd_does_not_reach_and_what_is_tied_to_it():
 
     net = Net(Frozen())
     assert all(space.trimmable for space in found(net)[0][:-1])
-    spaces = by_name(spaces_of_run(net, types.SimpleNamespace(example=torch.randn(nets.IMAGES))))
+    spaces = by_name(spaces_of(net, torch.randn(nets.IMAGES)))
     assert [name for name, space in spaces.items() if space.trimmable] == ["body.free"]
     assert spaces["conv"].pinned == ["training does not change body.norm.weight, body.norm.bias and 2 more"]
     assert "conv, whose clusters must have the same size, must stay" in spaces["body.other"].pinned[0]

@@ -1,6 +1,7 @@
 """The configuration as code: every option of every group composes, resolves and is checked."""
 
 import itertools
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf import schema
 from conf.schema import Config, ConfigError, register
+from csgd.clusters import METHODS
+from csgd.export import FORMATS
+from csgd.pipeline.spec import PRECISIONS, plain
+from csgd.schedule import RAMPS, learning_rate
 from run import quote_fractions
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -87,17 +93,17 @@ def test_the_papers_recipes():
         ("centri_strength=nan", "centri_strength must be a number of 0 or more, or auto, got nan"),
         ("centri_strength=strong", "centri_strength must be a number of 0 or more, or auto, got 'strong'"),
         ("centri_strength=true", "centri_strength must be a number of 0 or more, or auto, got True"),
-        ("ramp=steep", "ramp must be constant, linear, quadratic or cosine, got 'steep'"),
+        ("ramp=steep", "Invalid value 'steep', expected one of [constant, linear, quadratic, cosine]"),
         ("collapse_by=0", "collapse_by must be above 0 and at most 1, got 0.0"),
         ("collapse_by=1.5", "collapse_by must be above 0 and at most 1, got 1.5"),
         ("deps.stages=[0.5,0.6]", "deps.stages must be falling fractions above 0 and at most 1, got [0.5, 0.6]"),
         ("deps.stages=[]", "deps.stages must be falling fractions above 0 and at most 1, got []"),
         ("deps.stages=[1.2,0.5]", "deps.stages must be falling fractions above 0 and at most 1"),
-        ("resume=always", "resume must be auto or never, got 'always'"),
+        ("resume=always", "Invalid value 'always', expected one of [auto, never]"),
         ("checkpoint_every=0", "checkpoint_every must be 1 or more, or null, got 0"),
-        ("trim_at=once", "trim_at must be collapse or end, got 'once'"),
-        ("after_trim=none", "after_trim must be same_run or plain, got 'none'"),
-        ("clustering.of=all", "clustering.of must be pacesetter or producers, got 'all'"),
+        ("trim_at=once", "Invalid value 'once', expected one of [collapse, end]"),
+        ("after_trim=none", "Invalid value 'none', expected one of [same_run, plain]"),
+        ("clustering.of=all", "Invalid value 'all', expected one of [pacesetter, producers]"),
         ("vector_ratio=-0.1", "vector_ratio must be 0 or more, got -0.1"),
         ("deps=9_8", "Could not find 'deps/9_8'"),
         ("deps.fraction=1.2", "deps.fraction must be above 0 and at most 1, got 1.2"),
@@ -111,13 +117,13 @@ def test_the_papers_recipes():
         ("model._target_=net", "model._target_ must be a dotted path to a callable, got 'net'"),
         ("schedule.label_smoothing=1", "schedule.label_smoothing must be at least 0 and below 1, got 1.0"),
         ("schedule.accumulation=17", "schedule.accumulation must be between 1 and 16, half of the batch, got 17"),
-        ("clustering.method=random", "clustering.method must be kmeans, even or imbalanced, got 'random'"),
-        ("export=tflite", "export must be onnx, torch, all or null, got 'tflite'"),
+        ("clustering.method=random", "Invalid value 'random', expected one of [kmeans, even, imbalanced]"),
+        ("export=tflite", "Invalid value 'tflite', expected one of [onnx, torch, all]"),
         ("seed=-1", "seed must be between 0 and 2147483647, got -1"),
         ("seed=one", "could not be converted to Integer"),
-        ("device=tpu", "device must be auto, cpu or cuda, got 'tpu'"),
+        ("device=tpu", "Invalid value 'tpu', expected one of [auto, cpu, cuda]"),
         ("threads=0", "threads must be 1 or more, or null, got 0"),
-        ("wandb.mode=loud", "wandb.mode must be online, offline or disabled, got 'loud'"),
+        ("wandb.mode=loud", "Invalid value 'loud', expected one of [online, offline, disabled]"),
         ("tolerance.logits=0", "tolerance.logits must be above 0, got 0.0"),
         ("schedule.batch_size=1", "schedule.batch_size must be 2 or more, got 1"),
         ("schedule.momentum=1.0", "schedule.momentum must be at least 0 and below 1, got 1.0"),
@@ -126,10 +132,10 @@ def test_the_papers_recipes():
         ("schedule.bias_lr_factor=0", "schedule.bias_lr_factor must be above 0, got 0.0"),
         ("schedule.csgd.epochs=0", "schedule.csgd.epochs must be 1 or more, got 0"),
         ("schedule.base.lr=0", "schedule.base.lr must be above 0, got 0.0"),
-        ("schedule.base.decay=linear", "schedule.base.decay must be cosine, step or constant, got 'linear'"),
+        ("schedule.base.decay=linear", "Invalid value 'linear', expected one of [cosine, step, constant]"),
         ("schedule.csgd.warmup_epochs=99", "schedule.csgd.warmup_epochs must be within the epochs, got 99.0"),
         ("schedule.csgd.gamma=0", "schedule.csgd.gamma must be above 0 and at most 1, got 0.0"),
-        ("schedule.base.optimizer=lion", "schedule.base.optimizer must be sgd or adamw, got 'lion'"),
+        ("schedule.base.optimizer=lion", "Invalid value 'lion', expected one of [sgd, adamw]"),
         ("schedule.csgd.optimizer=adamw", "schedule.csgd.optimizer must be sgd, got 'adamw'"),
         ("schedule.csgd.clip_norm=0", "schedule.csgd.clip_norm must be above 0, or null, got 0.0"),
         ("schedule.csgd.max_steps=0", "schedule.csgd.max_steps must be 1 or more, or null, got 0"),
@@ -142,6 +148,29 @@ def test_bad_values_are_refused_with_their_key(override, message):
     with pytest.raises((ConfigError, HydraException, OmegaConfBaseException)) as caught:
         composed(override)
     assert message in f"{caught.value} {caught.value.__cause__}"
+
+
+def test_the_words_of_the_schema_are_those_that_the_package_knows():
+    assert set(schema.Ramp) == set(RAMPS)
+    assert set(schema.Method) == set(METHODS)
+    assert set(schema.Precision) == set(PRECISIONS)
+    assert set(schema.Export) == set(FORMATS)
+    how = dict(steps_per_epoch=2, epochs=2, lr=1.0, milestones=[1], gamma=0.1)
+    assert [learning_rate(2, decay=decay, **how) for decay in schema.Decay] == [0.5, 0.1, 1.0]
+    with pytest.raises(ValueError, match="decay must be"):
+        learning_rate(2, decay="linear", **how)
+
+
+def test_a_configuration_is_left_as_plain_json():
+    config = composed("export=onnx", "experiment=smoke")
+    left = plain(config)
+    assert left == asdict(config)
+    kinds, values = set(), [left]
+    while values:
+        value = values.pop()
+        kinds.add(type(value))
+        values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    assert kinds <= {dict, list, str, int, float, bool, type(None)}
 
 
 def test_the_documented_overrides_of_config_yaml_work():

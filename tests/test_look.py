@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,7 +21,9 @@ from csgd import cluster, find_spaces, report, trim
 from csgd.checkpoint import load_weights, save_weights
 from csgd.clusters import tensor_of
 from csgd.pipeline.album import Album
-from csgd.pipeline.clock import Clock
+from csgd.pipeline.foresee import Cost, RunPlan, StagePlan
+from csgd.pipeline.progress import Part, Progress
+from csgd.pipeline.watch import work_left
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ["experiment=smoke", "dataset.image_size=16", "hydra.run.dir=out", "base.cache=base"]
@@ -217,10 +218,11 @@ def test_lines_and_bars_give_the_time_to_the_end_and_show_the_cut(looked):
     seconds = [int(to_go) for _, to_go in left]
     assert seconds == sorted(seconds, reverse=True)
     assert seconds[-1] == 0
-    assert re.search(r"base: .* 0/60 ", bars), "one bar for all steps of the phase"
-    assert re.search(r"C-SGD: .* 0/130 ", bars)
-    assert re.search(r"C-SGD, run ends \d\d:\d\d: .* 65/130 ", bars)
-    assert "C-SGD, cut at 111" in bars
+    assert re.search(r"base, step 0 of 60: +0%", bars)
+    shares = [int(share) for share in re.findall(r"of \d+[^|]*: +(\d+)%\|", bars)]
+    assert shares == sorted(shares), "one bar for the whole run"
+    assert re.search(r"C-SGD, step \d+ of 130: .*<\d\d:\d\d", bars)
+    assert re.search(r"C-SGD, step \d+ of 130, cut at 111", bars)
     assert "epoch" not in bars
 
 
@@ -299,18 +301,23 @@ def test_a_plan_clusters_the_weights_of_a_file(tmp_path):
     assert plan["clusters"] == {name: [len(part) for part in parts] for name, parts in expected.items()}
 
 
-def test_the_clock_weighs_steps_by_their_cost():
-    clock = Clock([(10, 1.0), (5, 1.0), (5, 0.4), (8, 0.4), (2, 0.1)])
-    assert clock.work(0, 30) == pytest.approx(10 + 5 + 2 + 3.2 + 0.2)
-    assert clock.work(8, 17) == pytest.approx(2 + 5 + 0.8)
-    assert clock.work(29, 30) == pytest.approx(0.1)
-    clock.start(10)
-    time.sleep(0.2)
-    clock.tick(15)
-    assert clock.seconds_left == pytest.approx(0.2 * (2 + 3.2 + 0.2) / 5, rel=0.2)
-    clock.start(20)
-    clock.tick(30)
-    assert clock.seconds_left == 0
+def test_what_is_left_weighs_steps_by_their_cost():
+    costs = [Cost(1000, 0), Cost(400, 0), Cost(100, 0)]
+    plan = RunPlan(costs, StagePlan({}, None, due=5), base_steps=10, csgd_steps=10)
+    first, second = 5 + 5 * 0.4, 5 * 0.4 + 5 * 0.1
+    assert plan.work(trains_base=True) == pytest.approx(10 + first + second)
+    assert plan.work(trains_base=False) == pytest.approx(first + second)
+
+    def left(part, stage, step):
+        return work_left(plan, Progress(None, part, stage, step))
+
+    assert left(Part.BASE, 0, 0) == plan.work(trains_base=True)
+    assert left(Part.BASE, 0, 8) == pytest.approx(2 + first + second)
+    assert left(Part.BETWEEN, 1, 0) == pytest.approx(second)
+    assert left(Part.WIDE, 0, 3) == pytest.approx(2 + 5 * 0.4 + second)
+    assert left(Part.WIDE, 1, 7) == pytest.approx(3 * 0.1), "it is due"
+    assert left(Part.NARROW, 0, 2) == pytest.approx(8 * 0.4 + second), "it was cut early"
+    assert left(Part.NARROW, 1, 10) == left(Part.BETWEEN, 2, 0) == 0
 
 
 @pytest.mark.parametrize(

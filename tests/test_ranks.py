@@ -16,10 +16,12 @@ import csgd
 from csgd import data, ranks
 from csgd.models import resnet20
 from csgd.pipeline.launch import RankError, launch
-from csgd.pipeline.phase import check_batches
+from csgd.pipeline.setup import check_batches
+from csgd.pipeline.spec import RunSpec
 from csgd.ranks import Share
 from csgd.reload import load_trimmed
-from csgd.train import predict, train
+from csgd.schedule import Timetable
+from csgd.train import Learner, Sums, TrainSpec, predict, train
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -49,14 +51,20 @@ def fifty_steps(accumulation: int = 1):
     spaces = csgd.find_spaces(net, d.example)
     clusters = ranks.from_first(csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5)) if ranks.is_first() else 0)
     optimizer = csgd.CSGD(csgd.param_groups(net, spaces, clusters, centri_strength=8.0, vector_ratio=1.0), 0.05)
-    how = dict(steps_per_epoch=d.steps_per_epoch, lr_at=lambda step: 0.05, seed=0, check_every=1, clip_norm=1.0)
-    wide, narrow = range(25), range(25, 50)
-    epochs = list(train(ranks.parallel(net), optimizer, d, steps=wide, accumulation=accumulation, **how))
-    csgd.trim(net, spaces, clusters, optimizer, tolerance=None)
-    epochs += train(ranks.parallel(net), optimizer, d, steps=narrow, accumulation=accumulation, **how)
+    timetable, sums, told = Timetable(d.steps_per_epoch, [0.05] * 50), Sums(), []
+    spec = TrainSpec(0, clip_norm=1.0, accumulation=accumulation, compare_ranks_every=1)
+    for steps in (range(25), range(25, 50)):
+        learner = Learner(net, optimizer, ranks.parallel(net))
+        for moment in train(learner, d, timetable, spec, steps, sums):
+            if moment.epoch_ends or moment.step == steps.stop:
+                shared = sums.shared()
+                told.append((shared.mean_loss, shared.accuracy))
+                sums.clear()
+        if steps.start == 0:
+            csgd.trim(net, spaces, clusters, optimizer, tolerance=None)
     torch.set_default_dtype(torch.float32)
     (logits,), labels = predict(net, d)
-    return logits, labels, [(e.loss, e.train_accuracy) for e in epochs], net.features[0].out_channels
+    return logits, labels, told, net.features[0].out_channels
 
 
 def in_group(function, *arguments):
@@ -96,10 +104,10 @@ def some_steps_with_a_block_left_out(kept: float, spare: bool):
     torch.manual_seed(0)
     net = LeavesOut(kept, spare)
     optimizer = csgd.CSGD(net.parameters(), 0.05)
-    how = dict(steps_per_epoch=d.steps_per_epoch, lr_at=lambda step: 0.05, seed=0, check_every=1)
-    before = net.block.weight.clone()
-    *_, epoch = train(ranks.parallel(net), optimizer, d, steps=range(40), **how)
-    return epoch.step, not torch.equal(before, net.block.weight)
+    before, timetable = net.block.weight.clone(), Timetable(d.steps_per_epoch, [0.05] * 40)
+    learner, spec = Learner(net, optimizer, ranks.parallel(net)), TrainSpec(0, compare_ranks_every=1)
+    *_, moment = train(learner, d, timetable, spec, range(40))
+    return moment.step, not torch.equal(before, net.block.weight)
 
 
 @pytest.mark.parametrize("kept, spare", [(0.9, False), (0.5, False), (1.0, True)])
@@ -155,12 +163,12 @@ def test_a_rank_that_goes_astray_is_named(kind, error, message):
 def test_a_batch_too_small_for_the_ranks_is_refused():
     d = data.digits(image_size=8, batch_size=718, shift=0, seed=0, device=CPU)
     few = "schedule.batch_size=718"
-    check_batches(composed(few), Plain(), d)
+    check_batches(RunSpec.of(composed(few)), Plain(), d)
     with pytest.raises(csgd.InputError, match="a last batch of 1 of the 1437 images, 2 ranks need at least 4"):
-        check_batches(composed(few, "distributed.nproc=2"), Plain(), d)
+        check_batches(RunSpec.of(composed(few, "distributed.nproc=2")), Plain(), d)
     short = [few, "schedule.base.max_steps=2", "schedule.csgd.max_steps=2"]
-    check_batches(composed(*short, "distributed.nproc=2"), Plain(), d)
-    check_batches(composed("schedule.batch_size=16", "distributed.nproc=4"), Plain(), d)
+    check_batches(RunSpec.of(composed(*short, "distributed.nproc=2")), Plain(), d)
+    check_batches(RunSpec.of(composed("schedule.batch_size=16", "distributed.nproc=4")), Plain(), d)
 
 
 def test_shares_make_the_batches_of_one():

@@ -15,6 +15,7 @@ from csgd.build import build
 from csgd.checkpoint import load_weights, save_weights
 from csgd.models import resnet20, vgg16
 from csgd.pipeline.base import cached
+from csgd.pipeline.spec import RunSpec
 
 ROOT = Path(__file__).parents[1]
 SHORT = [  # the main job's own path, on fewer steps
@@ -102,11 +103,11 @@ def test_the_main_job_leaves_its_files(main_job):
     assert sorted(slot for part in clusters["features.0"] for slot in part) == list(range(64))
     folder = out / "checkpoints"
     done = torch.load(folder / "last.pt", weights_only=True)
-    assert done["phase"] == "between"
-    assert len(done["record"]["stages"]) == 1
+    assert done["facts"]["part"] == "between"
+    assert len(done["facts"]["results"]) == 1
     last_step = torch.load(folder / "last.pt.previous", weights_only=True)
-    assert (last_step["phase"], last_step["step"]) == ("trimmed", 30)
-    assert last_step["clusters"] == clusters
+    assert (last_step["facts"]["part"], last_step["facts"]["step"]) == ("narrow", 30)
+    assert last_step["facts"]["clusters"] == clusters
     run_file = only(out.glob("wandb/offline-run-*/run-*.wandb"))
     content = run_file.read_bytes()
     for key in (b"deviation/kernels", b"forecast/vectors", b"csgd/test_accuracy", b"verdict/lossless"):
@@ -213,14 +214,14 @@ def test_a_base_network_of_other_code_is_another_one(tmp_path, monkeypatch):
     for name, source in sources.items():
         (tmp_path / f"{name}_of_mine.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    cfg = composed("model._target_=nets_of_mine.net", "dataset._target_=pixels_of_mine.mine")
-    model = build("model", cfg.model, num_classes=10)
-    paths = [cached(cfg, model)]
-    assert cached(cfg, model) == paths[0]
+    spec = RunSpec.of(composed("model._target_=nets_of_mine.net", "dataset._target_=pixels_of_mine.mine"))
+    model = build("model", spec.model, num_classes=10)
+    paths = [cached(spec, model)]
+    assert cached(spec, model) == paths[0]
     for name, source in sources.items():
         (tmp_path / f"{name}_of_mine.py").write_text(source + "# other code\n")
-        paths.append(cached(cfg, model))
-    paths.append(cached(cfg, build("model", cfg.model, num_classes=11)))
+        paths.append(cached(spec, model))
+    paths.append(cached(spec, build("model", spec.model, num_classes=11)))
     assert len(set(paths)) == 6
 
 
@@ -242,8 +243,8 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     assert first["phase"] == "csgd"
     assert f"the loss at step {first['step']} is not a number" in done.stderr
     checkpoint = torch.load(tmp_path / "out" / "checkpoints" / "last.pt", weights_only=True)
-    assert checkpoint["step"] == first["step"]
-    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert checkpoint["facts"]["step"] == first["step"]
+    assert all(value.isfinite().all() for value in checkpoint["state"]["model"].values())
     assert not (tmp_path / "out" / "summary.json").exists()
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import csgd.data
 from csgd.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from csgd.pipeline.journal import Journal
-from csgd.pipeline.run import run
+from csgd.pipeline import run
+from csgd.pipeline.progress import Part, Progress
 from csgd.ranks import Share
 from csgd.seeds import random_state, seed_all, set_random_state
 
@@ -80,18 +80,18 @@ def test_a_dataset_of_chance_is_the_same_in_each_process_and_on_resume(tmp_path,
     SPLITS.clear()
     seed_all(1)
     run(cfg, tmp_path / "whole")
-    save = Journal.save
+    save = Progress.save
 
-    def killed(self, phase, step, *arguments, **more):
-        save(self, phase, step, *arguments, **more)
-        if phase == "wide" and step == 6:
+    def killed(self, setup):
+        save(self, setup)
+        if self.part is Part.WIDE and self.step == 6:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Journal, "save", killed)
+    monkeypatch.setattr(Progress, "save", killed)
     seed_all(2)
     with pytest.raises(KeyboardInterrupt):
         run(cfg, tmp_path / "killed")
-    monkeypatch.setattr(Journal, "save", save)
+    monkeypatch.setattr(Progress, "save", save)
     seed_all(3)
     run(cfg, tmp_path / "killed")
     assert len(SPLITS) == 3

@@ -266,6 +266,30 @@ def test_a_job_that_is_alive_is_not_called_killed(tmp_path):
     assert [job.status for job in sweep.read_jobs(tmp_path)] == ["killed"]
 
 
+def test_a_job_that_was_planned_is_not_called_killed(tmp_path):
+    written(tmp_path, 0, seed=0, deps="1_2", accuracy=0.5, macs=1)
+    (tmp_path / "0" / "summary.json").rename(tmp_path / "0" / "plan.json")
+    assert [job.status for job in sweep.read_jobs(tmp_path)] == ["planned"]
+
+
+def test_the_tables_of_a_sweep_that_was_killed_are_made_from_its_folder(jobs, tmp_path, capsys):
+    (tmp_path / "9" / "summary.json").unlink()
+    for folder in tmp_path.glob("*/"):
+        (folder / "metrics.jsonl").write_text("")
+        if (folder / "summary.json").exists():
+            summary = json.loads((folder / "summary.json").read_text())
+            summary |= {"stages": [], "device": "cpu", "commit": None}
+            (folder / "summary.json").write_text(json.dumps(summary))
+    assert sweep.main([str(tmp_path)]) == 2
+    said = capsys.readouterr().out
+    assert "job 9 killed: it was killed" in said
+    assert said.splitlines()[-1].endswith(f"with the same command and hydra.sweep.dir={tmp_path}")
+    assert "job 9 killed" in (tmp_path / "sweep.md").read_text()
+    assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 5
+    assert sweep.main([str(tmp_path / "9")]) == 2
+    assert "holds no job of a sweep" in capsys.readouterr().err
+
+
 def test_means_over_seeds(jobs):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in sweep.means_table(jobs).splitlines()[2:]]
     assert rows == [

@@ -1,8 +1,8 @@
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +12,10 @@ from torch import nn
 import csgd
 from csgd import CSGD, InputError, data
 from csgd.centripetal import forecast
-from csgd.pipeline.build import as_trained
-from csgd.plan import Plan, Timetable, plan, strengths_by
-from csgd.schedule import ramp
-from csgd.seeds import random_state
-from csgd.train import DivergedError, accuracy, criterion, logits_of, predict, train
+from csgd.pipeline.device import as_trained
+from csgd.plan import Collapsed, Plan, plan, strengths_by
+from csgd.schedule import Timetable, ramp
+from csgd.train import DivergedError, Learner, Sums, TrainSpec, accuracy, criterion, logits_of, predict, train
 from csgd.trim import statistics_momentum
 from csgd.verify import relative_change
 
@@ -37,8 +36,21 @@ def small_net():
     )  # fmt: skip
 
 
-def options(**changes):
-    return dict(steps=range(18), steps_per_epoch=6, lr_at=lambda step: 0.05, seed=0) | changes
+def trained(net, optimizer, d, steps=18, rates=None, **how):
+    """(moment, sums) after each of `steps`, in epochs of six; the learning rate is 0.05 where there are no `rates`."""
+    parts = {key: how.pop(key) for key in ("scaler", "average") if key in how}
+    ramp, per_epoch = how.pop("ramp", None), how.pop("steps_per_epoch", 6)
+    timetable = Timetable(per_epoch, rates or [0.05] * steps, ramp)
+    sums = Sums()
+    for moment in train(Learner(net, optimizer, net, **parts), d, timetable, TrainSpec(0, **how), range(steps), sums):
+        yield moment, sums
+        if moment.epoch_ends:
+            sums.clear()
+
+
+def epochs_of(net, optimizer, d, **how):
+    """(step, loss, accuracy) at the end of each epoch."""
+    return [(m.step, s.mean_loss, s.accuracy) for m, s in trained(net, optimizer, d, **how) if m.epoch_ends]
 
 
 def test_training_learns_and_can_be_repeated_bit_by_bit():
@@ -46,25 +58,39 @@ def test_training_learns_and_can_be_repeated_bit_by_bit():
     for _ in range(2):
         net, d = small_net(), small_data()
         optimizer = torch.optim.SGD(net.parameters(), 0.05)
-        epochs = list(train(net, optimizer, d, **options()))
+        epochs = epochs_of(net, optimizer, d)
         ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     assert torch.equal(*ends)
-    assert epochs[-1].loss < epochs[0].loss
-    assert [epoch.step for epoch in epochs] == [6, 12, 18]
+    steps, losses, _ = zip(*epochs, strict=True)
+    assert steps == (6, 12, 18)
+    assert losses[-1] < losses[0]
     assert accuracy(*predict(net, d)) > 0.5
 
 
-def test_max_steps_and_the_schedule():
-    net, seen = small_net(), []
-
-    def lr_at(step):
-        seen.append(step)
-        return 0.01
-
+def test_it_yields_after_every_step_with_its_learning_rate():
+    net, rates, seen = small_net(), [0.01 * (1 + step) for step in range(12)], []
     optimizer = torch.optim.SGD(net.parameters(), 1.0)
-    list(train(net, optimizer, small_data(), **options(steps=range(12), steps_per_epoch=4, lr_at=lr_at)))
-    assert seen == list(range(12))
-    assert optimizer.param_groups[0]["lr"] == 0.01
+    for moment, _ in trained(net, optimizer, small_data(), steps=12, rates=rates, steps_per_epoch=4):
+        assert optimizer.param_groups[0]["lr"] == moment.lr
+        seen.append((moment.step, moment.epoch, moment.epoch_ends, moment.lr))
+    assert seen == [(s + 1, s // 4 + 1, s % 4 == 3, rates[s]) for s in range(12)]
+
+
+def test_what_the_caller_does_between_two_steps_leaves_the_training_as_it_is():
+    ends = []
+    for tests in (False, True):
+        net, d = small_net(), small_data()
+        for _ in trained(net, torch.optim.SGD(net.parameters(), 0.05), d):
+            if tests:
+                predict(net, d)
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.equal(*ends)
+
+
+def test_data_that_give_fewer_batches_than_promised_are_refused():
+    net, d = small_net(), small_data()
+    with pytest.raises(InputError, match="the data gave 6 batches of epoch 1, 7 were to come"):
+        list(trained(net, torch.optim.SGD(net.parameters(), 0.05), d, steps_per_epoch=7))
 
 
 def test_a_batch_in_parts_has_the_same_gradient_but_for_rounding():
@@ -73,12 +99,11 @@ def test_a_batch_in_parts_has_the_same_gradient_but_for_rounding():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
         optimizer = torch.optim.SGD(net.parameters(), 0.05)
-        epochs = list(train(net, optimizer, small_data(), **options(accumulation=accumulation, clip_norm=1.0)))
+        epochs = epochs_of(net, optimizer, small_data(), accumulation=accumulation, clip_norm=1.0)
         ends[accumulation] = torch.cat([p.detach().flatten() for p in net.parameters()]), epochs
     torch.testing.assert_close(ends[1][0], ends[3][0], rtol=1e-4, atol=1e-6)
     for one, other in zip(ends[1][1], ends[3][1], strict=True):
-        assert one.loss == pytest.approx(other.loss, rel=1e-5)
-        assert one.train_accuracy == other.train_accuracy
+        assert one == pytest.approx(other, rel=1e-5)
 
 
 def test_parts_have_the_two_images_that_batch_norm_needs():
@@ -88,7 +113,7 @@ def test_parts_have_the_two_images_that_batch_norm_needs():
     net, seen = small_net(), []
     net[0].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])) if module.training else None)
     optimizer = torch.optim.SGD(net.parameters(), 0.05)
-    list(train(net, optimizer, d, **options(steps=range(3), steps_per_epoch=3, accumulation=6)))
+    list(trained(net, optimizer, d, steps=3, steps_per_epoch=3, accumulation=6))
     assert seen == [3, 3, 3, 3, 2, 2] * 2 + [3, 2, 2, 2]
 
 
@@ -107,12 +132,13 @@ def test_in_16_bits_the_pull_is_that_of_32(precision):
     group = optimizer.clustered_groups()[0]
     start, factors = float(optimizer.deviation(group)), forecast([0.05] * 60, group["centri_strength"], 1e-4)
     scaler = torch.amp.GradScaler("cpu") if precision == "float16" else None
-    how = options(steps=range(60), clip_norm=1.0, precision=getattr(torch, precision), scaler=scaler)
     losses = []
-    for epoch in train(net, optimizer, d, **how):
-        foreseen = start * factors[epoch.step - 1] ** 2
-        losses.append(epoch.loss)
-        if epoch.step == 6:
+    for moment, sums in trained(
+        net, optimizer, d, 60, clip_norm=1.0, precision=getattr(torch, precision), scaler=scaler
+    ):
+        foreseen = start * factors[moment.step - 1] ** 2
+        losses += [sums.mean_loss] if moment.epoch_ends else []
+        if moment.step == 6:
             assert float(optimizer.deviation(group)) == pytest.approx(foreseen, rel=0.01), "no step was left out"
     assert optimizer.relative_deviation() < 1e-5
     assert losses[-1] < losses[0]
@@ -127,7 +153,7 @@ def test_a_step_that_overflows_is_left_out():
     optimizer, *_ = centripetal(net, d)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     before = [p.detach().clone() for p in net.parameters()]
-    list(train(net, optimizer, d, **options(steps=range(1), precision=torch.float16, scaler=scaler)))
+    list(trained(net, optimizer, d, steps=1, precision=torch.float16, scaler=scaler))
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
     assert scaler.get_scale() == 2.0**59
 
@@ -152,8 +178,9 @@ def test_compiled_once_before_and_once_after_the_cut():
         csgd.merge_equal(net, spaces, clusters)
         torch._dynamo.utils.counters.clear()
         for phase in (0, 1):
-            network = as_trained(SimpleNamespace(compile=compiled), net)
-            list(train(network, optimizer, d, **options(steps=range(12 * phase, 12 * phase + 12))))
+            learner = Learner(net, optimizer, as_trained(net, compiled))
+            timetable, steps = Timetable(6, [0.05] * 24), range(12 * phase, 12 * phase + 12)
+            list(train(learner, d, timetable, TrainSpec(0), steps))
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled * (phase + 1)
             if phase == 0:
                 csgd.trim(net, spaces, clusters, optimizer)
@@ -165,7 +192,7 @@ def test_few_channels_of_a_strided_conv_of_one_pixel_do_not_corrupt_memory():
     code = """
 import torch
 from torch import nn
-from csgd.pipeline.build import placed
+from csgd.pipeline.device import placed
 torch.set_num_threads(2)
 for inputs in (4, 8, 10, 15):
     net = nn.Sequential(nn.Conv2d(3, inputs, 3, padding=1), nn.Conv2d(inputs, 20, 1, stride=2, bias=False))
@@ -193,14 +220,33 @@ def test_smoothed_labels():
 
 
 def test_a_run_in_parts_is_the_run_bit_by_bit():
-    ends = []
+    ends, timetable = [], Timetable(6, [0.05] * 18)
     for cuts in ([0, 18], [0, 4, 11, 12, 18]):
-        net, d = small_net(), small_data()
-        optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
+        net, d, losses, sums = small_net(), small_data(), [], Sums()
+        learner = Learner.of(net, torch.optim.SGD(net.parameters(), 0.05, 0.9))
         for first, last in pairwise(cuts):
-            list(train(net, optimizer, d, **options(steps=range(first, last), random_state=random_state())))
-        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
-    assert torch.equal(*ends)
+            for moment in train(learner, d, timetable, TrainSpec(0), range(first, last), sums):
+                if moment.epoch_ends:
+                    losses.append((moment.step, sums.mean_loss, sums.accuracy))
+                    sums.clear()
+        ends.append((torch.cat([p.detach().flatten() for p in net.parameters()]), losses))
+    (whole, losses), (parts, losses_of_parts) = ends
+    assert torch.equal(whole, parts)
+    assert losses == losses_of_parts
+
+
+def test_the_images_of_an_epoch_are_loaded_once():
+    d, drawn = small_data(), []
+
+    def counted(epoch):
+        for batch in d.train_batches(epoch):
+            drawn.append(epoch)
+            yield batch
+
+    net = small_net()
+    for _ in trained(net, torch.optim.SGD(net.parameters(), 0.05), replace(d, train_batches=counted)):
+        pass
+    assert drawn == [0] * 6 + [1] * 6 + [2] * 6
 
 
 def test_csgd_in_the_same_loop_follows_its_plan_to_the_collapse():
@@ -208,13 +254,13 @@ def test_csgd_in_the_same_loop_follows_its_plan_to_the_collapse():
     spaces = csgd.find_spaces(net, d.example)
     clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
     optimizer = CSGD(csgd.param_groups(net, spaces, clusters, centri_strength=8.0, vector_ratio=1.0), 0.05)
-    ahead = plan(optimizer.clustered_groups(), Timetable([0.05] * 60, [1.0] * 60, 1e-5))
+    ahead = plan(optimizer.clustered_groups(), Timetable(6, [0.05] * 60), Collapsed(1e-5))
     assert ahead.collapses
     assert ahead.advice is None
     start = {group["name"]: float(optimizer.deviation(group)) for group in optimizer.clustered_groups()}
-    for epoch in train(net, optimizer, d, **options(steps=range(60))):
+    for moment, _ in trained(net, optimizer, d, 60):
         for group in optimizer.clustered_groups():
-            foreseen = start[group["name"]] * ahead.factors[group["name"]][epoch.step - 1] ** 2
+            foreseen = start[group["name"]] * ahead.factors[group["name"]][moment.step - 1] ** 2
             if foreseen > 1e-8 * start[group["name"]]:  # above the float32 floor
                 assert float(optimizer.deviation(group)) == pytest.approx(foreseen, rel=0.01)
     assert optimizer.relative_deviation() < 1e-5
@@ -232,7 +278,7 @@ def test_a_plan_that_does_not_collapse_says_what_would():
 
     def ahead(strength, steps=400, ratio=0.1):
         groups = csgd.param_groups(net, spaces, clusters, centri_strength=strength, vector_ratio=ratio)
-        return plan(CSGD(groups, 0.05).clustered_groups(), Timetable([0.05] * steps, [1.0] * steps, 1e-5))
+        return plan(CSGD(groups, 0.05).clustered_groups(), Timetable(6, [0.05] * steps), Collapsed(1e-5))
 
     weak = ahead(0.1)
     assert not weak.collapses
@@ -265,17 +311,17 @@ def test_statistics_that_forget_nothing_are_not_promised_to_collapse():
     spaces = csgd.find_spaces(net, d.example)
     clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
     optimizer = CSGD(csgd.param_groups(net, spaces, clusters, centri_strength=8.0, vector_ratio=1.0), 0.05)
-    timetable = Timetable([0.05] * 60, [1.0] * 60, 1e-5, statistics_momentum(net))
-    ahead = plan(optimizer.clustered_groups(), timetable)
+    timetable, collapsed = Timetable(6, [0.05] * 60), Collapsed(1e-5, statistics_momentum(net))
+    ahead = plan(optimizer.clustered_groups(), timetable, collapsed)
     assert ahead.collapse_step is None
     assert "average over all batches and forget none, never do" in ahead.warning
     assert ahead.warning.endswith("(momentum=None) would do")
     with pytest.raises(InputError, match="no strength makes running statistics collapse that average over all batches"):
-        strengths_by(optimizer.clustered_groups(), timetable, 60)
+        strengths_by(optimizer.clustered_groups(), timetable, collapsed, 60)
     with torch.no_grad():
         net[1].running_mean.uniform_(-1, 1)
     net[1].num_batches_tracked.fill_(1000)
-    list(train(net, optimizer, d, **options(steps=range(60))))
+    list(trained(net, optimizer, d, 60))
     assert optimizer.relative_deviation() < 1e-5
     with pytest.raises(InputError, match=r"^1\.running_mean has not collapsed"):
         csgd.trim(net, spaces, clusters)
@@ -297,7 +343,7 @@ def test_in_parameters_of_16_bits_nothing_is_promised_that_does_not_happen(dtype
         net.to(kind)
         groups = csgd.param_groups(net, spaces, clusters, centri_strength=0.3, vector_ratio=1.0)
         optimizer = CSGD(groups, 0.05)
-        promised[kind] = plan(optimizer.clustered_groups(), Timetable([0.05] * 300, [1.0] * 300, 1e-3))
+        promised[kind] = plan(optimizer.clustered_groups(), Timetable(6, [0.05] * 300), Collapsed(1e-3))
         images, labels = torch.randn(32, 12, dtype=kind), torch.arange(32) % 3
         for _ in range(300):
             F.cross_entropy(net(images).float(), labels).mul(1e-3).backward()
@@ -322,29 +368,26 @@ def test_a_ramped_run_follows_its_plan(shape):
     spaces = csgd.find_spaces(net, d.example)
     clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
     ramps = [ramp(step, length=60, shape=shape) for step in range(90)]
-    timetable = Timetable([0.05] * 90, ramps, 1e-3)
+    timetable, collapsed = Timetable(6, [0.05] * 90, ramps), Collapsed(1e-3)
     blank = CSGD(csgd.param_groups(net, spaces, clusters, centri_strength=0.0), 0.05)
-    solved = strengths_by(blank.clustered_groups(), timetable, 70)
+    solved = strengths_by(blank.clustered_groups(), timetable, collapsed, 70)
     groups = csgd.param_groups(net, spaces, clusters, centri_strength=solved["kernels"], vector_ratio=1.0)
     optimizer = CSGD(groups, 0.05)
-    ahead = plan(optimizer.clustered_groups(), timetable)
+    ahead = plan(optimizer.clustered_groups(), timetable, collapsed)
     assert ahead.collapse_step == pytest.approx(70, abs=2)
     start = {group["name"]: float(optimizer.deviation(group)) for group in optimizer.clustered_groups()}
-    for epoch in train(net, optimizer, d, **options(steps=range(90), ramp_at=lambda step: ramps[step])):
+    for moment, _ in trained(net, optimizer, d, 90, ramp=ramps):
         for group in optimizer.clustered_groups():
-            foreseen = start[group["name"]] * ahead.factors[group["name"]][epoch.step - 1] ** 2
+            foreseen = start[group["name"]] * ahead.factors[group["name"]][moment.step - 1] ** 2
             if foreseen > 1e-8 * start[group["name"]]:
                 assert float(optimizer.deviation(group)) == pytest.approx(foreseen, rel=0.01)
 
 
 def test_nan_stops_and_names_the_step():
     net, d = small_net(), small_data()
-
-    def lr_at(step):
-        return 1e30 if step >= 7 else 0.01
-
+    rates = [0.01] * 7 + [1e30] * 11
     with pytest.raises(DivergedError, match="the loss at step (8|9|10) is not a number"):
-        list(train(net, torch.optim.SGD(net.parameters(), 0.1), d, **options(lr_at=lr_at)))
+        list(trained(net, torch.optim.SGD(net.parameters(), 0.1), d, rates=rates))
 
 
 def test_auxiliary_heads_count_by_their_weight():

@@ -10,7 +10,7 @@ from test_config import composed
 from torch import Tensor, nn
 
 from csgd import InputError
-from csgd.pipeline.run import run
+from csgd.pipeline import run
 from csgd.train import accuracy, predict
 from csgd.verify import Verdict, relative_change, verdict, worst
 

@@ -8,9 +8,7 @@ import sys
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
@@ -20,120 +18,97 @@ import csgd.optim
 import csgd.schedule
 import csgd.seeds
 import csgd.train
-from csgd import ranks, seeds
+from csgd import ranks
 from csgd.build import label, named
 from csgd.checkpoint import load_weights, save_weights
-from csgd.data import Data
 from csgd.errors import InputError
 from csgd.models import published_weights
-from csgd.optim import CSGD
-from csgd.pipeline.build import as_trained, scaler_of, versions
-from csgd.pipeline.clock import Clock, bar_of
-from csgd.pipeline.journal import Journal
 from csgd.pipeline.launch import rank_count
-from csgd.pipeline.phase import chunks, log_epoch, phase_of
-from csgd.tracking import Tracker
-from csgd.train import accuracy, predict, train
+from csgd.pipeline.learners import base_optimizer, learner_of
+from csgd.pipeline.progress import BaseResult, Part, Progress
+from csgd.pipeline.provenance import versions
+from csgd.pipeline.setup import Setup
+from csgd.pipeline.spec import RunSpec
+from csgd.pipeline.watch import Watch
+from csgd.train import accuracy, predict
 
 log = logging.getLogger("csgd")
 
 
-def base_network(
-    cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tracker, clock: Clock
-) -> dict[str, Any]:
+def base(setup: Setup, progress: Progress, watch: Watch) -> None:
     """Loads the base network, from the file or the cache if it is there, or trains it."""
-    pretrained = cfg.base.weights and _load(cfg, model)
-    if pretrained:
-        source = cfg.base.weights
-    else:
-        path = cached(cfg, model)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        first = ranks.is_first()
-        lock = FileLock(f"{path}.lock") if first else nullcontext()
-        with lock:  # the jobs of a parallel sweep wait for the first one
-            if weights := ranks.from_first(load_weights(path) if first and path.exists() else None):
-                journal.take("base")
-                model.load_state_dict(weights)
-                log.info("base network: from the cache, %s", path)
-            else:
-                _train(cfg, model, data, journal, tracker, clock)
-                if first:
-                    save_weights(path, model.state_dict())
-        source = str(path)
-    measured = accuracy(*predict(model, data))
+    with progress.seconds.spent("base"):
+        source = setup.spec.base.weights if has_weights(setup) else _cached_or_trained(setup, progress, watch)
+        measured = accuracy(*predict(setup.model, setup.data))
     log.info("base network: test accuracy %.4f", measured)
-    return {"accuracy": measured, "source": source}
+    progress.base = BaseResult(measured, source)
+    progress.sums.clear()  # of a training that was killed, where another run has left its weights meanwhile
+    progress.part, progress.step, progress.learner = Part.BETWEEN, 0, None
 
 
-def weights_at_hand(cfg: Any, model: nn.Module) -> bool:
+def has_weights(setup: Setup) -> bool:
+    """Loads base.weights if they are given; whether they are all that the network needs."""
+    return bool(setup.spec.base.weights) and _load(setup.spec, setup.model)
+
+
+def weights_at_hand(setup: Setup) -> bool:
     """Loads the base network if that takes neither training nor a download; whether it did."""
-    if cfg.base.weights:
-        return not _published(cfg.base.weights) and _load(cfg, model)
-    if (path := cached(cfg, model)).exists():
-        model.load_state_dict(load_weights(path))
+    if setup.spec.base.weights:
+        return not _published(setup.spec.base.weights) and has_weights(setup)
+    if (path := cached(setup.spec, setup.model)).exists():
+        setup.model.load_state_dict(load_weights(path))
         return True
     return False
 
 
-def cached(cfg: Any, model: nn.Module) -> Path:
+def cached(spec: RunSpec, model: nn.Module) -> Path:
     """Where a base network that was trained is kept."""
-    name = f"{label(cfg.model)}-{label(cfg.dataset)}-s{cfg.seed}-{_key(cfg, model)}.safetensors"
-    return Path(cfg.base.cache) / name
+    name = f"{label(spec.model)}-{label(spec.dataset)}-s{spec.seed}-{_key(spec, model)}.safetensors"
+    return Path(spec.base.cache) / name
 
 
-def _train(cfg: Any, model: nn.Module, data: Data, journal: Journal, tracker: Tracker, clock: Clock) -> None:
-    schedule = cfg.schedule
-    scaler = scaler_of(cfg, data.example.device)
-    constants = dict(lr=schedule.base.lr, weight_decay=schedule.weight_decay)
-    if schedule.base.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(model.parameters(), **constants, fused=scaler is None)
-    else:  # without clusters it is SGD, also for parameters whose first gradient comes later than that of others
-        inertia = dict(momentum=schedule.momentum, nesterov=schedule.nesterov)
-        optimizer = CSGD(model.parameters(), **constants, **inertia)
-    phase = phase_of(cfg, data, "base") | {"ramp_at": None, "scaler": scaler}
-    steps, random_state = phase.pop("steps"), None
-    if saved := journal.take("base"):
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if scaler:
-            scaler.load_state_dict(saved["scaler"])
-        steps, random_state = range(saved["step"], steps.stop), saved["random_state"]
-    clock.start(steps.start)
-    network = as_trained(cfg, model)
-    with bar_of(cfg, "base", steps) as bar:
-        for part in chunks(steps, cfg.checkpoint_every):
-            for epoch in train(network, optimizer, data, **phase, steps=part, bar=bar, random_state=random_state):
-                measured = epoch.step % phase["steps_per_epoch"] == 0 or epoch.step == steps.stop
-                test_accuracy = accuracy(*predict(model, data)) if measured else None
-                clock.tick(epoch.step)
-                bar.set_description(f"base, {clock.ends()}", refresh=False)
-                if measured:
-                    row = {"epoch": epoch.step / phase["steps_per_epoch"]}
-                    log_epoch("base", epoch, test_accuracy, tracker, row, clock.seconds_left)
-                journal.save("base", epoch.step, model, optimizer, tracker, scaler=scaler and scaler.state_dict())
-            random_state = seeds.random_state()
+def _cached_or_trained(setup: Setup, progress: Progress, watch: Watch) -> str:
+    """The path in the cache, where the weights then are."""
+    path, first = cached(setup.spec, setup.model), ranks.is_first()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock") if first else nullcontext():  # the jobs of a parallel sweep wait for the first one
+        if weights := ranks.from_first(load_weights(path) if first and path.exists() else None):
+            setup.model.load_state_dict(weights)
+            log.info("base network: from the cache, %s", path)
+        else:
+            _train(setup, progress, watch)
+            if first:
+                save_weights(path, setup.model.state_dict())
+    return str(path)
 
 
-def _load(cfg: Any, model: nn.Module) -> bool:
+def _train(setup: Setup, progress: Progress, watch: Watch) -> None:
+    progress.learner = progress.learner or learner_of(setup, base_optimizer(setup), averages=False)
+    watch.starts(setup, progress)
+    for moment in progress.train(setup, setup.base, setup.spec.base.train):
+        watch.after(setup, progress, moment, tells=moment.epoch_ends)
+
+
+def _load(spec: RunSpec, model: nn.Module) -> bool:
     """Loads base.weights; True if they are all the network needs, False if its head has to be trained first."""
-    weights, published = cfg.base.weights, _published(cfg.base.weights)
-    state = published_weights(label(cfg.model), weights) if published else load_weights(Path(weights))
+    weights, published = spec.base.weights, _published(spec.base.weights)
+    state = published_weights(label(spec.model), weights) if published else load_weights(Path(weights))
     own = model.state_dict()
-    other = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
-    odd = sorted(own.keys() ^ state.keys())
-    if not other and not odd:
+    mismatched = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    one_sided = sorted(own.keys() ^ state.keys())
+    if not mismatched and not one_sided:
         model.load_state_dict(state)
         return True
     head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not published or not all(
-        any(key.startswith(f"{layer.split('.')[0]}.") for layer in head) for key in other + odd
+        any(key.startswith(f"{layer.split('.')[0]}.") for layer in head) for key in mismatched + one_sided
     ):
-        key = (other + odd)[0]
+        key = (mismatched + one_sided)[0]
         raise InputError(f"base.weights '{weights}' are of another architecture than the model: '{key}' does not fit")
-    fitting = {key: value for key, value in state.items() if key in own and key not in other}
+    fitting = {key: value for key, value in state.items() if key in own and key not in mismatched}
     model.load_state_dict(fitting, strict=False)
     log.info(
-        "base network: the head of %s does not fit %d classes and is trained anew", weights, own[other[-1]].size(0)
+        "base network: the head of %s does not fit %d classes and is trained anew", weights, own[mismatched[-1]].size(0)
     )
     return False
 
@@ -144,23 +119,22 @@ def _published(weights: str) -> bool:
     return not path.exists() and path.suffix == "" and path.parent == Path()
 
 
-def _key(cfg: Any, model: nn.Module) -> str:
+def _key(spec: RunSpec, model: nn.Module) -> str:
     """A hash of everything that determines the base network."""
-    shared = ("batch_size", "momentum", "nesterov", "weight_decay", "label_smoothing", "accumulation")
-    schedule = {key: getattr(cfg.schedule, key) for key in shared}
-    weights = cfg.base.weights
-    parts = [cfg.model, cfg.dataset, schedule, asdict(cfg.schedule.base), cfg.seed, weights, versions()["torch"]]
-    parts += [cfg.precision, cfg.compile]
-    if (count := rank_count(cfg)) > 1:  # they see the statistics of batch norm of their own images
-        parts += [count, cfg.distributed.sync_bn]
-    parts += [str(next(model.parameters()).device.type), *_sources(cfg, model)]
+    sgd, how = spec.sgd, spec.base.train
+    parts = [spec.model, spec.dataset, spec.seed, spec.batch_size, spec.base.weights, asdict(spec.base.rates)]
+    parts += [sgd.momentum, sgd.nesterov, sgd.weight_decay, how.label_smoothing, how.accumulation]
+    parts += [str(how.precision), spec.machine.compile, versions()["torch"]]
+    if (count := rank_count(spec.machine)) > 1:  # they see the statistics of batch norm of their own images
+        parts += [count, spec.machine.sync_bn]
+    parts += [str(next(model.parameters()).device.type), *_sources(spec, model)]
     parts += [(name, value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:12]
 
 
-def _sources(cfg: Any, model: nn.Module) -> list[str]:
+def _sources(spec: RunSpec, model: nn.Module) -> list[str]:
     """The files that the network, each of its modules, its data and its training are written in."""
-    targets = {group: getattr(cfg, group)["_target_"] for group in ("model", "dataset")}
+    targets = {"model": spec.model["_target_"], "dataset": spec.dataset["_target_"]}
     made = [named(group, target) for group, target in targets.items()]
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     written_in = [sys.modules.get(target.rpartition(".")[0]) for target in targets.values()]

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from csgd import ranks
 from csgd.errors import InputError
-from csgd.pipeline.build import device_of
+from csgd.pipeline.device import device_of
+from csgd.pipeline.spec import Machine
 
 GRACE = 2.0  # seconds for which a rank that lost another one waits, so that the other one is found first
 
@@ -37,31 +38,31 @@ def started_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def rank_count(cfg: Any) -> int:
+def rank_count(machine: Machine) -> int:
     """How many ranks share a batch, also before they are started."""
-    return max(cfg.distributed.nproc, ranks.own_share().ranks)
+    return max(machine.ranks, ranks.own_share().ranks)
 
 
-def check_ranks(cfg: Any) -> None:
+def check_ranks(machine: Machine) -> None:
     """InputError for ranks that cannot be had here."""
-    asked, device = f"distributed.nproc={cfg.distributed.nproc}", device_of(cfg)
-    if started_outside() and cfg.distributed.nproc > 1:
+    asked, device = f"distributed.nproc={machine.ranks}", device_of(machine.device, machine.threads)
+    if started_outside() and machine.ranks > 1:
         raise InputError(f"{asked}: torchrun has started {os.environ['WORLD_SIZE']} ranks already, leave it out")
-    if device.type == "cuda" and cfg.distributed.nproc > torch.cuda.device_count():
+    if device.type == "cuda" and machine.ranks > torch.cuda.device_count():
         raise InputError(f"{asked}: each rank needs a CUDA device, there are {torch.cuda.device_count()} here")
-    if device.type != "cuda" and cfg.distributed.sync_bn:
+    if device.type != "cuda" and machine.sync_bn:
         raise InputError("distributed.sync_bn: torch has synchronised batch norm for CUDA devices only")
 
 
 @contextmanager
-def joined(cfg: Any) -> Iterator[None]:
+def joined(machine: Machine) -> Iterator[None]:
     """Within it this process is one of the ranks, if there are several; only rank 0 speaks."""
     if not started_outside():
         yield
         return
     if not started_first():
         logging.disable(logging.WARNING)
-    with ranks.group(device_of(cfg)):
+    with ranks.group(device_of(machine.device, machine.threads)):
         yield
 
 

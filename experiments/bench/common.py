@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from csgd.pipeline.build import commit, versions  # noqa: E402
+from csgd.pipeline.provenance import commit, versions  # noqa: E402
 from csgd.report import table  # noqa: E402
 
 

@@ -18,7 +18,8 @@ from torchvision.models import resnet18
 
 from csgd.data import Data, digits, image_folder
 from csgd.models import resnet20, vgg16
-from csgd.train import train
+from csgd.schedule import Timetable
+from csgd.train import Learner, Sums, TrainSpec, train
 
 BATCH = 32
 FILES = 512
@@ -49,9 +50,10 @@ def add(rows: list, numbers: list, source: str, network: str, threads: int, mode
     alone = loaded / (time.perf_counter() - started)
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)
-    how = dict(steps=range(steps), steps_per_epoch=steps, lr_at=lambda step: 0.01, seed=0)
-    (epoch,) = train(model, optimizer, data, **how)
-    step = BATCH * epoch.steps / epoch.seconds
+    sums, timetable = Sums(), Timetable(steps, [0.01] * steps)
+    for _ in train(Learner.of(model, optimizer), data, timetable, TrainSpec(seed=0), range(steps), sums):
+        pass
+    step = BATCH / sums.seconds_per_step
     rows.append((source, network, threads, f"{alone:,.0f}", f"{step:,.0f}", f"{step / alone:.2%}"))
     numbers.append({"data": source, "network": network, "threads": threads, "loader": alone, "step": step})
 

@@ -23,9 +23,9 @@ from omegaconf import OmegaConf
 from conf.schema import register
 from csgd.build import build
 from csgd.checkpoint import load_weights
-from csgd.pipeline.build import placed
-from csgd.pipeline.phase import phase_of
-from csgd.train import accuracy, predict, train
+from csgd.pipeline.device import placed
+from csgd.pipeline.spec import RunSpec, timetable_of
+from csgd.train import Learner, accuracy, predict, train
 from csgd.verify import count_macs
 
 NETWORKS = {"ResNet-20": ["model=resnet20", "dataset.image_size=16"], "VGG-16": ["model=vgg16"]}
@@ -75,24 +75,26 @@ def torch_pruning(settings: list[str], base: dict) -> dict:
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         register()
-        cfg = OmegaConf.to_object(compose("config", settings))
+        spec = RunSpec.of(OmegaConf.to_object(compose("config", settings)))
     device = torch.device("cpu")
-    data = build("dataset", cfg.dataset, batch_size=cfg.schedule.batch_size, seed=cfg.seed, device=device)
-    model = build("model", cfg.model, num_classes=data.num_classes, image_size=data.example.size(-1))
+    data = build("dataset", spec.dataset, batch_size=spec.batch_size, seed=spec.seed, device=device)
+    model = build("model", spec.model, num_classes=data.num_classes, image_size=data.example.size(-1))
     model = placed(model, device)
     model.load_state_dict(load_weights(ROOT / base["source"]))
     before = count_macs(model, data.example)
     started = time.perf_counter()
     heads = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     importance = torch_pruning.importance.MagnitudeImportance(p=2)
-    how = dict(importance=importance, pruning_ratio=1 - cfg.deps.fraction, ignored_layers=heads)
+    how = dict(importance=importance, pruning_ratio=1 - spec.deps.fraction, ignored_layers=heads)
     torch_pruning.pruner.MagnitudePruner(model, data.example, **how).step()
     after_cut = accuracy(*predict(model, data))
-    schedule = cfg.schedule
-    inertia = dict(momentum=schedule.momentum, nesterov=schedule.nesterov, weight_decay=schedule.weight_decay)
-    optimizer = torch.optim.SGD(model.parameters(), schedule.csgd.lr, **inertia)
-    for _ in train(model, optimizer, data, **phase_of(cfg, data, "csgd") | {"ramp_at": None}):
-        at_end = accuracy(*predict(model, data))
+    sgd, pull = spec.sgd, spec.pull
+    inertia = dict(momentum=sgd.momentum, nesterov=sgd.nesterov, weight_decay=sgd.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), pull.rates.lr, **inertia)
+    timetable = timetable_of(pull.rates, data.steps_per_epoch)
+    for moment in train(Learner.of(model, optimizer), data, timetable, pull.train, range(timetable.steps)):
+        if moment.epoch_ends:
+            at_end = accuracy(*predict(model, data))
     return {
         "seconds": time.perf_counter() - started,
         "after_cut": after_cut,

@@ -1,0 +1,112 @@
+"""The folder of a run: what lies where in it, who is at work in it, and how far that came."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from csgd.errors import InputError
+
+
+class Status(StrEnum):
+    RUNNING = "running"
+    FINISHED = "finished"
+    PLANNED = "planned"
+    FAILED = "failed"
+    KILLED = "killed"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoints" / "last.pt"
+
+    @property
+    def clusters(self) -> Path:
+        return self.path / "clusters.json"
+
+    @property
+    def filters(self) -> Path:
+        return self.path / "filters.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "pruned.md"
+
+    @property
+    def failure(self) -> Path:
+        return self.path / "failed.txt"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / ".lock"
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Keeps a second process out of the folder; InputError if one is at work in it."""
+        lock = FileLock(self._lock, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(f"the output folder '{self.path}' is in use by a run that is still alive") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def is_in_use(self) -> bool:
+        """Whether a run holds the lock of the folder."""
+        if not self._lock.exists():
+            return False
+        try:
+            with FileLock(self._lock, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def clear(self) -> None:
+        """Removes what says that an older run came to its end; its weights stay until this one's take their place."""
+        told = (self.summary, self.failure, self.card, self.path / "report.html", *self.report.glob("*.png"))
+        for path in told:
+            if path.is_file():
+                path.unlink()
+
+    def status(self) -> Status:
+        """How far the run in it has come."""
+        if self.failure.exists():
+            return Status.FAILED
+        if self.summary.exists():
+            return Status.FINISHED
+        if self.is_in_use():
+            return Status.RUNNING
+        return Status.PLANNED if self.plan.exists() else Status.KILLED
+
+    def read_summary(self) -> dict[str, Any]:
+        return json.loads(self.summary.read_text())

@@ -1,0 +1,115 @@
+"""What lies before a run, known before its first step."""
+
+import copy
+import logging
+from dataclasses import dataclass
+
+from torch import nn
+
+from csgd.clusters import cluster
+from csgd.errors import InputError
+from csgd.pipeline.learners import csgd_optimizer
+from csgd.pipeline.setup import Setup
+from csgd.plan import Collapsed, Plan, plan, strengths_by
+from csgd.trim import cut, statistics_momentum
+from csgd.verify import count_macs, count_params
+
+log = logging.getLogger("csgd")
+
+
+@dataclass(frozen=True)
+class Cost:
+    macs: int
+    params: int
+
+    @classmethod
+    def of(cls, model: nn.Module, setup: Setup) -> "Cost":
+        return cls(count_macs(model, setup.data.example), count_params(model))
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage will do to the deviation of each clustered group.
+
+    strengths  ε of each;  due  the number of steps after which the stage can be cut
+    """
+
+    strengths: dict[str, float]
+    forecast: Plan
+    due: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """costs  before the first stage and after each;  stage  the plan of the first"""
+
+    costs: list[Cost]
+    stage: StagePlan
+    base_steps: int
+    csgd_steps: int
+
+    def work(self, trains_base: bool) -> float:
+        """What all steps cost together, in steps of the wide network."""
+        return trains_base * self.base_steps + sum(self.stage_work(stage) for stage in range(len(self.costs) - 1))
+
+    def stage_work(self, stage: int, step: int = 0, is_cut: bool = False) -> float:
+        """What the steps of a stage (0, 1, …) cost from `step` on, if it is cut when it is due, or has been."""
+        cut = step if is_cut else max(step, self.stage.due)
+        return self.weight(stage) * (cut - step) + self.weight(stage + 1) * (self.csgd_steps - cut)
+
+    def weight(self, cuts: int) -> float:
+        """What a step costs after so many cuts, in steps of the wide network."""
+        return self.costs[cuts].macs / self.costs[0].macs
+
+
+def foresee(setup: Setup) -> RunPlan:
+    """InputError if a strength diverges, or if no stable one collapses the filters in time.
+
+    It needs no weights: what will not do is said before the base network is trained.
+    """
+    model, spaces = setup.model, setup.spaces
+    optimizer = csgd_optimizer(setup.spec, model, spaces, cluster(model, spaces, setup.widths[0], "even"))
+    stage = stage_plan(setup, optimizer.clustered_groups())
+    return RunPlan(_costs(setup), stage, setup.base.steps, setup.csgd.steps)
+
+
+def stage_plan(setup: Setup, groups: list[dict], solved: bool = False) -> StagePlan:
+    """The plan of a stage with these clustered groups, whose strengths are set where they are to be `solved` first."""
+    cut_spec, pull, timetable = setup.spec.cut, setup.spec.pull, setup.csgd
+    momenta = statistics_momentum(setup.model), 1 - pull.average if pull.average else None
+    collapsed = Collapsed(cut_spec.deviation, min((m for m in momenta if m is not None), default=None))
+    if pull.strength is None and not solved:
+        _solve(setup, groups, collapsed)
+    strengths, ahead = {g["name"]: g["centri_strength"] for g in groups}, plan(groups, timetable, collapsed)
+    due = (ahead.collapse_step if cut_spec.at_collapse else None) or timetable.steps
+    return StagePlan(strengths, ahead, due)
+
+
+def _solve(setup: Setup, groups: list[dict], collapsed: Collapsed) -> None:
+    by, steps = setup.spec.pull.collapse_by, setup.csgd.steps
+    solved = strengths_by(groups, setup.csgd, collapsed, round(by * steps))
+    if None in solved.values():
+        raise InputError(
+            f"centri_strength=auto: no stable strength collapses the filters within {round(by * steps)} of {steps} "
+            f"steps; a larger collapse_by than {by:g}, more epochs or a higher learning rate would"
+        )
+    for group in groups:
+        group["centri_strength"] = solved[group["name"]]
+
+
+def _costs(setup: Setup) -> list[Cost]:
+    """Which filters are in which cluster does not matter for them."""
+    costs = [Cost.of(setup.model, setup)]
+    for widths in setup.widths:
+        twin = copy.deepcopy(setup.model)
+        cut(twin, setup.spaces, cluster(twin, setup.spaces, widths, "even"))
+        costs.append(Cost.of(twin, setup))
+    return costs
+
+
+def tell_forecast(planned: StagePlan) -> None:
+    strengths = ", ".join(f"{value:.4g} on {name}" for name, value in planned.strengths.items())
+    log.info("centripetal strength: %s", strengths)
+    log.info("%s", planned.forecast.describe())
+    if planned.forecast.warning:
+        log.warning("%s", planned.forecast.warning)

@@ -1,0 +1,130 @@
+"""What a run leaves: the pruned network, its summary, its card and its report."""
+
+import json
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from csgd import ranks, report
+from csgd.checkpoint import write_json
+from csgd.folder import RunFolder
+from csgd.pipeline.console import headline
+from csgd.pipeline.device import device_name
+from csgd.pipeline.foresee import Cost, RunPlan
+from csgd.pipeline.progress import Part, Progress, StageResult
+from csgd.pipeline.provenance import flat, refuse_other, versions
+from csgd.pipeline.setup import Setup
+from csgd.pipeline.ship import ship
+from csgd.pipeline.spec import plain
+from csgd.pipeline.watch import warn_instead_of_raising
+from csgd.pruned import save_pruned
+from csgd.tracking import Tracker
+from csgd.verify import Verdict, worst
+
+if TYPE_CHECKING:
+    from conf.schema import Config
+
+log = logging.getLogger("csgd")
+
+PACES = {Part.WIDE: "wide", Part.NARROW: "trimmed"}  # in files
+
+
+def leave(setup: Setup, plan: RunPlan, progress: Progress, tracker: Tracker, command: str | None) -> Verdict:
+    """Writes what a finished run leaves, and returns its verdict: lossless if every cut was, the largest changes, the
+    accuracies around the last."""
+    judged = worst([result.verdict for result in progress.results])
+    progress.tick()
+    summary = _summary(setup, plan, progress, judged) | {"command": command}
+    if ranks.is_first():
+        facts = {key: summary[key] for key in ("widths", "verdict", "cost", "command", "seed", "versions", "commit")}
+        facts["dataset"] = setup.spec.dataset
+        folder, data = progress.folder, setup.data
+        save_pruned(folder.path, setup.model, setup.spec.model, data.example, data.num_classes, **facts)
+        write_json(folder.summary, summary)
+        ship(setup, summary, folder)
+        _report(summary, tracker, folder)
+    return judged
+
+
+def finished(config: "Config", path: Path) -> Verdict | None:
+    """The verdict of a run that has come to its end in the folder; InputError if it is of another configuration."""
+    folder = RunFolder(path)
+    if not folder.summary.exists():
+        return None
+    summary = folder.read_summary()
+    refuse_other("hydra.sweep.dir", path, flat(summary["config"]), flat(plain(config)))
+    return Verdict(**summary["verdict"])
+
+
+def _summary(setup: Setup, plan: RunPlan, progress: Progress, judged: Verdict) -> dict[str, Any]:
+    before, after, last = plan.costs[0], Cost.of(setup.model, setup), progress.results[-1]
+    seconds = progress.seconds
+    return {
+        "base": asdict(progress.base),
+        "cost": {
+            "macs_before": before.macs,
+            "params_before": before.params,
+            "macs_after": after.macs,
+            "params_after": after.params,
+        },
+        "seconds": asdict(seconds) | {"csgd": seconds.csgd_wide + seconds.csgd_trimmed},
+        "stages": [_stage(result) for result in progress.results],
+        "ranks": ranks.own_share().ranks,
+        "collapse": _collapse(last),
+        "strengths": last.strengths,
+        "widths": last.widths,
+        "verdict": asdict(judged),
+        "layers": setup.layers,
+        "seconds_per_step": {PACES[part]: pace.seconds_per_step for part, pace in progress.pace.items()},
+        "seed": setup.spec.seed,
+        "device": device_name(setup.data.example.device),
+        "commit": setup.commit,
+        "versions": versions(),
+        "config": setup.spec.config,
+    }
+
+
+def _stage(result: StageResult) -> dict[str, Any]:
+    return {
+        "widths": result.widths,
+        "strengths": result.strengths,
+        "collapse": _collapse(result),
+        "verdict": asdict(result.verdict),
+        "forecast": {"steps": result.steps, "curves": result.curves},
+    }
+
+
+def _collapse(result: StageResult) -> dict[str, Any]:
+    return {
+        "step": result.cut_step,
+        "predicted_step": result.foreseen_step,
+        "fraction": result.cut_step / result.steps,
+    }
+
+
+def _report(summary: dict[str, Any], tracker: Tracker, folder: RunFolder) -> None:
+    judged = summary["verdict"]
+    tracker.summarise({f"{part}/{key}": value for part in ("verdict", "cost") for key, value in summary[part].items()})
+    rows = report.layer_rows(summary["layers"], json.loads(folder.clusters.read_text()))
+    tracker.log_table("report/layers", report.LAYER_HEADER, rows)
+    started = time.perf_counter()
+    for draw in (report.draw_curves, report.draw_filters, report.draw_widths, report.draw_sizes):
+        with warn_instead_of_raising(f"report/{draw.__name__.removeprefix('draw_')}.png"):
+            if path := draw(folder.path):
+                tracker.log_image(f"report/{path.stem}", path)
+    with warn_instead_of_raising("report.html"):
+        report.write_page(folder.path)
+    log.info("report: drawn in %.1f s", time.perf_counter() - started)
+    log.info("layers\n\n%s\n", report.table(report.LAYER_HEADER, rows))
+    headline.info("%s\n\n%s\n", "LOSSLESS" if judged["lossless"] else "NOT LOSSLESS", report.verdict_table(summary))
+    if not judged["lossless"]:
+        lost = judged["accuracy_before_trim"] - judged["accuracy_after_trim"]
+        why = "the cut changed the logits"
+        if not judged["collapsed"]:
+            why = f"the filters have not collapsed, or what follows them ({judged['relative_deviation']:.1e} is left)"
+        log.warning("NOT LOSSLESS: %s; the cut cost %.4f of accuracy", why, lost)
+    log.info("files: %s", folder)
+    if offline := tracker.offline_dir:
+        log.info("W&B, offline: look with `wandb beta leet %s`, upload with `wandb sync %s`", offline, offline)

@@ -1,0 +1,163 @@
+"""What a run starts from; everything that can be refused before a step is taken is refused here."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from csgd import ranks
+from csgd.build import build
+from csgd.data import Data
+from csgd.errors import InputError
+from csgd.export import check_packages
+from csgd.graph import ChannelSpace, Kind, conditions
+from csgd.graph.twin import keep_random_state, twin_of
+from csgd.optim import check_stability
+from csgd.pipeline.device import check_fit, device_of, placed
+from csgd.pipeline.launch import rank_count
+from csgd.pipeline.provenance import commit
+from csgd.pipeline.spec import RunSpec, timetable_of
+from csgd.schedule import Timetable
+from csgd.seeds import seed_all
+from csgd.trial import find_spaces
+from csgd.widths import target_widths
+
+if TYPE_CHECKING:
+    from conf.schema import Deps
+
+log = logging.getLogger("csgd")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The network, its data and its two trainings; its channel spaces before the first cut, and each stage's widths.
+
+    commit       of the code, as the run begins
+    began, sought  when its preparation began, and the search for its spaces
+    """
+
+    spec: RunSpec
+    model: nn.Module
+    data: Data
+    base: Timetable
+    csgd: Timetable
+    spaces: list[ChannelSpace]
+    widths: list[dict[str, int]]
+    commit: str | None
+    began: float
+    sought: float
+
+    @property
+    def finds_again(self) -> bool:
+        """Whether the spaces of a stage need the trial cut again, which finds integers that follow."""
+        return any(ref.role == "size" for space in self.spaces for ref in space.refs)
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """Every channel space with its width before the run and after it, as plain JSON."""
+        after = self.widths[-1]
+        return [
+            {"name": s.name, "before": s.size, "after": after.get(s.name, s.size), "pinned": list(s.pinned)}
+            for s in self.spaces
+        ]
+
+
+def prepare(spec: RunSpec) -> Setup:
+    """InputError for what cannot be run: device, packages, strengths, data, network, batches, widths."""
+    began, device = time.perf_counter(), device_of(spec.machine.device, spec.machine.threads)
+    if spec.export:
+        check_packages(spec.export)
+    check_strengths(spec)
+    seed_all(spec.seed)  # a dataset of the user's may draw its split
+    data = dataset_of(spec, device)
+    seed_all(spec.seed)
+    model = build("model", spec.model, num_classes=data.num_classes, image_size=data.example.size(-1))
+    model = placed(model, device, spec.machine.precision)
+    check_fit(model, data)
+    check_batches(spec, model, data)
+    if spec.machine.sync_bn and ranks.own_share().ranks > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    base = timetable_of(spec.base.rates, data.steps_per_epoch)
+    csgd = timetable_of(spec.pull.rates, data.steps_per_epoch, spec.pull)
+    sought, spaces = time.perf_counter(), spaces_of(model, data.example)
+    widths = stages_of(spec.deps, spaces)
+    return Setup(spec, model, data, base, csgd, spaces, widths, commit(), began, sought)
+
+
+def dataset_of(spec: RunSpec, device: torch.device) -> Data:
+    share = ranks.own_share()
+    offered = dict(batch_size=spec.batch_size, seed=spec.seed, device=device, share=share)
+    data = build("dataset", spec.dataset, **offered, needed=["share"] if share.ranks > 1 else [])
+    if not isinstance(data, Data):
+        raise InputError(f"dataset._target_ must make a csgd.data.Data, got {type(data).__name__}")
+    return data
+
+
+def check_strengths(spec: RunSpec) -> None:
+    """F6, before anything is built: the strengths under the highest learning rate of the schedule."""
+    sgd, pull, strength = spec.sgd, spec.pull, spec.pull.strength
+    if strength is None:
+        return
+    check_stability(pull.rates.lr, strength, sgd.weight_decay, sgd.momentum, sgd.nesterov)
+    lr, weak = pull.rates.lr * max(1.0, sgd.bias_lr_factor), pull.vector_ratio * strength
+    check_stability(lr, weak, sgd.weight_decay_vectors, sgd.momentum, sgd.nesterov)
+
+
+def check_batches(spec: RunSpec, model: nn.Module, data: Data) -> None:
+    """InputError if the smallest batch of a run leaves a rank with less than the two images that batch norm needs, or
+    is a single image on which this network cannot be trained."""
+    size, count = spec.batch_size, rank_count(spec.machine)
+    left = data.train_size % size
+    longest = max(timetable_of(s.rates, data.steps_per_epoch).steps_per_epoch for s in (spec.base, spec.pull))
+    smallest = left if left and longest * size > data.train_size else size
+    leaves = f"schedule.batch_size={size} leaves a last batch of {smallest} of the {data.train_size} images, "
+    if count > 1 and smallest < 2 * count:
+        raise InputError(f"{leaves}{count} ranks need at least {2 * count}")
+    if smallest > 1:
+        return
+    with torch.no_grad(), keep_random_state(model):
+        try:
+            twin_of(model).train()(data.example[:1])
+        except Exception as error:  # whatever a network raises on a single image
+            raise InputError(f"{leaves}on which this network cannot be trained: {error}") from None
+
+
+def spaces_of(model: nn.Module, example: Tensor, trial: bool = True) -> list[ChannelSpace]:
+    """The channel spaces of a run, which pulls by CSGD: those stay whole that this does not reach."""
+    spaces = find_spaces(model, example, trial)
+    out_of_reach = (
+        (space.name, condition)
+        for space in spaces
+        for condition in space.conditions
+        if condition.kind is Kind.ONLY_COLLAPSE
+    )
+    conditions.pin(spaces, {name: f"training does not change {condition.why}" for name, condition in out_of_reach})
+    return spaces
+
+
+def stages_of(deps: "Deps", spaces: list[ChannelSpace]) -> list[dict[str, int]]:
+    """The widths of each stage: those of deps, or the fractions of deps.stages of the widths at the start."""
+    options = dict(min_width=deps.min_width, round_to=deps.round_to, keep=deps.keep)
+    if deps.stages is not None:
+        stages = []
+        for fraction in deps.stages:
+            stages.append(target_widths(spaces, fraction, after=stages[-1] if stages else None, **options))
+    elif deps.widths is not None:
+        stages = [target_widths(spaces, deps.widths, **options)]
+    elif deps.layers:
+        stages = [target_widths(spaces, deps.layers, rest=deps.fraction, **options)]
+    else:
+        stages = [target_widths(spaces, deps.fraction, **options)]
+    if all(stages[0].get(space.name, space.size) == space.size for space in spaces):
+        raise InputError("deps: nothing is left to trim, every layer keeps its width")
+    return stages
+
+
+def tell_spaces(setup: Setup) -> None:
+    log.info("%d channel spaces, %d of them can be trimmed", len(setup.spaces), len(setup.widths[-1]))
+    for space in setup.spaces:
+        if space.pinned:
+            log.info("  %s stays whole: %s", space.name, "; ".join(space.pinned))

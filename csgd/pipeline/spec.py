@@ -1,0 +1,165 @@
+"""The configuration, regrouped by what reads it: the only file that knows its keys."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from csgd.schedule import Timetable, learning_rate, ramp
+from csgd.train import TrainSpec
+
+if TYPE_CHECKING:
+    from conf.schema import Clustering, Config, Deps, Phase, Wandb
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is computed on and how.
+
+    device  auto | cpu | cuda;  threads  None: torch's own choice
+    """
+
+    device: str
+    threads: int | None
+    ranks: int
+    sync_bn: bool
+    precision: torch.dtype
+    compile: bool
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """What a step of SGD needs beside its gradient and its learning rate."""
+
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    weight_decay_vectors: float
+    bias_lr_factor: float
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """The base network: where its weights come from, or how it is trained.
+
+    weights  a file, or the name of weights that torchvision publishes;  cache  folder of those that were trained
+    """
+
+    weights: str | None
+    cache: str
+    optimizer: str
+    rates: "Phase"
+    train: TrainSpec
+
+
+@dataclass(frozen=True)
+class PullSpec:
+    """The training that pulls the filters of a cluster together.
+
+    strength  ε; None: the smallest that collapses them by the fraction `collapse_by` of the steps
+    average   decay of the moving average of the weights, if there is one
+    """
+
+    strength: float | None
+    vector_ratio: float
+    ramp: str
+    collapse_by: float
+    average: float | None
+    rates: "Phase"
+    train: TrainSpec
+
+
+@dataclass(frozen=True)
+class CutSpec:
+    """When a stage is cut, what it goes on as, and what is tolerated."""
+
+    at_collapse: bool
+    then_plain: bool
+    deviation: float
+    logits: float
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run.
+
+    save_every  steps between two checkpoints within an epoch;  config  the configuration as plain JSON
+    """
+
+    seed: int
+    batch_size: int
+    model: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+    deps: "Deps"
+    clustering: "Clustering"
+    machine: Machine
+    sgd: Sgd
+    base: BaseSpec
+    pull: PullSpec
+    cut: CutSpec
+    save_every: int | None
+    resume: bool
+    plan_only: bool
+    wandb: "Wandb"
+    shows_bar: bool
+    quiet: bool
+    export: str | None
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, c: "Config") -> "RunSpec":
+        """From an object of the schema in conf/."""
+        s, machine = c.schedule, machine_of(c)
+
+        def train(phase: "Phase") -> TrainSpec:
+            every = c.distributed.check_every
+            return TrainSpec(c.seed, phase.clip_norm, s.label_smoothing, s.accumulation, machine.precision, every)
+
+        strength = None if c.centri_strength == "auto" else c.centri_strength
+        return cls(
+            seed=c.seed,
+            batch_size=s.batch_size,
+            model=c.model,
+            dataset=c.dataset,
+            deps=c.deps,
+            clustering=c.clustering,
+            machine=machine,
+            sgd=Sgd(s.momentum, s.nesterov, s.weight_decay, s.weight_decay_vectors, s.bias_lr_factor),
+            base=BaseSpec(c.base.weights, c.base.cache, s.base.optimizer, s.base, train(s.base)),
+            pull=PullSpec(strength, c.vector_ratio, c.ramp, c.collapse_by, s.ema, s.csgd, train(s.csgd)),
+            cut=CutSpec(c.trim_at == "collapse", c.after_trim == "plain", c.tolerance.deviation, c.tolerance.logits),
+            save_every=c.checkpoint_every,
+            resume=c.resume == "auto",
+            plan_only=c.plan_only,
+            wandb=c.wandb,
+            shows_bar=c.progress and not c.quiet,
+            quiet=c.quiet,
+            export=c.export,
+            config=plain(c),
+        )
+
+
+def plain(c: "Config") -> dict[str, Any]:
+    """The configuration as plain JSON."""
+    return asdict(c, dict_factory=lambda pairs: {k: str(v) if isinstance(v, StrEnum) else v for k, v in pairs})
+
+
+def machine_of(c: "Config") -> Machine:
+    ranks = c.distributed
+    return Machine(c.device, c.threads, ranks.nproc, ranks.sync_bn, PRECISIONS[c.precision], c.compile)
+
+
+def timetable_of(rates: "Phase", batches: int, pull: PullSpec | None = None) -> Timetable:
+    """Every step of a training whose epochs have so many batches at most; with the ramp of its pull."""
+    per_epoch = min(batches, rates.max_steps or batches)
+    steps = range(rates.epochs * per_epoch)
+    keys = ("epochs", "lr", "warmup_epochs", "decay", "milestones", "gamma")
+    how, ramps = {key: getattr(rates, key) for key in keys}, None
+    if pull:
+        length = round(pull.collapse_by * len(steps))
+        ramps = [ramp(step, length=length, shape=pull.ramp) for step in steps]
+    return Timetable(per_epoch, [learning_rate(step, steps_per_epoch=per_epoch, **how) for step in steps], ramps)

@@ -1,0 +1,181 @@
+"""One stage: to its clusters, to its collapse, through its cut, and on as the narrow network."""
+
+import logging
+from dataclasses import replace
+
+from csgd import ranks
+from csgd.checkpoint import write_json
+from csgd.clusters import Clusters, cluster
+from csgd.data import Data
+from csgd.errors import InputError
+from csgd.graph import ChannelSpace
+from csgd.pipeline.device import as_trained
+from csgd.pipeline.foresee import stage_plan
+from csgd.pipeline.learners import base_optimizer, csgd_optimizer, learner_of, saved_optimizer
+from csgd.pipeline.progress import Checkpoint, Part, Progress, StageResult
+from csgd.pipeline.setup import Setup, spaces_of
+from csgd.pipeline.spec import CutSpec
+from csgd.pipeline.watch import Watch
+from csgd.proof import Proof, prove
+from csgd.train import Learner, accuracy, predict
+from csgd.trim import merge_equal, trim
+from csgd.verify import Verdict, deviation, statistics_spread, verdict, worst, worst_deviation
+
+log = logging.getLogger("csgd")
+
+LOOK_EVERY = 10  # steps between two looks at the deviation, once the cut is due
+FORECAST_POINTS = 400  # per stage and group, for the picture
+
+
+def begin(setup: Setup, progress: Progress, watch: Watch) -> None:
+    """Clusters the filters of the network as it is, proves their cut, and gives the network a new optimizer."""
+    model, spec = setup.model, setup.spec
+    with progress.seconds.spent("cluster"):
+        progress.spaces = spaces_of(model, setup.data.example, setup.finds_again)  # mostly known from before the cuts
+        how, widths = spec.clustering, setup.widths[progress.stage]
+        found = None
+        if ranks.is_first():
+            found = cluster(model, progress.spaces, widths, how.method, spec.seed, how.of)
+        progress.clusters = ranks.from_first(found)
+        check_proof(setup, progress.spaces, progress.clusters)
+    optimizer = csgd_optimizer(spec, model, progress.spaces, progress.clusters)
+    progress.plan = stage_plan(setup, optimizer.clustered_groups())
+    progress.start = {group["name"]: float(optimizer.deviation(group)) for group in optimizer.clustered_groups()}
+    progress.learner, progress.pace = learner_of(setup, optimizer, averages=True), {}
+    progress.part, progress.step = Part.WIDE, 0
+    leave_clusters(progress)
+    watch.keep_filters(setup, progress, "start")
+
+
+def resume(setup: Setup, progress: Progress, saved: Checkpoint) -> None:
+    """Makes the learner of the part that is under way as a checkpoint left it, and what is not saved."""
+    if progress.part is Part.BETWEEN:
+        return
+    if progress.part is Part.BASE:
+        progress.learner = learner_of(setup, base_optimizer(setup), averages=False)
+        progress.learner.load_state_dict(saved["state"])
+        return
+    optimizer = saved_optimizer(setup.model, saved["groups"])
+    progress.learner = learner_of(setup, optimizer, averages=True)
+    progress.learner.load_state_dict(saved["state"])
+    pulled = [group for group in optimizer.param_groups if group["name"] in progress.start]
+    progress.plan = stage_plan(setup, pulled, solved=True)
+    if progress.part is Part.WIDE:
+        progress.spaces = spaces_of(setup.model, setup.data.example, setup.finds_again)
+    leave_clusters(progress)
+
+
+def leave_clusters(progress: Progress) -> None:
+    if ranks.is_first():
+        write_json(progress.folder.clusters, progress.clusters)
+
+
+def check_proof(setup: Setup, spaces: list[ChannelSpace], clusters: Clusters) -> Proof:
+    """The proof of a cut with these clusters, told in the log; InputError, before training, where it fails."""
+    proof = prove(setup.model, spaces, clusters, setup.data.example)
+    log.info("proof of the cut, on a twin: %s", proof)
+    if proof.failing:
+        failing = "; ".join(f"{name}: {reason}" for name, reason in proof.failing.items())
+        keep = ", ".join(f"'{name}'" for name in proof.failing)
+        raise InputError(f"these clusters cannot be cut exactly ({failing}); deps.keep=[{keep}] leaves them whole")
+    return proof
+
+
+def pull(setup: Setup, progress: Progress, watch: Watch) -> None:
+    """Trains the wide network until its filters have collapsed, or to the end of the stage."""
+    watch.starts(setup, progress)
+    with progress.seconds.spent("csgd_wide"):
+        for moment in progress.train(setup, setup.csgd, setup.spec.pull.train):
+            late = moment.step - progress.plan.due
+            looks = late >= 0 and late % LOOK_EVERY == 0  # slower than the forecast: float32, a mean of means
+            if looks:
+                progress.learner.share_buffers()
+            watch.after(setup, progress, moment, tells=moment.epoch_ends or looks)
+            if looks and (moment.step == setup.csgd.steps or is_collapsed(setup, progress)):
+                break
+
+
+def is_collapsed(setup: Setup, progress: Progress) -> bool:
+    """Whether every tensor that is to be merged has collapsed, running statistics and the average included."""
+    left = [worst_deviation(network, progress.spaces, progress.clusters) for network in networks_of(progress.learner)]
+    return all(value <= setup.spec.cut.deviation for value in left)
+
+
+def networks_of(learner: Learner) -> list:
+    """The network, and the average of its weights if there is one, which then is what ships."""
+    return [learner.model, learner.average.module] if learner.average else [learner.model]
+
+
+def cut_stage(setup: Setup, progress: Progress, watch: Watch) -> None:
+    """The cut, its verdict, and the learner that goes on as the narrow network."""
+    learner, spec = progress.learner, setup.spec
+    with progress.seconds.spent("trim"):
+        watch.keep_filters(setup, progress, "collapse")
+        judged = cut(learner, setup.data, progress.spaces, progress.clusters, spec.cut)
+        watch.keep_filters(setup, progress, "cut")
+    progress.results.append(
+        StageResult(
+            widths=setup.widths[progress.stage],
+            strengths=progress.plan.strengths,
+            steps=setup.csgd.steps,
+            cut_step=progress.step,
+            foreseen_step=progress.plan.forecast.collapse_step,
+            verdict=judged,
+            curves=curves(progress, setup.csgd.steps),
+        )
+    )
+    progress.part = Part.NARROW
+    progress.save(setup)
+    learner.network = as_trained(setup.model, spec.machine.compile)
+
+
+def cut(learner: Learner, data: Data, spaces: list[ChannelSpace], clusters: Clusters, spec: CutSpec) -> Verdict:
+    """Trims the model and the optimizer in place, and judges what that did to the outputs.
+
+    The average of the weights is what ships, if there is one.  It is trimmed too, by its means: as it is linear in the
+    weights, it goes on as the average of a run that was narrow from its start.  The worse of the two cuts counts, and
+    the accuracies are the average's.
+    """
+    networks, optimizer = networks_of(learner), learner.optimizer
+    wide = [predict(network, data) for network in networks]
+    measured = [
+        dict(
+            deviation=deviation(network, spaces, clusters),
+            relative_deviation=worst_deviation(network, spaces, clusters),
+            statistics_spread=statistics_spread(network, spaces, clusters),
+        )
+        for network in networks
+    ]
+    trim(learner.model, spaces, clusters, optimizer, tolerance=None)
+    for average in networks[1:]:
+        merge_equal(average, spaces, clusters)
+        trim(average, spaces, clusters, tolerance=None)
+    if spec.then_plain:
+        optimizer.unscale()
+    tolerances = dict(deviation_tolerance=spec.deviation, logit_tolerance=spec.logits)
+    verdicts = [
+        verdict(before, predict(network, data)[0], labels, **measures, **tolerances)
+        for network, (before, labels), measures in zip(networks, wide, measured, strict=True)
+    ]
+    return worst(verdicts)
+
+
+def curves(progress: Progress, steps: int) -> dict[str, list[tuple[int, float]]]:
+    """The forecast deviation of each group as (step, deviation)."""
+    shown = range(1, steps + 1, max(1, steps // FORECAST_POINTS))
+    return {group: [(step, progress.foreseen(group, step)) for step in shown] for group in progress.start}
+
+
+def go_on_narrow(setup: Setup, progress: Progress, watch: Watch) -> None:
+    """Takes the rest of the stage's steps with the narrow network, and ends with the average if there is one."""
+    watch.starts(setup, progress)
+    with progress.seconds.spent("csgd_trimmed"):
+        for moment in progress.train(setup, setup.csgd, setup.spec.pull.train):
+            watch.after(setup, progress, moment, tells=moment.epoch_ends)
+    if progress.learner.average:
+        setup.model.load_state_dict(progress.learner.average.module.state_dict())
+    result = progress.results[-1]
+    judged = replace(result.verdict, accuracy=accuracy(*predict(setup.model, setup.data)))
+    progress.results[-1] = replace(result, verdict=judged)
+    progress.part, progress.stage, progress.step, progress.learner = Part.BETWEEN, progress.stage + 1, 0, None
+    progress.save(setup)

@@ -1,0 +1,174 @@
+"""What looks on: rows of metrics, the bar, W&B, pictures.  What saves is not its business, so it never loses a run."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from tqdm import tqdm
+
+from csgd import ranks
+from csgd.build import label
+from csgd.errors import line_of
+from csgd.pipeline.album import Album
+from csgd.pipeline.foresee import RunPlan
+from csgd.pipeline.progress import Part, Progress
+from csgd.pipeline.setup import Setup
+from csgd.report import duration
+from csgd.tracking import Tracker
+from csgd.train import Moment, accuracy, predict
+
+log = logging.getLogger("csgd")
+
+SHAPE = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+SHOW_EVERY = 16  # steps between two looks at the loss for the bar; a look waits for the device
+
+
+class Watch:
+    """A context manager, as the tracker is; all ranks have one, and only the first's writes."""
+
+    def __init__(self, setup: Setup, plan: RunPlan, progress: Progress):
+        """InputError, before there is a file, if W&B cannot start for want of a key."""
+        spec, wandb, first = setup.spec, setup.spec.wandb, ranks.is_first()
+        name = f"{label(spec.model)}-{label(spec.dataset)}-{spec.deps.fraction:g}-s{spec.seed}"
+        settings = dict(project=wandb.project, entity=wandb.entity, group=wandb.group, tags=wandb.tags, name=name)
+        where = progress.folder.path if first else None
+        self.tracker = Tracker(where, mode=str(wandb.mode), config=spec.config, settings=settings, rows=progress.rows)
+        self._plan, self._album, self._opened = plan, None, ExitStack()
+        self._opened.push(self.tracker)
+        self._shows = spec.shows_bar and first and sys.stderr.isatty()
+        where = sys.stderr if self._shows else self._opened.enter_context(open(os.devnull, "w"))  # noqa: SIM115
+        how = dict(total=work_left(plan, progress), smoothing=0, leave=False, file=where, bar_format=SHAPE)
+        # Hidden it counts all the same: the lines of the log have their estimate from it.
+        self._bar = tqdm(desc=_where(setup, progress), **how)
+        self._opened.callback(self._bar.close)
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._opened.__exit__(*error)
+
+    def starts(self, setup: Setup, progress: Progress) -> None:
+        """Training goes on here: what came before took no time that counts."""
+        self._bar.unpause()
+        self._bar.total = self._bar.n + work_left(self._plan, progress)
+        self._bar.set_description(_where(setup, progress), refresh=False)
+
+    def after(self, setup: Setup, progress: Progress, moment: Moment, tells: bool) -> None:
+        """Moves the bar by a step; with `tells` a row of metrics too, of the steps since the last one."""
+        narrow = progress.part is Part.NARROW
+        cost = 1.0 if progress.part is Part.BASE else self._plan.weight(progress.stage + narrow)
+        self._bar.total = self._bar.n + cost + work_left(self._plan, progress)
+        self._bar.set_description(_where(setup, progress), refresh=False)
+        if self._shows and moment.step % SHOW_EVERY == 1:
+            self._bar.set_postfix(_shown(progress, moment), refresh=False)
+        self._bar.update(cost)
+        if tells:
+            self._row(setup, progress, moment)
+            progress.rows = self.tracker.rows
+
+    @property
+    def seconds_left(self) -> float:
+        """What the rest will take at the pace so far, tests of the network included."""
+        bar = self._bar.format_dict
+        done = bar["n"] - bar["initial"]
+        return (bar["total"] - bar["n"]) * bar["elapsed"] / done if done else float("nan")
+
+    def keep_filters(self, setup: Setup, progress: Progress, when: str) -> None:
+        """The filters of one layer for the picture of the run; when: start (of the stage) | collapse | cut."""
+        if not ranks.is_first():
+            return
+        with warn_instead_of_raising("the filters for their picture"):
+            if when != "cut":  # of a stage that is wide, also where a resumed run comes into it
+                where = progress.folder.filters, progress.stage
+                self._album = None
+                self._album = Album.of(*where, setup.model, progress.spaces, progress.clusters)
+            if self._album:
+                self._album.keep(setup.model, when)
+
+    def _row(self, setup: Setup, progress: Progress, moment: Moment) -> None:
+        sums, tested = progress.take_sums(), accuracy(*predict(setup.model, setup.data))
+        part = "base" if progress.part is Part.BASE else "csgd"
+        values = {
+            "loss": sums.mean_loss,
+            "train_accuracy": sums.accuracy,
+            "test_accuracy": tested,
+            "lr": moment.lr,
+            "seconds": sums.seconds,
+            "seconds_per_step": sums.seconds_per_step,
+        }
+        row = {"epoch": moment.epoch} if part == "base" else _stage_row(setup, progress, moment)
+        self.tracker.log({"phase": part, "step": moment.step} | {f"{part}/{k}": v for k, v in values.items()} | row)
+        deviations = (f", {k.replace('/', ' of ')} {v:.1e}" for k, v in row.items() if k.startswith("deviation/"))
+        log.info(
+            "%s epoch %d: loss %.4f, test accuracy %.4f, lr %.2g%s, %.1f s (%.3g ms a step), %s to go",
+            part,
+            moment.epoch,
+            sums.mean_loss,
+            tested,
+            moment.lr,
+            "".join(deviations),
+            sums.seconds,
+            1000 * sums.seconds_per_step,
+            duration(self.seconds_left),
+        )
+
+
+def work_left(plan: RunPlan, progress: Progress) -> float:
+    """What the rest of a run costs, in steps of the wide network; a stage that is wide is cut when it is due."""
+    under_way = progress.part in (Part.WIDE, Part.NARROW)
+    later = range(progress.stage + under_way, len(plan.costs) - 1)
+    left = sum(plan.stage_work(stage) for stage in later)
+    if progress.part is Part.BASE:
+        left += plan.base_steps - progress.step
+    if under_way:
+        left += plan.stage_work(progress.stage, progress.step, progress.part is Part.NARROW)
+    return left
+
+
+def _where(setup: Setup, progress: Progress) -> str:
+    """The step, and what the cut has made of the cost of one."""
+    if progress.part is Part.BASE:
+        return f"base, step {progress.step} of {setup.base.steps}"
+    stages = len(setup.widths)
+    number = f" {min(progress.stage + 1, stages)} of {stages}" if stages > 1 else ""
+    if progress.part is not Part.NARROW:
+        return f"C-SGD{number}, step {progress.step} of {setup.csgd.steps}"
+    pace, cut = "", progress.results[-1].cut_step
+    if Part.NARROW in progress.pace and Part.WIDE in progress.pace:
+        wide, narrow = (1000 * progress.pace[part].seconds_per_step for part in (Part.WIDE, Part.NARROW))
+        pace = f": {wide:.3g} → {narrow:.3g} ms a step"
+    return f"C-SGD{number}, step {progress.step} of {setup.csgd.steps}, cut at {cut}{pace}"
+
+
+def _shown(progress: Progress, moment: Moment) -> dict[str, str]:
+    """What the bar says beside the steps, of this rank alone."""
+    sums, optimizer = progress.sums, progress.learner.optimizer
+    loss = sums.mean_loss * ranks.own_share().ranks
+    shown = {"loss": f"{loss:.3f}", "accuracy": f"{sums.accuracy:.3f}", "lr": f"{moment.lr:.1e}"}
+    if progress.part is Part.WIDE:
+        shown["deviation"] = f"{optimizer.deviation():.1e}"
+    return shown
+
+
+def _stage_row(setup: Setup, progress: Progress, moment: Moment) -> dict[str, float]:
+    """Where in the run, and the deviation of each clustered group beside its forecast."""
+    before = setup.spec.base.rates.epochs + progress.stage * setup.spec.pull.rates.epochs
+    row = {"epoch": before + moment.step / setup.csgd.steps_per_epoch, "stage": progress.stage + 1}
+    for group in progress.learner.optimizer.clustered_groups():
+        row[f"deviation/{group['name']}"] = float(progress.learner.optimizer.deviation(group))
+        row[f"forecast/{group['name']}"] = progress.foreseen(group["name"], moment.step)
+    if average := progress.learner.average:
+        row["csgd/average_accuracy"] = accuracy(*predict(average.module, setup.data))
+    return row
+
+
+@contextmanager
+def warn_instead_of_raising(what: str) -> Iterator[None]:
+    """Reports what fails on the way to a picture: it never loses a run."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s could not be drawn: %s", what, line_of(error))
