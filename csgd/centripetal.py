@@ -172,7 +172,7 @@ def one_of_each(tensor: Tensor, dim: int, segments: Tensor, *, mean: bool) -> Te
         rows = tensor.index_select(dim, members)
         if mean:
             first = tensor.index_select(dim, segments[members])
-            share = (1 / segments.bincount()[segments[members]]).to(tensor.dtype)
+            share = (1 / segments.bincount().double())[segments[members]].to(tensor.dtype)
             if torch.equal(rows, first):
                 return laid_out(out, order).to(device)
             rows = torch.where(rows == first, 0, rows - first)  # also where both are infinite

@@ -10,6 +10,7 @@ from csgd.centripetal import (
     collapse_step,
     lengthening,
     merged_gradient,
+    one_of_each,
     segment_mean,
     squared_deviation,
     stability_limit,
@@ -154,3 +155,13 @@ def test_lengthening():
     assert lengthening(1e-2, 1e-6) == pytest.approx(3)
     assert lengthening(1e-8, 1e-6) == 1
     assert lengthening(1.0, 1e-6) == math.inf
+
+
+def test_one_of_each_is_a_mean_in_the_precision_of_its_tensor():
+    """Of a cluster of three: a third that was rounded to float32 would be off by 1e-8."""
+    rows = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    segments = torch.tensor([0, 1, 0, 1, 0, 5])
+    wanted = torch.stack([rows[[0, 2, 4]].mean(0), rows[[1, 3]].mean(0), rows[5]])
+    torch.testing.assert_close(one_of_each(rows, 0, segments, mean=True), wanted, rtol=1e-14, atol=1e-15)
+    sums = torch.stack([rows[[0, 2, 4]].sum(0), rows[[1, 3]].sum(0), rows[5]])
+    torch.testing.assert_close(one_of_each(rows.T, 1, segments, mean=False), sums.T, rtol=1e-14, atol=1e-15)
