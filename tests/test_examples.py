@@ -98,6 +98,6 @@ def test_what_pip_installs(tmp_path):
     (metadata,) = (tmp_path / "site").glob("csgd-*.dist-info")
     installed = Distribution.at(metadata)
     needed = {line.split(">")[0] for line in installed.requires if "extra ==" not in line}
-    assert needed == {"torch", "scikit-learn", "numpy", "safetensors"}
+    assert needed == {"torch", "scikit-learn", "numpy", "safetensors", "filelock", "threadpoolctl"}
     assert set(installed.metadata.get_all("Provides-Extra")) == {"experiments", "sweeps", "examples", "export"}
     assert {path.parts[0] for path in installed.files} == {"csgd", metadata.name}
