@@ -283,9 +283,9 @@ def test_lbfgs_runs_its_closure_several_times_a_step(search):
     optimizer.step(lambda: backward(model))
     assert float(collapse.deviation()) < 1e-24 * start
     assert change_of_cut(model, spaces, clusters, optimizer) < 1e-13
-    loss = backward(model)
-    optimizer.step(lambda: backward(model))
-    assert backward(model) <= loss
+    loss = backward(model, 7)  # of other images: those of the test are learnt
+    optimizer.step(lambda: backward(model, 7))
+    assert backward(model, 7) < loss
 
 
 def test_sparse_adam_moves_an_embedding_beside_it():
@@ -623,7 +623,7 @@ def test_updates_after_the_cut_are_of_the_size_before_it(kind):
                 group["gradient_scales"] = None
         ratios[way] += sizes_of_updates(model, optimizer, range(20), kind == "SGD") / before / 3
     assert 1 / 1.5 < ratios["carried"] < 1.5
-    assert kind == "SGD" or ratios["plain"] > 1.3
+    assert kind == "SGD" or ratios["plain"] > 1.5 * ratios["carried"]
 
 
 @pytest.mark.parametrize("momentum, nesterov", [(0.9, True), (0.9, False), (0.0, False)])

@@ -18,7 +18,7 @@ FAMILIES = {  # name: image size; the first few run in CI, all of them with -m '
     "regnet_y_400mf": 64,
     "mobilenet_v3_small": 64,
     "alexnet": 64,
-    "densenet121": 32,
+    "densenet121": 64,
     "efficientnet_b0": 64,
     "resnext50_32x4d": 64,
     "resnet50": 64,
@@ -54,7 +54,7 @@ def test_family_is_cut_exactly_and_reloads(name):
     proof = csgd.prove(model, spaces, clusters, example)
     assert proof.exact
     assert None not in proof.changes.values()
-    assert proof.change <= 1e-11  # of the median entry of an output: 1e-12 of the largest
+    assert proof.change <= 1e-12
     assert proof.control > 0.05, "unequal members must show"
 
     trial = Trial(model, spaces, clusters, example)
