@@ -22,10 +22,18 @@ class Optimizer(StrEnum):
     adamw = auto()
 
 
+USUAL_LR = {Optimizer.sgd: 0.01, Optimizer.adamw: 3e-4}
+
+
 class Decay(StrEnum):
     cosine = auto()
     step = auto()
     constant = auto()
+
+
+class Curve(StrEnum):
+    cosine = auto()
+    linear = auto()
 
 
 class Ramp(StrEnum):
@@ -109,7 +117,7 @@ class Phase:
     """Length and learning rate of one training: the base network's, or C-SGD's."""
 
     epochs: int = MISSING
-    lr: float = MISSING
+    lr: float | None = MISSING  # null: USUAL_LR of the optimizer
     optimizer: Optimizer = Optimizer.sgd
     warmup_epochs: float = 0.0
     decay: Decay = Decay.cosine
@@ -120,12 +128,12 @@ class Phase:
 
     def check(self, key: str) -> None:
         _require(self.epochs >= 1, f"{key}.epochs", "1 or more", self.epochs)
-        _require(_positive(self.lr), f"{key}.lr", "above 0", self.lr)
+        if self.lr is None:
+            self.lr = USUAL_LR[self.optimizer]
+        _require(_positive(self.lr), f"{key}.lr", "above 0, or null", self.lr)
         _require(
             0 <= self.warmup_epochs <= self.epochs, f"{key}.warmup_epochs", "within the epochs", self.warmup_epochs
         )
-        linear = key == "schedule.base" or self.optimizer is Optimizer.sgd  # fact F9: the pull needs it
-        _require(linear, f"{key}.optimizer", "sgd", str(self.optimizer))
         clip = self.clip_norm
         _require(clip is None or _positive(clip), f"{key}.clip_norm", "above 0, or null", clip)
         _require(0 < self.gamma <= 1, f"{key}.gamma", "above 0 and at most 1", self.gamma)
@@ -238,10 +246,11 @@ class Config:
     base: Base = MISSING
     tolerance: Tolerance = MISSING
     distributed: Distributed = MISSING
-    centri_strength: Any = MISSING
-    vector_ratio: float = MISSING
-    ramp: Ramp = MISSING
-    collapse_by: float = MISSING
+    centri_strength: Any = None
+    curve: Curve | None = None
+    vector_ratio: float | None = None
+    ramp: Ramp | None = None
+    collapse_by: float | None = None
     trim_at: TrimAt = MISSING
     after_trim: AfterTrim = MISSING
     resume: Resume = MISSING
@@ -257,11 +266,7 @@ class Config:
     plan_only: bool = False
 
     def __post_init__(self):
-        strength = self.centri_strength
-        number = isinstance(strength, int | float) and not isinstance(strength, bool) and _not_negative(strength)
-        _require(number or strength == "auto", "centri_strength", "a number of 0 or more, or auto", strength)
-        _require(0 < self.collapse_by <= 1, "collapse_by", "above 0 and at most 1", self.collapse_by)
-        _require(_not_negative(self.vector_ratio), "vector_ratio", "0 or more", self.vector_ratio)
+        self._check_pull()
         every = self.checkpoint_every
         _require(every is None or every >= 1, "checkpoint_every", "1 or more, or null", every)
         _require(0 <= self.seed < 2**31, "seed", "between 0 and 2147483647", self.seed)
@@ -271,6 +276,24 @@ class Config:
             _require(
                 isinstance(target, str) and "." in target, f"{group}._target_", "a dotted path to a callable", target
             )
+
+    def _check_pull(self) -> None:
+        """Each pull has keys of its own: one that the others would not look at is refused."""
+        strength, by, ratio = self.centri_strength, self.collapse_by, self.vector_ratio
+        number = isinstance(strength, int | float) and not isinstance(strength, bool) and _not_negative(strength)
+        allowed = "a number of 0 or more, auto, or null"
+        _require(number or strength in ("auto", None), "centri_strength", allowed, strength)
+        _require(by is None or 0 < by <= 1, "collapse_by", "above 0 and at most 1, or null", by)
+        _require(ratio is None or _not_negative(ratio), "vector_ratio", "0 or more, or null", ratio)
+        told = "null" if strength is None else strength
+        _require(ratio is None or number, "vector_ratio", f"null where centri_strength is {told}", ratio)
+        if strength is None:
+            _require(self.ramp is None, "ramp", "null where centri_strength is null (curve is its key)", str(self.ramp))
+        else:
+            curve, optimizer = self.curve, self.schedule.csgd.optimizer
+            _require(curve is None, "curve", f"null where centri_strength is {told} (ramp is its key)", str(curve))
+            sgd = optimizer is Optimizer.sgd  # fact F9
+            _require(sgd, "schedule.csgd.optimizer", f"sgd where centri_strength is {told}", str(optimizer))
 
 
 def register() -> None:

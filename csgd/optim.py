@@ -482,8 +482,9 @@ def check_stability(lr: float, centri_strength: float, weight_decay: float, mome
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """τ of the next step; of a group with an `lr_factor` times that, which CSGD does itself."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr if isinstance(optimizer, CSGD) else lr * group.get("lr_factor", 1.0)
 
 
 def set_ramp(optimizer: CSGD, factor: float) -> None:

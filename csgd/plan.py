@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from csgd.centripetal import collapse_step, forecast, lengthening, strength_to_collapse
+from csgd.collapse import CURVES
 from csgd.errors import InputError
 from csgd.optim import check_stability
 from csgd.schedule import Timetable
 
+COLLAPSED = "filters"  # the name of what a Collapse makes equal, beside those of CSGD's groups: kernels, vectors
 FORGETFUL = "batch norm with a momentum, as momentum=0.1, in place of an average over all batches (momentum=None)"
 
 
@@ -35,6 +37,7 @@ class Plan:
     factors  {group name: [a_t after each step]}: what is left of every deviation of the group
     advice   what would make it collapse, if it does not
     floor    where parameters of 16 bits stop: their rounding swallows what is left of the pull
+    stop     the step after which a Collapse leaves members equal, whatever the tolerance is
     """
 
     factors: dict[str, list[float]]
@@ -42,6 +45,7 @@ class Plan:
     statistics_momentum: float | None = None
     advice: str | None = None
     floor: float = 0.0
+    stop: int | None = None
 
     @property
     def left(self) -> float:
@@ -55,6 +59,8 @@ class Plan:
     @property
     def collapse_step(self) -> int | None:
         """The number of steps after which every group is collapsed and stays so; None if that is not within the run."""
+        if self.stop is not None:
+            return self.stop
         steps = [collapse_step(f, self.tolerance, self.statistics_momentum) for f in self.factors.values()]
         return None if None in steps or not steps or self.floor > self.tolerance else max(steps)
 
@@ -79,10 +85,18 @@ class Plan:
         return None
 
     def describe(self) -> str:
+        if self.stop is not None:
+            return f"the filters of a cluster will be equal, to the bit, at step {self.stop}"
         parts = ", ".join(f"{name} to {abs(factors[-1]):.1e}" for name, factors in self.factors.items())
         when = f", collapsed at step {self.collapse_step}" if self.collapse_step else ""
         stop = f"; 16 bits round the pull away at about {self.floor:.0e}" if self.floor > self.tolerance else ""
         return f"forecast: the deviation will have shrunk at the end ({parts} of its start){when}{stop}"
+
+
+def plan_of_curve(curve: str, stop: int, steps: int, tolerance: float) -> Plan:
+    """The forecast of a Collapse, which takes every deviation along its curve (fact F11)."""
+    left = [CURVES[curve](step / stop) if step < stop else 0.0 for step in range(1, steps + 1)]
+    return Plan({COLLAPSED: left}, tolerance, stop=stop)
 
 
 @dataclass(frozen=True)

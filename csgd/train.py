@@ -16,10 +16,12 @@ from torch.amp import GradScaler
 from torch.optim.swa_utils import AveragedModel
 
 from csgd import ranks
+from csgd.collapse import Collapse
 from csgd.data import Batches, Data
 from csgd.errors import InputError
 from csgd.graph.twin import tensors_in
-from csgd.optim import set_lr, set_ramp
+from csgd.optim import CSGD, set_lr, set_ramp
+from csgd.plan import COLLAPSED
 from csgd.schedule import Timetable
 from csgd.seeds import random_state, seed_all, set_random_state
 
@@ -57,8 +59,9 @@ class Learner:
     """What a step of training changes, with torch's protocol of state_dicts.
 
     network  `model` as it is called, with the same parameters: compiled, or one of `ranks.parallel`
-    scaler   of the gradients, for float16; a step that it leaves out for an overflow is one in which nothing is pulled
-    average  of the weights, which follows them
+    scaler    of the gradients, for float16; a step that it leaves out for an overflow is one in which nothing is pulled
+    average   of the weights, which follows them
+    collapse  hooks of the optimizer that pull, up to the cut
     """
 
     model: nn.Module
@@ -66,6 +69,7 @@ class Learner:
     network: nn.Module
     scaler: GradScaler | None = None
     average: AveragedModel | None = None
+    collapse: Collapse | None = None
 
     @classmethod
     def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> "Learner":
@@ -78,17 +82,25 @@ class Learner:
         if self.average:
             ranks.share_buffers(self.average)
 
+    def deviations(self) -> dict[str, Tensor]:
+        """Σ‖W − ΓW‖² of each group of parameters that is pulled; of none once they are cut."""
+        if self.collapse:
+            return {COLLAPSED: self.collapse.deviation()}
+        if not isinstance(self.optimizer, CSGD):
+            return {}
+        return {group["name"]: self.optimizer.deviation(group) for group in self.optimizer.clustered_groups()}
+
     def state_dict(self) -> dict[str, Any]:
-        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "average": self.average}
-        return {key: part if part is None else part.state_dict() for key, part in parts.items()}
+        return {key: part if part is None else part.state_dict() for key, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler:
-            self.scaler.load_state_dict(state["scaler"])
-        if self.average:
-            self.average.load_state_dict(state["average"])
+        for key, part in self._parts().items():
+            if part is not None:
+                part.load_state_dict(state[key])
+
+    def _parts(self) -> dict[str, Any]:
+        keys = ("model", "optimizer", "scaler", "average", "collapse")
+        return {key: getattr(self, key) for key in keys}
 
 
 @dataclass

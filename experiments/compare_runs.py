@@ -27,7 +27,7 @@ SMALL = [
     "dataset=synthetic", "dataset.image_size=8", "dataset.num_classes=3", "dataset.train_size=240",
     "dataset.test_size=40", "model={_target_: small_nets.Small}", "deps.fraction=0.5", "schedule=smoke",
     "schedule.base={epochs: 1, lr: 0.05}", "schedule.csgd={epochs: 4, lr: 0.05}", "wandb=disabled", "quiet=true",
-    "threads=1",
+    "threads=1", "centri_strength=15", "ramp=constant",
 ]  # fmt: skip
 CONFIGURATIONS = {
     "plain": [],

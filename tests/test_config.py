@@ -71,7 +71,8 @@ def test_fractions_are_quoted_for_hydras_grammar(argument, expected):
     assert quote_fractions([argument]) == [expected]
 
 
-def test_centri_strength_is_a_top_level_number_that_the_schedule_sets():
+def test_centri_strength_is_a_top_level_number_that_a_schedule_may_set():
+    assert composed().centri_strength is None
     assert composed("schedule=paper_cifar").centri_strength == 3e-3
     assert composed("schedule=paper_cifar", "centri_strength=1e-2").centri_strength == 1e-2
 
@@ -89,13 +90,13 @@ def test_the_papers_recipes():
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("centri_strength=-1", "centri_strength must be a number of 0 or more, or auto, got -1"),
-        ("centri_strength=nan", "centri_strength must be a number of 0 or more, or auto, got nan"),
-        ("centri_strength=strong", "centri_strength must be a number of 0 or more, or auto, got 'strong'"),
-        ("centri_strength=true", "centri_strength must be a number of 0 or more, or auto, got True"),
+        ("centri_strength=-1", "centri_strength must be a number of 0 or more, auto, or null, got -1"),
+        ("centri_strength=nan", "centri_strength must be a number of 0 or more, auto, or null, got nan"),
+        ("centri_strength=strong", "centri_strength must be a number of 0 or more, auto, or null, got 'strong'"),
+        ("centri_strength=true", "centri_strength must be a number of 0 or more, auto, or null, got True"),
         ("ramp=steep", "Invalid value 'steep', expected one of [constant, linear, quadratic, cosine]"),
-        ("collapse_by=0", "collapse_by must be above 0 and at most 1, got 0.0"),
-        ("collapse_by=1.5", "collapse_by must be above 0 and at most 1, got 1.5"),
+        ("collapse_by=0", "collapse_by must be above 0 and at most 1, or null, got 0.0"),
+        ("collapse_by=1.5", "collapse_by must be above 0 and at most 1, or null, got 1.5"),
         ("deps.stages=[0.5,0.6]", "deps.stages must be falling fractions above 0 and at most 1, got [0.5, 0.6]"),
         ("deps.stages=[]", "deps.stages must be falling fractions above 0 and at most 1, got []"),
         ("deps.stages=[1.2,0.5]", "deps.stages must be falling fractions above 0 and at most 1"),
@@ -104,7 +105,7 @@ def test_the_papers_recipes():
         ("trim_at=once", "Invalid value 'once', expected one of [collapse, end]"),
         ("after_trim=none", "Invalid value 'none', expected one of [same_run, plain]"),
         ("clustering.of=all", "Invalid value 'all', expected one of [pacesetter, producers]"),
-        ("vector_ratio=-0.1", "vector_ratio must be 0 or more, got -0.1"),
+        ("vector_ratio=-0.1", "vector_ratio must be 0 or more, or null, got -0.1"),
         ("deps=9_8", "Could not find 'deps/9_8'"),
         ("deps.fraction=1.2", "deps.fraction must be above 0 and at most 1, got 1.2"),
         ("deps.fraction=0", "deps.fraction must be above 0 and at most 1, got 0.0"),
@@ -131,12 +132,14 @@ def test_the_papers_recipes():
         ("schedule.weight_decay=-1", "schedule.weight_decay must be 0 or more, got -1.0"),
         ("schedule.bias_lr_factor=0", "schedule.bias_lr_factor must be above 0, got 0.0"),
         ("schedule.csgd.epochs=0", "schedule.csgd.epochs must be 1 or more, got 0"),
-        ("schedule.base.lr=0", "schedule.base.lr must be above 0, got 0.0"),
+        ("schedule.base.lr=0", "schedule.base.lr must be above 0, or null, got 0.0"),
         ("schedule.base.decay=linear", "Invalid value 'linear', expected one of [cosine, step, constant]"),
         ("schedule.csgd.warmup_epochs=99", "schedule.csgd.warmup_epochs must be within the epochs, got 99.0"),
         ("schedule.csgd.gamma=0", "schedule.csgd.gamma must be above 0 and at most 1, got 0.0"),
         ("schedule.base.optimizer=lion", "Invalid value 'lion', expected one of [sgd, adamw]"),
-        ("schedule.csgd.optimizer=adamw", "schedule.csgd.optimizer must be sgd, got 'adamw'"),
+        ("curve=steep", "Invalid value 'steep', expected one of [cosine, linear]"),
+        ("vector_ratio=0.5", "vector_ratio must be null where centri_strength is null, got 0.5"),
+        ("ramp=linear", "ramp must be null where centri_strength is null (curve is its key), got 'linear'"),
         ("schedule.csgd.clip_norm=0", "schedule.csgd.clip_norm must be above 0, or null, got 0.0"),
         ("schedule.csgd.max_steps=0", "schedule.csgd.max_steps must be 1 or more, or null, got 0"),
         ("no_such_key=1", "Could not override 'no_such_key'"),
@@ -185,7 +188,33 @@ def test_the_documented_overrides_of_config_yaml_work():
         composed(*overrides)
 
 
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["centri_strength=auto", "vector_ratio=1"],
+            "vector_ratio must be null where centri_strength is auto, got 1.0",
+        ),
+        (["centri_strength=auto", "curve=linear"], "curve must be null where centri_strength is auto"),
+        (["centri_strength=0.1", "curve=cosine"], "curve must be null where centri_strength is 0.1"),
+        (["centri_strength=0.1", "schedule.csgd.optimizer=adamw"], "schedule.csgd.optimizer must be sgd where centri"),
+        (["schedule=paper_cifar", "centri_strength=null"], "vector_ratio must be null where centri_strength is null"),
+    ],
+)
+def test_keys_of_another_pull_are_refused_and_not_ignored(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        composed(*overrides)
+    assert message in str(error.value)
+
+
+def test_the_learning_rate_is_the_optimizers_usual_one_where_none_is_given():
+    assert composed().schedule.csgd.lr == 0.01
+    assert composed("schedule.csgd.optimizer=adamw").schedule.csgd.lr == 3e-4
+    assert composed("schedule.csgd.optimizer=adamw", "schedule.csgd.lr=0.1").schedule.csgd.lr == 0.1
+
+
 def test_sweeps_over_strengths_and_widths_compose():
+    assert composed("centri_strength=null", "deps=5_8").centri_strength is None
     for strength, fraction in itertools.product(("1e-3", "3e-3", "1e-2"), ("13_16", "11_16", "5_8")):
         cfg = composed(f"centri_strength={strength}", f"deps={fraction}")
         assert cfg.centri_strength == float(strength)

@@ -27,8 +27,8 @@ def faulty(tmp_path_factory):
     "arguments, message",
     [
         (["deps=9_8"], "Could not find 'deps/9_8' Available options in 'deps': 11_16 13_16 1_2 1_4 3_4 3_8 5_8"),
-        (["centri_strength=-1"], "centri_strength must be a number of 0 or more, or auto, got -1"),
-        (["centri_strength=much"], "centri_strength must be a number of 0 or more, or auto, got 'much'"),
+        (["centri_strength=-1"], "centri_strength must be a number of 0 or more, auto, or null, got -1"),
+        (["centri_strength=much"], "centri_strength must be a number of 0 or more, auto, or null, got 'much'"),
         (["vector_ratio=much"], "Value 'much' of type 'str' could not be converted to Float"),
         ([*SMOKE, "centri_strength=auto", "collapse_by=0.05"], "centri_strength=auto: no stable strength collapses"),
         (["centri_strength=1e5"], "centri_strength 100000 diverges at learning rate"),

@@ -24,7 +24,7 @@ from csgd.checkpoint import load_weights, save_weights
 from csgd.errors import InputError
 from csgd.models import published_weights
 from csgd.pipeline.launch import rank_count
-from csgd.pipeline.learners import base_optimizer, learner_of
+from csgd.pipeline.learners import base_learner
 from csgd.pipeline.progress import BaseResult, Part, Progress
 from csgd.pipeline.provenance import versions
 from csgd.pipeline.setup import Setup
@@ -83,7 +83,7 @@ def _cached_or_trained(setup: Setup, progress: Progress, watch: Watch) -> str:
 
 
 def _train(setup: Setup, progress: Progress, watch: Watch) -> None:
-    progress.learner = progress.learner or learner_of(setup, base_optimizer(setup), averages=False)
+    progress.learner = progress.learner or base_learner(setup)
     watch.starts(setup, progress)
     for moment in progress.train(setup, setup.base, setup.spec.base.train):
         watch.after(setup, progress, moment, tells=moment.epoch_ends)

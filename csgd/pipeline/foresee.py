@@ -8,9 +8,9 @@ from torch import nn
 
 from csgd.clusters import cluster
 from csgd.errors import InputError
-from csgd.pipeline.learners import csgd_optimizer
+from csgd.pipeline.learners import csgd_optimizer, stop_of
 from csgd.pipeline.setup import Setup
-from csgd.plan import Collapsed, Plan, plan, strengths_by
+from csgd.plan import Collapsed, Plan, plan, plan_of_curve, strengths_by
 from csgd.trim import cut, statistics_momentum
 from csgd.verify import count_macs, count_params
 
@@ -31,7 +31,7 @@ class Cost:
 class StagePlan:
     """What a stage will do to the deviation of each clustered group.
 
-    strengths  ε of each;  due  the number of steps after which the stage can be cut
+    strengths  ε of each, of the published pull;  due  the number of steps after which the stage can be cut
     """
 
     strengths: dict[str, float]
@@ -68,17 +68,24 @@ def foresee(setup: Setup) -> RunPlan:
     It needs no weights: what will not do is said before the base network is trained.
     """
     model, spaces = setup.model, setup.spaces
-    optimizer = csgd_optimizer(setup.spec, model, spaces, cluster(model, spaces, setup.widths[0], "even"))
-    stage = stage_plan(setup, optimizer.clustered_groups())
+    groups = []
+    if setup.spec.pull.published:
+        clusters = cluster(model, spaces, setup.widths[0], "even")
+        groups = csgd_optimizer(setup.spec, model, spaces, clusters).clustered_groups()
+    stage = stage_plan(setup, groups)
     return RunPlan(_costs(setup), stage, setup.base.steps, setup.csgd.steps)
 
 
 def stage_plan(setup: Setup, groups: list[dict], solved: bool = False) -> StagePlan:
     """The plan of a stage with these clustered groups, whose strengths are set where they are to be `solved` first."""
     cut_spec, pull, timetable = setup.spec.cut, setup.spec.pull, setup.csgd
+    if pull.published is None:
+        stop = stop_of(setup)
+        ahead = plan_of_curve(pull.curve, stop, timetable.steps, cut_spec.deviation)
+        return StagePlan({}, ahead, stop if cut_spec.at_collapse else timetable.steps)
     momenta = statistics_momentum(setup.model), 1 - pull.average if pull.average else None
     collapsed = Collapsed(cut_spec.deviation, min((m for m in momenta if m is not None), default=None))
-    if pull.strength is None and not solved:
+    if pull.published.strength is None and not solved:
         _solve(setup, groups, collapsed)
     strengths, ahead = {g["name"]: g["centri_strength"] for g in groups}, plan(groups, timetable, collapsed)
     due = (ahead.collapse_step if cut_spec.at_collapse else None) or timetable.steps
@@ -108,8 +115,9 @@ def _costs(setup: Setup) -> list[Cost]:
 
 
 def tell_forecast(planned: StagePlan) -> None:
-    strengths = ", ".join(f"{value:.4g} on {name}" for name, value in planned.strengths.items())
-    log.info("centripetal strength: %s", strengths)
+    if planned.strengths:
+        strengths = ", ".join(f"{value:.4g} on {name}" for name, value in planned.strengths.items())
+        log.info("centripetal strength: %s", strengths)
     log.info("%s", planned.forecast.describe())
     if planned.forecast.warning:
         log.warning("%s", planned.forecast.warning)

@@ -1,11 +1,15 @@
 """The optimizers of a run, and the learners that they make of its network."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from csgd.carry_over import scale_gradients
 from csgd.clusters import Clusters
+from csgd.collapse import Collapse
 from csgd.graph import ChannelSpace
 from csgd.optim import CSGD, param_groups
 from csgd.pipeline.device import as_trained
@@ -16,24 +20,53 @@ from csgd.train import Learner
 Groups = list[list[str]]  # the names of the parameters of each group of an optimizer
 
 
-def base_optimizer(setup: Setup) -> torch.optim.Optimizer:
+def base_learner(setup: Setup) -> Learner:
     sgd, base, params = setup.spec.sgd, setup.spec.base, setup.model.parameters()
     if base.optimizer == "adamw":
-        fused = setup.spec.machine.precision != torch.float16  # a scaler does not go with it
-        return torch.optim.AdamW(params, base.rates.lr, weight_decay=sgd.weight_decay, fused=fused)
-    # Without clusters it is SGD, also for parameters whose first gradient comes later than that of others.
-    return CSGD(params, base.rates.lr, sgd.momentum, sgd.nesterov, sgd.weight_decay)
+        optimizer = torch.optim.AdamW(params, base.rates.lr, weight_decay=sgd.weight_decay, fused=_fuses(setup.spec))
+    else:  # Without clusters it is SGD, also for parameters whose first gradient comes later than that of others.
+        optimizer = CSGD(params, base.rates.lr, sgd.momentum, sgd.nesterov, sgd.weight_decay)
+    return _learner(setup, optimizer)
+
+
+def pulled_learner(setup: Setup, spaces: list[ChannelSpace], clusters: Clusters) -> Learner:
+    """The wide network at the start of a stage."""
+    spec, model = setup.spec, setup.model
+    if spec.pull.published:
+        return _learner(setup, csgd_optimizer(spec, model, spaces, clusters), averages=True)
+    optimizer = csgd_optimizer(spec, model, [], {})
+    if spec.pull.optimizer == "adamw":
+        keys = ("params", "name", "weight_decay", "lr_factor")
+        groups = [{key: group[key] for key in keys} for group in optimizer.param_groups]
+        optimizer = torch.optim.AdamW(groups, spec.pull.rates.lr, fused=_fuses(spec))
+    return _collapsing(setup, _learner(setup, optimizer, averages=True), spaces, clusters)
+
+
+def saved_learner(
+    setup: Setup, groups: Groups, state: dict[str, Any], spaces: list[ChannelSpace] | None, clusters: Clusters
+) -> Learner:
+    """That of a checkpoint of a stage; spaces  None where the network has been cut"""
+    spec, named = setup.spec, dict(setup.model.named_parameters())
+    held = [{"params": [named[name] for name in names]} for names in groups]
+    adamw = spec.pull.optimizer == "adamw"
+    learner = _learner(setup, torch.optim.AdamW(held) if adamw else CSGD(held, lr=0.0), averages=True)
+    if spaces is not None and spec.pull.published is None:
+        learner = _collapsing(setup, learner, spaces, clusters)
+    learner.load_state_dict(state)
+    if spaces is None and adamw:
+        scale_gradients(learner.optimizer)
+    return learner
 
 
 def csgd_optimizer(spec: RunSpec, model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> CSGD:
-    """CSGD as the configuration says; without a strength where that is to be solved."""
-    sgd, pull = spec.sgd, spec.pull
+    """CSGD as the configuration says; without a strength where there is none, or where that is to be solved."""
+    sgd, pull, published = spec.sgd, spec.pull, spec.pull.published
     groups = param_groups(
         model,
         spaces,
         clusters,
-        centri_strength=pull.strength or 0.0,
-        vector_ratio=pull.vector_ratio,
+        centri_strength=(published.strength if published else None) or 0.0,
+        vector_ratio=published.vector_ratio if published else 1.0,
         weight_decay=sgd.weight_decay,
         weight_decay_vectors=sgd.weight_decay_vectors,
         bias_lr_factor=sgd.bias_lr_factor,
@@ -41,10 +74,9 @@ def csgd_optimizer(spec: RunSpec, model: nn.Module, spaces: list[ChannelSpace], 
     return CSGD(groups, pull.rates.lr, sgd.momentum, sgd.nesterov)
 
 
-def saved_optimizer(model: nn.Module, groups: Groups) -> CSGD:
-    """A CSGD for the state of a checkpoint."""
-    named = dict(model.named_parameters())
-    return CSGD([{"params": [named[name] for name in names]} for names in groups], lr=0.0)
+def stop_of(setup: Setup) -> int:
+    """The number of steps of a stage after which a Collapse has made the filters equal."""
+    return max(1, round(setup.spec.pull.collapse_by * setup.csgd.steps))
 
 
 def groups_of(learner: Learner) -> Groups:
@@ -52,7 +84,18 @@ def groups_of(learner: Learner) -> Groups:
     return [[names[p] for p in group["params"]] for group in learner.optimizer.param_groups]
 
 
-def learner_of(setup: Setup, optimizer: torch.optim.Optimizer, averages: bool) -> Learner:
+def _collapsing(setup: Setup, learner: Learner, spaces: list[ChannelSpace], clusters: Clusters) -> Learner:
+    stop, curve = stop_of(setup), setup.spec.pull.curve
+    learner.collapse = Collapse(learner.optimizer, setup.model, spaces, clusters, stop=stop, curve=curve)
+    return learner
+
+
+def _fuses(spec: RunSpec) -> bool:
+    """Whether AdamW is torch's fused one, with which a scaler does not go."""
+    return spec.machine.precision != torch.float16
+
+
+def _learner(setup: Setup, optimizer: torch.optim.Optimizer, averages: bool = False) -> Learner:
     """averages  whether the moving average of the weights, if there is to be one, follows them"""
     spec, model = setup.spec, setup.model
     fp16, decay = spec.machine.precision == torch.float16, spec.pull.average if averages else None

@@ -16,7 +16,7 @@ from csgd.pipeline.base import weights_at_hand
 from csgd.pipeline.console import headline
 from csgd.pipeline.device import device_name
 from csgd.pipeline.foresee import RunPlan, tell_forecast
-from csgd.pipeline.learners import csgd_optimizer
+from csgd.pipeline.learners import pulled_learner
 from csgd.pipeline.setup import Setup
 from csgd.pipeline.stage import check_proof
 from csgd.report import duration
@@ -33,7 +33,7 @@ def preview(setup: Setup, plan: RunPlan, folder: RunFolder) -> None:
     found = _clusters(setup, ready)
     clusters = found or cluster(setup.model, setup.spaces, setup.widths[0], "even")
     proof = check_proof(setup, setup.spaces, clusters)
-    optimizer = csgd_optimizer(setup.spec, setup.model, setup.spaces, clusters)
+    optimizer = pulled_learner(setup, setup.spaces, clusters).optimizer
     steps = plan.work(trains_base=not (ready or setup.spec.base.weights))
     step_seconds, memory = _step(setup, optimizer)
     forecast = plan.stage.forecast

@@ -27,7 +27,7 @@ from csgd.verify import Verdict
 
 log = logging.getLogger("csgd")
 
-FORM = 2  # of a checkpoint's file; raised when it changes
+FORM = 3  # of a checkpoint's file; raised when it changes
 MADE_AGAIN = ("folder", "spaces", "plan", "learner", "marked")  # of a Progress, where a run goes on
 
 

@@ -82,7 +82,7 @@ def prepare(spec: RunSpec) -> Setup:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     base = timetable_of(spec.base.rates, data.steps_per_epoch)
     csgd = timetable_of(spec.pull.rates, data.steps_per_epoch, spec.pull)
-    sought, spaces = time.perf_counter(), spaces_of(model, data.example)
+    sought, spaces = time.perf_counter(), spaces_of(model, data.example, published=spec.pull.published is not None)
     widths = stages_of(spec.deps, spaces)
     return Setup(spec, model, data, base, csgd, spaces, widths, commit(), began, sought)
 
@@ -98,11 +98,12 @@ def dataset_of(spec: RunSpec, device: torch.device) -> Data:
 
 def check_strengths(spec: RunSpec) -> None:
     """F6, before anything is built: the strengths under the highest learning rate of the schedule."""
-    sgd, pull, strength = spec.sgd, spec.pull, spec.pull.strength
-    if strength is None:
+    sgd, pull, published = spec.sgd, spec.pull, spec.pull.published
+    if published is None or published.strength is None:
         return
+    strength = published.strength
     check_stability(pull.rates.lr, strength, sgd.weight_decay, sgd.momentum, sgd.nesterov)
-    lr, weak = pull.rates.lr * max(1.0, sgd.bias_lr_factor), pull.vector_ratio * strength
+    lr, weak = pull.rates.lr * max(1.0, sgd.bias_lr_factor), published.vector_ratio * strength
     check_stability(lr, weak, sgd.weight_decay_vectors, sgd.momentum, sgd.nesterov)
 
 
@@ -125,9 +126,11 @@ def check_batches(spec: RunSpec, model: nn.Module, data: Data) -> None:
             raise InputError(f"{leaves}on which this network cannot be trained: {error}") from None
 
 
-def spaces_of(model: nn.Module, example: Tensor, trial: bool = True) -> list[ChannelSpace]:
-    """The channel spaces of a run, which pulls by CSGD: those stay whole that this does not reach."""
+def spaces_of(model: nn.Module, example: Tensor, trial: bool = True, published: bool = True) -> list[ChannelSpace]:
+    """The channel spaces of a run: those stay whole that the published pull, if it is used, does not reach."""
     spaces = find_spaces(model, example, trial)
+    if not published:
+        return spaces
     out_of_reach = (
         (space.name, condition)
         for space in spaces

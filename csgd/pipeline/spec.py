@@ -13,6 +13,9 @@ from csgd.train import TrainSpec
 if TYPE_CHECKING:
     from conf.schema import Clustering, Config, Deps, Phase, Wandb
 
+# Fractions of the steps, of experiments/study_collapse.md: a Collapse takes V along whatever the learning rate is, the
+# published pull needs rates to sum up.
+COLLAPSE_BY, COLLAPSE_BY_PUBLISHED = 0.5, 0.75
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,18 +60,32 @@ class BaseSpec:
 
 
 @dataclass(frozen=True)
-class PullSpec:
-    """The training that pulls the filters of a cluster together.
+class Published:
+    """The pull of CSGD, as published: part of the gradient of SGD.
 
-    strength  ε; None: the smallest that collapses them by the fraction `collapse_by` of the steps
-    average   decay of the moving average of the weights, if there is one
+    strength  ε; None: the smallest that collapses the filters by the fraction `collapse_by` of the steps
+    ramp      of ε, up to there
     """
 
     strength: float | None
     vector_ratio: float
     ramp: str
+
+
+@dataclass(frozen=True)
+class PullSpec:
+    """The training that pulls the filters of a cluster together.
+
+    published    None: a Collapse pulls, along `curve`
+    collapse_by  the fraction of the steps after which they are equal
+    average      decay of the moving average of the weights, if there is one
+    """
+
+    published: Published | None
+    curve: str
     collapse_by: float
     average: float | None
+    optimizer: str
     rates: "Phase"
     train: TrainSpec
 
@@ -119,7 +136,6 @@ class RunSpec:
             every = c.distributed.check_every
             return TrainSpec(c.seed, phase.clip_norm, s.label_smoothing, s.accumulation, machine.precision, every)
 
-        strength = None if c.centri_strength == "auto" else c.centri_strength
         return cls(
             seed=c.seed,
             batch_size=s.batch_size,
@@ -130,7 +146,7 @@ class RunSpec:
             machine=machine,
             sgd=Sgd(s.momentum, s.nesterov, s.weight_decay, s.weight_decay_vectors, s.bias_lr_factor),
             base=BaseSpec(c.base.weights, c.base.cache, s.base.optimizer, s.base, train(s.base)),
-            pull=PullSpec(strength, c.vector_ratio, c.ramp, c.collapse_by, s.ema, s.csgd, train(s.csgd)),
+            pull=pull_of(c, train(s.csgd)),
             cut=CutSpec(c.trim_at == "collapse", c.after_trim == "plain", c.tolerance.deviation, c.tolerance.logits),
             save_every=c.checkpoint_every,
             resume=c.resume == "auto",
@@ -153,13 +169,26 @@ def machine_of(c: "Config") -> Machine:
     return Machine(c.device, c.threads, ranks.nproc, ranks.sync_bn, PRECISIONS[c.precision], c.compile)
 
 
+def pull_of(c: "Config", train: TrainSpec) -> PullSpec:
+    published, s = None, c.schedule
+    if c.centri_strength is not None:
+        strength = None if c.centri_strength == "auto" else c.centri_strength
+        published = Published(strength, _or(c.vector_ratio, 1.0), _or(c.ramp, "cosine"))
+    by = _or(c.collapse_by, COLLAPSE_BY if published is None else COLLAPSE_BY_PUBLISHED)
+    return PullSpec(published, _or(c.curve, "cosine"), by, s.ema, s.csgd.optimizer, s.csgd, train)
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
 def timetable_of(rates: "Phase", batches: int, pull: PullSpec | None = None) -> Timetable:
     """Every step of a training whose epochs have so many batches at most; with the ramp of its pull."""
     per_epoch = min(batches, rates.max_steps or batches)
     steps = range(rates.epochs * per_epoch)
     keys = ("epochs", "lr", "warmup_epochs", "decay", "milestones", "gamma")
     how, ramps = {key: getattr(rates, key) for key in keys}, None
-    if pull:
+    if pull and pull.published:
         length = round(pull.collapse_by * len(steps))
-        ramps = [ramp(step, length=length, shape=pull.ramp) for step in steps]
+        ramps = [ramp(step, length=length, shape=pull.published.ramp) for step in steps]
     return Timetable(per_epoch, [learning_rate(step, steps_per_epoch=per_epoch, **how) for step in steps], ramps)

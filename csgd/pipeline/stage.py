@@ -3,15 +3,18 @@
 import logging
 from dataclasses import replace
 
+from torch import nn
+
 from csgd import ranks
 from csgd.checkpoint import write_json
 from csgd.clusters import Clusters, cluster
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
+from csgd.optim import CSGD
 from csgd.pipeline.device import as_trained
 from csgd.pipeline.foresee import stage_plan
-from csgd.pipeline.learners import base_optimizer, csgd_optimizer, learner_of, saved_optimizer
+from csgd.pipeline.learners import base_learner, pulled_learner, saved_learner
 from csgd.pipeline.progress import Checkpoint, Part, Progress, StageResult
 from csgd.pipeline.setup import Setup, spaces_of
 from csgd.pipeline.spec import CutSpec
@@ -31,17 +34,16 @@ def begin(setup: Setup, progress: Progress, watch: Watch) -> None:
     """Clusters the filters of the network as it is, proves their cut, and gives the network a new optimizer."""
     model, spec = setup.model, setup.spec
     with progress.seconds.spent("cluster"):
-        progress.spaces = spaces_of(model, setup.data.example, setup.finds_again)  # mostly known from before the cuts
+        progress.spaces = spaces_again(setup)
         how, widths = spec.clustering, setup.widths[progress.stage]
         found = None
         if ranks.is_first():
             found = cluster(model, progress.spaces, widths, how.method, spec.seed, how.of)
         progress.clusters = ranks.from_first(found)
         check_proof(setup, progress.spaces, progress.clusters)
-    optimizer = csgd_optimizer(spec, model, progress.spaces, progress.clusters)
-    progress.plan = stage_plan(setup, optimizer.clustered_groups())
-    progress.start = {group["name"]: float(optimizer.deviation(group)) for group in optimizer.clustered_groups()}
-    progress.learner, progress.pace = learner_of(setup, optimizer, averages=True), {}
+    progress.learner, progress.pace = pulled_learner(setup, progress.spaces, progress.clusters), {}
+    progress.plan = stage_plan(setup, groups_pulled(progress.learner))
+    progress.start = {name: float(deviation) for name, deviation in progress.learner.deviations().items()}
     progress.part, progress.step = Part.WIDE, 0
     leave_clusters(progress)
     watch.keep_filters(setup, progress, "start")
@@ -52,17 +54,22 @@ def resume(setup: Setup, progress: Progress, saved: Checkpoint) -> None:
     if progress.part is Part.BETWEEN:
         return
     if progress.part is Part.BASE:
-        progress.learner = learner_of(setup, base_optimizer(setup), averages=False)
+        progress.learner = base_learner(setup)
         progress.learner.load_state_dict(saved["state"])
         return
-    optimizer = saved_optimizer(setup.model, saved["groups"])
-    progress.learner = learner_of(setup, optimizer, averages=True)
-    progress.learner.load_state_dict(saved["state"])
-    pulled = [group for group in optimizer.param_groups if group["name"] in progress.start]
-    progress.plan = stage_plan(setup, pulled, solved=True)
+    spaces = None
     if progress.part is Part.WIDE:
-        progress.spaces = spaces_of(setup.model, setup.data.example, setup.finds_again)
+        spaces = progress.spaces = spaces_again(setup)
+    progress.learner = saved_learner(setup, saved["groups"], saved["state"], spaces, progress.clusters)
+    pulled = [group for group in progress.learner.optimizer.param_groups if group["name"] in progress.start]
+    progress.plan = stage_plan(setup, pulled, solved=True)
     leave_clusters(progress)
+
+
+def spaces_again(setup: Setup) -> list[ChannelSpace]:
+    """Those of the network as it is; what a trial finds is mostly known from before the cuts."""
+    published = setup.spec.pull.published is not None
+    return spaces_of(setup.model, setup.data.example, setup.finds_again, published)
 
 
 def leave_clusters(progress: Progress) -> None:
@@ -95,8 +102,15 @@ def pull(setup: Setup, progress: Progress, watch: Watch) -> None:
                 break
 
 
+def groups_pulled(learner: Learner) -> list[dict]:
+    return learner.optimizer.clustered_groups() if isinstance(learner.optimizer, CSGD) else []
+
+
 def is_collapsed(setup: Setup, progress: Progress) -> bool:
-    """Whether every tensor that is to be merged has collapsed, running statistics and the average included."""
+    """Whether every tensor that is to be merged has collapsed, running statistics and the average included; a Collapse
+    knows, and the average, which lags, is merged after it."""
+    if progress.learner.collapse:
+        return progress.learner.collapse.done
     left = [worst_deviation(network, progress.spaces, progress.clusters) for network in networks_of(progress.learner)]
     return all(value <= setup.spec.cut.deviation for value in left)
 
@@ -111,6 +125,8 @@ def cut_stage(setup: Setup, progress: Progress, watch: Watch) -> None:
     learner, spec = progress.learner, setup.spec
     with progress.seconds.spent("trim"):
         watch.keep_filters(setup, progress, "collapse")
+        if learner.collapse and learner.average:
+            merge_average(learner.average.module, progress.spaces, progress.clusters)
         judged = cut(learner, setup.data, progress.spaces, progress.clusters, spec.cut)
         watch.keep_filters(setup, progress, "cut")
     progress.results.append(
@@ -127,6 +143,15 @@ def cut_stage(setup: Setup, progress: Progress, watch: Watch) -> None:
     progress.part = Part.NARROW
     progress.save(setup)
     learner.network = as_trained(setup.model, spec.machine.compile)
+
+
+def merge_average(average: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> None:
+    """The last of the collapse: an average of the weights lags, and its members come together now.
+
+    That changes what it says, as training does; its cut does not.
+    """
+    log.info("the moving average lags (relative deviation %.1e): merged", worst_deviation(average, spaces, clusters))
+    merge_equal(average, spaces, clusters)
 
 
 def cut(learner: Learner, data: Data, spaces: list[ChannelSpace], clusters: Clusters, spec: CutSpec) -> Verdict:
@@ -147,10 +172,11 @@ def cut(learner: Learner, data: Data, spaces: list[ChannelSpace], clusters: Clus
         for network in networks
     ]
     trim(learner.model, spaces, clusters, optimizer, tolerance=None)
+    learner.collapse = None
     for average in networks[1:]:
         merge_equal(average, spaces, clusters)
         trim(average, spaces, clusters, tolerance=None)
-    if spec.then_plain:
+    if spec.then_plain and isinstance(optimizer, CSGD):  # steps of AdamW do not depend on the scale of gradients
         optimizer.unscale()
     tolerances = dict(deviation_tolerance=spec.deviation, logit_tolerance=spec.logits)
     verdicts = [

@@ -145,11 +145,11 @@ def _where(setup: Setup, progress: Progress) -> str:
 
 def _shown(progress: Progress, moment: Moment) -> dict[str, str]:
     """What the bar says beside the steps, of this rank alone."""
-    sums, optimizer = progress.sums, progress.learner.optimizer
+    sums = progress.sums
     loss = sums.mean_loss * ranks.own_share().ranks
     shown = {"loss": f"{loss:.3f}", "accuracy": f"{sums.accuracy:.3f}", "lr": f"{moment.lr:.1e}"}
     if progress.part is Part.WIDE:
-        shown["deviation"] = f"{optimizer.deviation():.1e}"
+        shown["deviation"] = f"{float(sum(progress.learner.deviations().values())):.1e}"
     return shown
 
 
@@ -157,9 +157,9 @@ def _stage_row(setup: Setup, progress: Progress, moment: Moment) -> dict[str, fl
     """Where in the run, and the deviation of each clustered group beside its forecast."""
     before = setup.spec.base.rates.epochs + progress.stage * setup.spec.pull.rates.epochs
     row = {"epoch": before + moment.step / setup.csgd.steps_per_epoch, "stage": progress.stage + 1}
-    for group in progress.learner.optimizer.clustered_groups():
-        row[f"deviation/{group['name']}"] = float(progress.learner.optimizer.deviation(group))
-        row[f"forecast/{group['name']}"] = progress.foreseen(group["name"], moment.step)
+    for group, deviation in progress.learner.deviations().items():
+        row[f"deviation/{group}"] = float(deviation)
+        row[f"forecast/{group}"] = progress.foreseen(group, moment.step)
     if average := progress.learner.average:
         row["csgd/average_accuracy"] = accuracy(*predict(average.module, setup.data))
     return row

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLUE, GRAY, RED = "tab:blue", "tab:gray", "tab:red"
-GROUPS = {"kernels": BLUE, "vectors": "tab:orange"}
+GROUPS = {"kernels": BLUE, "vectors": "tab:orange", "filters": BLUE}
 PALE = "#d4dae1"
 ROWS = 40  # layers in a picture of one column; more make two
 SIZES = (("alone", 1, 1), ("2", 2, 2), ("3 to 4", 3, 4), ("5 to 8", 5, 8), ("9 or more", 9, math.inf))
@@ -45,7 +45,7 @@ def draw_curves(output_dir: Path) -> Path:
             color = GROUPS.get(group, GRAY)
             deviation.plot([first + step for step in steps], expected, color=color, alpha=0.6, label=names[0])
             deviation.plot(*zip(*measured, strict=True), "o", color=color, label=names[1])
-            lowest = min(lowest, *(value for _, value in measured if value > 0))
+            lowest = min([lowest, *(value for _, value in measured if value > 0)])  # a Collapse ends at 0
         edges += [first + row["step"] for row in here]
         milliseconds += [1000 * row["csgd/seconds_per_step"] for row in here]
         cut_epoch = next(row["epoch"] for row in here if row["step"] == stage["collapse"]["step"])

@@ -1,0 +1,154 @@
+"""The pull of a run: a Collapse by default, equal to the bit at the step named before the first batch (fact F11)."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_config import composed
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+import csgd
+from csgd.checkpoint import load_weights
+from csgd.collapse import Collapse
+from csgd.pipeline import run
+from csgd.pipeline.progress import Part, Progress
+
+SMOKE = ["experiment=smoke", "dataset.image_size=16", "wandb=disabled", "quiet=true"]
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def rows_of(folder: Path) -> Iterator[dict]:
+    return map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def base_cache(tmp_path_factory):
+    return f"base.cache={tmp_path_factory.mktemp('base')}"
+
+
+@pytest.fixture
+def member_spreads(monkeypatch) -> list[float]:
+    """The largest difference of the members of any cluster, in every tensor of the network, just before each cut."""
+    spreads, finish = [], Collapse.finish
+
+    def looking(self):
+        tensors = [(place, place.tensors[place.attribute].detach()) for place in self._places]
+        spreads.append(max(float((t - t.index_select(p.dim, p.segments.to(t.device))).abs().max()) for p, t in tensors))
+        finish(self)
+
+    monkeypatch.setattr(Collapse, "finish", looking)
+    return spreads
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["schedule.csgd.optimizer=adamw", "schedule.csgd.lr=null", "curve=linear", "collapse_by=0.3"],
+        ["schedule.ema=0.9"],
+        ["after_trim=plain", "schedule.csgd.clip_norm=1.0", "schedule.accumulation=2"],
+        ["deps.stages=[0.75,0.5]"],
+    ],
+    ids=["default", "adamw", "average", "plain", "stages"],
+)
+def test_members_are_equal_to_the_bit_at_the_step_named_before_the_first_batch(
+    tmp_path, base_cache, member_spreads, overrides
+):
+    run(composed(*SMOKE, base_cache, *overrides, "plan_only=true"), tmp_path / "plan")
+    named = json.loads((tmp_path / "plan" / "plan.json").read_text())["forecast"]["collapse_step"]
+    verdict = run(composed(*SMOKE, base_cache, *overrides), tmp_path / "run")
+    summary = summary_of(tmp_path / "run")
+    assert [stage["collapse"]["step"] for stage in summary["stages"]] == [named] * len(summary["stages"])
+    assert member_spreads == [0.0] * len(summary["stages"])
+    assert verdict.lossless
+    assert verdict.relative_deviation == verdict.deviation == 0
+    assert 0 < verdict.relative_logit_change < 2e-6
+    assert summary["strengths"] == {}
+
+
+def test_the_deviation_follows_its_curve(tmp_path, base_cache):
+    run(composed(*SMOKE, base_cache, "schedule.csgd={epochs: 4, lr: 0.05, max_steps: 20}", "collapse_by=1"), tmp_path)
+    wide = [row for row in rows_of(tmp_path) if "deviation/filters" in row]
+    assert [row["step"] for row in wide] == [20, 40, 60, 80]
+    for row in wide[:-1]:  # scaled where the curve has fallen by 5 %, and weight decay takes a little besides
+        assert row["deviation/filters"] == pytest.approx(row["forecast/filters"], rel=0.12)
+    assert wide[-1]["deviation/filters"] == 0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("part", [Part.WIDE, Part.NARROW])
+def test_a_run_that_is_killed_in_either_part_ends_with_the_same_bytes(
+    tmp_path, base_cache, monkeypatch, optimizer, part
+):
+    cfg = composed(*SMOKE, base_cache, f"schedule.csgd.optimizer={optimizer}", "schedule.csgd.lr=null",
+                   "checkpoint_every=7", "resume=auto")  # fmt: skip
+    run(cfg, tmp_path / "whole")
+    save = Progress.save
+
+    def killed(self, setup):
+        save(self, setup)
+        if self.part is part and self.step in (21, 84):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(cfg, tmp_path / "killed")
+    monkeypatch.setattr(Progress, "save", save)
+    run(cfg, tmp_path / "killed")
+    whole, resumed = (load_weights(tmp_path / name / "pruned.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+class Frozen(nn.Module):
+    """A convolution before a batch norm that is frozen."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), FrozenBatchNorm2d(8), nn.Linear(8, num_classes)
+        self.norm.weight.copy_(torch.linspace(0.5, 1.5, 8))
+
+    def forward(self, images):
+        return self.fc(self.norm(self.conv(images)).relu().mean((2, 3)))
+
+
+def test_frozen_statistics_stay_whole_under_the_published_pull_alone(tmp_path):
+    net = [*SMOKE, "model={_target_: test_pull.Frozen}", "deps=1_2", f"base.cache={tmp_path / 'base'}"]
+    verdict = run(composed(*net), tmp_path / "default")
+    assert verdict.lossless
+    assert summary_of(tmp_path / "default")["widths"] == {"conv": 4}
+    with pytest.raises(csgd.InputError, match="nothing in this network can be trimmed .conv: training does not change"):
+        run(composed(*net, "centri_strength=15"), tmp_path / "published")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """600 images of three classes: gradients, stripes and noise."""
+    folder, generator = tmp_path_factory.mktemp("photos"), torch.Generator().manual_seed(0)
+    ramp = torch.linspace(0, 1, 48)
+    for number in range(600):
+        kind = number % 3
+        noise = torch.rand(48, 48, 3, generator=generator)
+        picture = (ramp[:, None, None], (ramp * 40).sin()[None, :, None].abs(), noise)[kind] * torch.ones(48, 48, 3)
+        path = folder / ("train" if number < 480 else "val") / ("gradient", "stripes", "noise")[kind]
+        path.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(((0.8 * picture + 0.2 * noise) * 255).byte().numpy()).save(path / f"{number}.png")
+    return folder
+
+
+def test_slow_statistics_collapse_too_within_a_smoke_run(tmp_path, photos):
+    """MobileNetV3's batch norms have a momentum of 0.01: as published they would lag for 1000 steps."""
+    cfg = composed("experiment=smoke", "model=torchvision", "model.name=mobilenet_v3_small", "dataset=imagefolder",
+                   f"dataset.root={photos}", "dataset.image_size=32", "dataset.workers=0",
+                   "wandb=disabled", "quiet=true", f"base.cache={tmp_path / 'base'}")  # fmt: skip
+    verdict = run(cfg, tmp_path / "out")
+    assert verdict.lossless
+    assert verdict.statistics_spread == 0
+    cost = summary_of(tmp_path / "out")["cost"]
+    assert cost["macs_after"] < 0.6 * cost["macs_before"]
