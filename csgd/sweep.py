@@ -281,7 +281,7 @@ def _bases(jobs: list[Job]) -> dict[str, list[float]]:
 
 
 def _deviation(axes: Any, jobs: list[Job]) -> None:
-    """The deviation of the kernels: the forecast of the first seed as a line, what every seed measured as points."""
+    """What is left of the deviation: the forecast of the first seed as a line, what every seed measured as points."""
     lowest = math.inf
     for number, (label, series) in enumerate(grouped(jobs, "seed", "deps").items()):
         color, name = COLORS[number % len(COLORS)], label or "csgd"
@@ -289,19 +289,19 @@ def _deviation(axes: Any, jobs: list[Job]) -> None:
             first, rows, foremost = 0, _rows(job), job in [group[0] for group in grouped(series, "seed").values()]
             for stage, told in enumerate(job.summary["stages"], 1):
                 group, curve = next(iter(told["forecast"]["curves"].items()))
-                here = [row for row in rows if row.get("stage") == stage and row.get(f"deviation/{group}", 0) > 0]
+                here = [row for row in rows if row.get("stage") == stage and row.get(f"left/{group}", 0) > 0]
                 if foremost:
                     steps, expected = zip(*curve, strict=True)
                     steps = [first + step for step in steps]
                     axes.plot(steps, expected, color=color, linewidth=1.2, alpha=0.7, label=name)
                     name = None
-                measured = [row[f"deviation/{group}"] for row in here]
+                measured = [row[f"left/{group}"] for row in here]
                 axes.scatter([first + row["step"] for row in here], measured, s=14, color=color, zorder=3)
                 lowest = min([lowest, *measured])
                 first += told["forecast"]["steps"]
     axes.scatter([], [], s=14, color="black", label="measured")
     axes.plot([], [], color="black", linewidth=1.2, alpha=0.7, label="forecast")
-    axes.set(xlabel="C-SGD step", ylabel="‖W − ΓW‖²", title="Deviation of the kernels", yscale="log")
+    axes.set(xlabel="C-SGD step", ylabel="of its start", title="What is left of the deviation ‖W − ΓW‖", yscale="log")
     if lowest < math.inf:
         axes.set_ylim(bottom=lowest / 10)
 

@@ -66,7 +66,7 @@ class Tracker:
             )
         except wandb.errors.UsageError as error:  # no key, a name that is not allowed: better said before training
             raise InputError(f"wandb={mode}: {str(error).rstrip('.')}; wandb=offline needs no account") from None
-        # W&B makes a section of each prefix and sorts them by name: base, csgd, deviation, forecast, report.
+        # W&B makes a section of each prefix and sorts them by name: base, csgd, forecast, left, report.
         self._run.define_metric("*", step_metric="epoch")
         for counter in ("epoch", "step", "stage"):
             self._run.define_metric(counter, hidden=True)

@@ -131,7 +131,7 @@ def test_rows_say_what_a_step_costs(looked):
         assert row[f"{phase}/seconds_per_step"] * taken == pytest.approx(row[f"{phase}/seconds"])
         steps[phase] = row["step"]
     costs = read_json(out / "summary.json")["seconds_per_step"]
-    wide = [row for row in rows if "deviation/filters" in row]
+    wide = [row for row in rows if "left/filters" in row]
     expected = sum(row["csgd/seconds"] for row in wide) / wide[-1]["step"]
     assert costs["wide"] == pytest.approx(expected)
     assert costs["trimmed"] == pytest.approx(rows[-1]["csgd/seconds_per_step"])
@@ -203,11 +203,11 @@ def test_the_dashboard_tells_the_story_in_order(looked):
     assert logged["columns"] == list(report.LAYER_HEADER)
     assert ["layer1.0.conv1", 16, 10] in [row[:3] for row in logged["data"]]
     content = next(offline.glob("run-*.wandb")).read_bytes()
-    keys = set(re.findall(rb"(?:base|csgd|deviation|forecast|report)/[a-z_]+", content))
+    keys = set(re.findall(rb"(?:base|csgd|forecast|left|report)/[a-z_]+", content))
     sections = [key.split(b"/")[0] for key in sorted(keys)]
-    assert list(dict.fromkeys(sections)) == [b"base", b"csgd", b"deviation", b"forecast", b"report"]
+    assert list(dict.fromkeys(sections)) == [b"base", b"csgd", b"forecast", b"left", b"report"]
     rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
-    known = {"base", "csgd", "deviation", "forecast"}
+    known = {"base", "csgd", "forecast", "left"}
     assert {key.split("/")[0] for row in rows for key in row} - {"phase", "step", "stage", "epoch"} == known
 
 

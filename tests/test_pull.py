@@ -75,11 +75,11 @@ def test_members_are_equal_to_the_bit_at_the_step_named_before_the_first_batch(
 
 def test_the_deviation_follows_its_curve(tmp_path, base_cache):
     run(composed(*SMOKE, base_cache, "schedule.csgd={epochs: 4, lr: 0.05, max_steps: 20}", "collapse_by=1"), tmp_path)
-    wide = [row for row in rows_of(tmp_path) if "deviation/filters" in row]
+    wide = [row for row in rows_of(tmp_path) if "left/filters" in row]
     assert [row["step"] for row in wide] == [20, 40, 60, 80]
     for row in wide[:-1]:  # scaled where the curve has fallen by 5 %, and weight decay takes a little besides
-        assert row["deviation/filters"] == pytest.approx(row["forecast/filters"], rel=0.12)
-    assert wide[-1]["deviation/filters"] == 0
+        assert row["left/filters"] == pytest.approx(row["forecast/filters"], rel=0.12)
+    assert wide[-1]["left/filters"] == 0
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

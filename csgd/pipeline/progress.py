@@ -1,6 +1,7 @@
 """Where a run is, and all that the rest of it depends on; it saves itself, and is restored from a checkpoint."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ class StageResult:
 
     cut_step  of `steps`, and foreseen_step the one that was forecast
     verdict   of the cut; its `accuracy` is that at the end of the stage
-    curves    the forecast deviation of each group, as (step, deviation)
+    curves    what was forecast to be left of the deviation of each group, as (step, fraction)
     """
 
     widths: dict[str, int]
@@ -120,7 +121,7 @@ class Progress:
     """The facts are saved as they are; what MADE_AGAIN lists is not.
 
     step   within the part; of a stage, wide and narrow
-    start  deviation of each clustered group before the first step of the stage
+    start  Σ‖W − ΓW‖² of each group before the first step of the stage
     sums   of the steps since the last row of metrics;  rows  of those there are
     pace   of the steps of the stage, wide and narrow
     """
@@ -164,9 +165,14 @@ class Progress:
         now = time.perf_counter()
         self.seconds.total, self.marked = self.seconds.total + now - self.marked, now
 
+    def left(self) -> dict[str, float]:
+        """What is left of ‖W − ΓW‖ of each group since the stage began, as a fraction; of none once they are cut."""
+        deviations = self.learner.deviations().items()
+        return {name: math.sqrt(float(now) / self.start[name]) if self.start[name] else 0.0 for name, now in deviations}
+
     def foreseen(self, group: str, step: int) -> float:
-        """The forecast deviation of a group after `step` steps of the stage."""
-        return self.start[group] * self.plan.forecast.factors[group][step - 1] ** 2
+        """What was forecast to be left of a group after `step` steps of the stage."""
+        return abs(self.plan.forecast.factors[group][step - 1])
 
     def save(self, setup: Setup) -> None:
         """Writes a checkpoint, in one stroke; DivergedError if the weights are lost, to keep the last good one."""

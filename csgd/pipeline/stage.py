@@ -187,7 +187,7 @@ def cut(learner: Learner, data: Data, spaces: list[ChannelSpace], clusters: Clus
 
 
 def curves(progress: Progress, steps: int) -> dict[str, list[tuple[int, float]]]:
-    """The forecast deviation of each group as (step, deviation)."""
+    """What was forecast to be left of the deviation of each group, as (step, fraction)."""
     shown = range(1, steps + 1, max(1, steps // FORECAST_POINTS))
     return {group: [(step, progress.foreseen(group, step)) for step in shown] for group in progress.start}
 

@@ -18,6 +18,7 @@ from csgd.pipeline.setup import Setup
 from csgd.report import duration
 from csgd.tracking import Tracker
 from csgd.train import Moment, accuracy, predict
+from csgd.verify import worst_deviation
 
 log = logging.getLogger("csgd")
 
@@ -101,7 +102,6 @@ class Watch:
         }
         row = {"epoch": moment.epoch} if part == "base" else _stage_row(setup, progress, moment)
         self.tracker.log({"phase": part, "step": moment.step} | {f"{part}/{k}": v for k, v in values.items()} | row)
-        deviations = (f", {k.replace('/', ' of ')} {v:.1e}" for k, v in row.items() if k.startswith("deviation/"))
         log.info(
             "%s epoch %d: loss %.4f, test accuracy %.4f, lr %.2g%s, %.1f s (%.3g ms a step), %s to go",
             part,
@@ -109,7 +109,7 @@ class Watch:
             sums.mean_loss,
             tested,
             moment.lr,
-            "".join(deviations),
+            f", deviation {row['csgd/deviation']:.1e}" if "csgd/deviation" in row else "",
             sums.seconds,
             1000 * sums.seconds_per_step,
             duration(self.seconds_left),
@@ -149,17 +149,18 @@ def _shown(progress: Progress, moment: Moment) -> dict[str, str]:
     loss = sums.mean_loss * ranks.own_share().ranks
     shown = {"loss": f"{loss:.3f}", "accuracy": f"{sums.accuracy:.3f}", "lr": f"{moment.lr:.1e}"}
     if progress.part is Part.WIDE:
-        shown["deviation"] = f"{float(sum(progress.learner.deviations().values())):.1e}"
+        shown["left"] = f"{max(progress.left().values()):.1e}"
     return shown
 
 
 def _stage_row(setup: Setup, progress: Progress, moment: Moment) -> dict[str, float]:
-    """Where in the run, and the deviation of each clustered group beside its forecast."""
+    """Where in the run, the deviation, and what is left of that of each group beside its forecast."""
     before = setup.spec.base.rates.epochs + progress.stage * setup.spec.pull.rates.epochs
     row = {"epoch": before + moment.step / setup.csgd.steps_per_epoch, "stage": progress.stage + 1}
-    for group, deviation in progress.learner.deviations().items():
-        row[f"deviation/{group}"] = float(deviation)
-        row[f"forecast/{group}"] = progress.foreseen(group, moment.step)
+    if progress.part is Part.WIDE:
+        row["csgd/deviation"] = worst_deviation(setup.model, progress.spaces, progress.clusters)
+    for group, left in progress.left().items():
+        row[f"left/{group}"], row[f"forecast/{group}"] = left, progress.foreseen(group, moment.step)
     if average := progress.learner.average:
         row["csgd/average_accuracy"] = accuracy(*predict(average.module, setup.data))
     return row

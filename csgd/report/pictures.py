@@ -40,7 +40,7 @@ def draw_curves(output_dir: Path) -> Path:
         here = [row for row in rows if row.get("stage") == number]
         for group, curve in stage["forecast"]["curves"].items():
             steps, expected = zip(*curve, strict=True)
-            measured = [(first + row["step"], row[f"deviation/{group}"]) for row in here if f"deviation/{group}" in row]
+            measured = [(first + row["step"], row[f"left/{group}"]) for row in here if f"left/{group}" in row]
             names = (f"{group}, forecast", f"{group}, measured") if number == 1 else (None, None)
             color = GROUPS.get(group, GRAY)
             deviation.plot([first + step for step in steps], expected, color=color, alpha=0.6, label=names[0])
@@ -60,7 +60,7 @@ def draw_curves(output_dir: Path) -> Path:
     saved = f"{1000 * wide:.3g} ms, {1000 * trimmed:.3g} ms after the {last}" if trimmed else f"{1000 * wide:.3g} ms"
     accuracy.set(xlabel="epoch", ylabel="accuracy", title="Accuracy")
     loss.set(xlabel="epoch", ylabel="cross entropy", title="Training loss", ylim=(0, 1.05 * loss.dataLim.y1))
-    deviation.set(xlabel="C-SGD step", ylabel="‖W − ΓW‖²", title="Deviation", yscale="log")
+    deviation.set(xlabel="C-SGD step", ylabel="of its start", title="What is left of the deviation ‖W − ΓW‖", yscale="log")
     deviation.set_ylim(bottom=lowest / 10)
     cost.set(xlabel="C-SGD step", ylabel="milliseconds", title=f"A step: {saved}", ylim=(0, 1.15 * max(milliseconds)))
     for axes in (accuracy, loss, deviation, cost):

@@ -51,7 +51,7 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             f"{verdict['max_logit_change']:.1e}",
             f"{verdict['relative_logit_change']:.1e} of the spread of an image's logits, at worst",
         ),
-        ("deviation", f"{verdict['deviation']:.1e}", f"{verdict['relative_deviation']:.1e} of a tensor, at worst"),
+        ("deviation", f"{verdict['relative_deviation']:.1e}", "before the cut: ‖W − ΓW‖ / ‖W‖, the largest of a tensor"),
         cut("macs"),
         cut("params"),
         _step_cost(summary["seconds_per_step"]),
