@@ -4,16 +4,17 @@ Small datasets live on the device as tensors and are augmented there, batch by b
 workers.  Of several ranks each makes its own share of every batch, and together they make the batches that one would.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from csgd import folders
 from csgd.errors import InputError
@@ -39,6 +40,67 @@ class Data:
     steps_per_epoch: int
     train_size: int
     test_size: int
+
+    @classmethod
+    def of(
+        cls,
+        train: Dataset,
+        test: Dataset,
+        *,
+        classes: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        share: Share = WHOLE,
+        mean: Sequence[float] | float = 0.0,
+        std: Sequence[float] | float = 1.0,
+        workers: int = 0,
+    ) -> "Data":
+        """Of two map-style datasets of pairs (image, label), read by `workers` processes, or by this one.
+
+        image      a PIL image, taken as RGB between 0 and 1, or a tensor [c, h, w]; all of one size
+        label      0 … classes − 1
+        mean, std  a number for each channel, or one: the network sees (image − mean) / std
+
+        What the transforms of `train` draw from torch's generator is fixed by (seed, epoch, position).  InputError for
+        datasets that cannot be used so.
+        """
+        for name, dataset, least in (("training", train, 2), ("test", test, 1)):
+            if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+                raise InputError(f"dataset: the {name} set must be map-style, with __getitem__ and __len__")
+            if len(dataset) < least:
+                raise InputError(f"dataset: the {name} set holds {len(dataset)} images, {least} are the least")
+        if not (_per_channel(std) > 0).all():
+            raise InputError(f"dataset: std must be above 0, got {std}")
+        train, test = (Normalised(part, classes, _per_channel(mean), _per_channel(std)) for part in (train, test))
+        loading = dict(
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            worker_init_fn=_one_thread,
+            collate_fn=_batch_of,
+            generator=torch.Generator(),  # of seeds for the workers, which draw from their own: torch's stays untouched
+        )
+        shares = Shares(len(train), batch_size, share, seed)
+        train_loader = DataLoader(Drawn(train, seed), batch_sampler=shares, **loading)
+        test_loader = DataLoader(test, batch_sampler=Shares(len(test), batch_size, share), **loading)
+
+        def train_batches(epoch: int) -> Batches:
+            shares.epoch = epoch
+            yield from on_device(train_loader)
+
+        def test_batches() -> Batches:
+            yield from on_device(test_loader)
+
+        def on_device(batches: Iterable) -> Batches:
+            for batch in batches:
+                if isinstance(batch, InputError):
+                    raise batch
+                images, labels = batch
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+        ((example, _),) = on_device([_batch_of([test[i % len(test)] for i in range(2)])])
+        return cls(train_batches, test_batches, example, classes, len(train_loader), len(train), len(test))
 
 
 @dataclass(frozen=True)
@@ -243,36 +305,53 @@ def image_folder(
     ]
     augmented = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *finish])
     centred = v2.Compose([v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size), *finish])
-    train, test = folders.Images(trained_on, augmented), folders.Images(held_back, centred)
-    loading = dict(
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=_one_thread,
-        collate_fn=folders.batch_of,
-        generator=torch.Generator(),  # of seeds for the workers, which draw from their own: torch's stays untouched
+    return Data.of(
+        folders.Images(trained_on, augmented),
+        folders.Images(held_back, centred),
+        classes=len(classes),
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+        device=device,
+        share=share,
     )
-    shares = Shares(len(train), batch_size, share, seed)
-    train_loader = DataLoader(Drawn(train, seed), batch_sampler=shares, **loading)
-    test_loader = DataLoader(test, batch_sampler=Shares(len(test), batch_size, share), **loading)
 
-    def train_batches(epoch: int) -> Batches:
-        shares.epoch = epoch
-        yield from on_device(train_loader)
 
-    def test_batches() -> Batches:
-        yield from on_device(test_loader)
+@dataclass(frozen=True)
+class Normalised(Dataset):
+    """Pairs (image, label) of any dataset of images, the image as a float tensor [c, h, w], less `mean`, by `std`.
 
-    def on_device(batches: Iterable) -> Batches:
-        for batch in batches:
-            if isinstance(batch, InputError):
-                raise batch
-            images, labels = batch
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    In place of a pair it has the InputError of one that cannot be used.  mean, std  [c, 1, 1]
+    """
 
-    pair = [test[i % len(test)] for i in range(2)]
-    ((example, _),) = on_device([folders.batch_of(pair)])
-    return Data(train_batches, test_batches, example, len(classes), len(train_loader), len(train), len(test))
+    items: Dataset
+    classes: int
+    mean: Tensor
+    std: Tensor
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Any] | InputError:
+        item = self.items[position]
+        if isinstance(item, InputError):
+            return item
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            return InputError(f"dataset: item {position} is a {type(item).__name__}, and no pair (image, label)")
+        image, label = item
+        if hasattr(image, "convert"):
+            image = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)
+        if not isinstance(image, Tensor) or image.dim() != 3:
+            found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            return InputError(f"dataset: image {position} must be a PIL image or a tensor [c, h, w], got {found}")
+        if {len(self.mean), len(self.std)} - {1, len(image)}:
+            told = f"{len(self.mean)} and {len(self.std)} numbers for images of {len(image)} channels"
+            return InputError(f"dataset: mean and std must be one number, or one for each channel, got {told}")
+        image = image / 255 if image.dtype == torch.uint8 else image.float()
+        whole = isinstance(label, int | np.integer) or (isinstance(label, Tensor) and not label.is_floating_point())
+        if not whole or not 0 <= (target := torch.as_tensor(label).long()).min() <= target.max() < self.classes:
+            return InputError(f"dataset: label {position} must be one of 0 … {self.classes - 1}, got {label!r}")
+        return (image - self.mean) / self.std, target
 
 
 @dataclass
@@ -315,6 +394,23 @@ class Drawn(Dataset):
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(drawn)
             return self.items[position]
+
+
+def _batch_of(items: Sequence[tuple[Tensor, Tensor] | InputError]) -> tuple[Tensor, Tensor] | InputError:
+    """(images [n, c, h, w], labels [n]) of items of `Normalised`, or the first InputError.
+
+    It is handed on and not raised, since a worker of a DataLoader would hand on its trace as the message.
+    """
+    if fault := next((item for item in items if isinstance(item, InputError)), None):
+        return fault
+    if len(sizes := {tuple(image.shape) for image, _ in items}) > 1:
+        told = " and ".join(str(list(size)) for size in sorted(sizes)[:2])
+        return InputError(f"dataset: images must be of one size, got {told}; a transform of the dataset can see to it")
+    return default_collate(items)
+
+
+def _per_channel(values: Sequence[float] | float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
 
 
 def _one_thread(_: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from csgd import ranks
 from csgd.errors import InputError, line_of
@@ -189,11 +189,6 @@ class Images(Dataset):
         except Exception as error:  # as the damage falls
             return InputError(f"dataset.root: '{path}' could be read before training, and now cannot: {line_of(error)}")
         return self.transform(opened), label
-
-
-def batch_of(items: list) -> Any:
-    """What a DataLoader makes of items of `Images`: (images [n, …], labels [n]), or the first InputError."""
-    return next((item for item in items if isinstance(item, InputError)), None) or default_collate(items)
 
 
 def check_images(files: Sequence[str], share: Share) -> None:

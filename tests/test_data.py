@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Dataset, TensorDataset
 
 from csgd import InputError, data
+from csgd.data import Data
 from csgd.ranks import Share
 
 CPU = torch.device("cpu")
@@ -125,3 +127,73 @@ def test_missing_data_is_named(tmp_path):
         image_folder(tmp_path / "empty")
     with pytest.raises(InputError, match="CIFAR-10 in '.*' is not there; dataset.download=true fetches it"):
         data.cifar(classes=10, root=str(tmp_path), download=False, batch_size=4, seed=0, device=CPU)
+
+
+class Pictures(Dataset):
+    """Gray pictures of `size`, labelled 0, 1, 2, 0, …, whose transform draws."""
+
+    def __init__(self, count, size=(10, 8)):
+        self.count, self.size = count, size
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, position):
+        return Image.new("L", self.size, 51 + int(torch.randint(2, ()))), np.int64(position % 3)
+
+
+def of(train, test, **options):
+    return Data.of(train, test, **dict(classes=3, batch_size=4, seed=0, device=CPU) | options)
+
+
+def test_data_of_any_two_datasets_are_normalised():
+    made = of(Pictures(11), Pictures(5), mean=(0.1, 0.2, 0.3), std=0.5)
+    assert (made.train_size, made.test_size, made.num_classes, made.steps_per_epoch) == (11, 5, 3, 3)
+    assert made.example.shape == (2, 3, 8, 10), "of height and width, in colours"
+    images, labels = next(made.test_batches())
+    expected = (torch.tensor([51, 52]) / 255)[:, None] / 0.5 - torch.tensor([0.2, 0.4, 0.6])
+    seen = images.unflatten(0, (4,)).amax((2, 3))
+    assert (torch.isclose(seen[:, None], expected).all(2).sum(1) == 1).all()
+    assert labels.tolist() == [0, 1, 2, 0]
+    bytes_of, floats_of = (torch.arange(2 * 4).view(2, 1, 2, 2).to(kind) for kind in (torch.uint8, torch.float64))
+    for images, factor in ((bytes_of, 255), (floats_of, 1)):
+        made = of(TensorDataset(images, torch.tensor([0, 1])), TensorDataset(images, torch.tensor([0, 1])))
+        torch.testing.assert_close(made.example, images.float() / factor)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_data_of_datasets_repeat_by_seed_and_epoch_whoever_makes_them():
+    ways = [[of(Pictures(11), Pictures(3), workers=workers)] for workers in (0, 2)]
+    ways.append([of(Pictures(11), Pictures(3), share=Share(rank, 2)) for rank in range(2)])
+
+    def epoch(number, ranks):
+        batches = zip(*(rank.train_batches(number) for rank in ranks), strict=True)
+        return [torch.cat(parts) for shares in batches for parts in zip(*shares, strict=True)]
+
+    first, second = epoch(0, ways[0]), epoch(1, ways[0])
+    assert [len(part) for part in first] == [4, 4, 4, 4, 3, 3]
+    assert not all(map(torch.equal, first, second))
+    for way in ways[1:]:
+        assert all(map(torch.equal, epoch(0, way), first))
+        assert all(map(torch.equal, epoch(1, way), second))
+
+
+def test_datasets_that_cannot_be_used_are_refused_in_one_line():
+    images, labels = torch.zeros(6, 1, 8, 8), torch.arange(6) % 3
+
+    good = TensorDataset(images, labels)
+
+    def refused(message, train=good, test=good, **options):
+        with pytest.raises(InputError, match=message):
+            list(of(train, test, **options).train_batches(0))
+
+    refused("the test set must be map-style, with __getitem__ and __len__", test=iter([]))
+    refused("the training set holds 1 images, 2 are the least", Pictures(1))
+    refused("image . must be a PIL image or a tensor .c, h, w., got .8, 8.", TensorDataset(images[:, 0], labels))
+    refused("item . is a Tensor, and no pair", images)
+    refused("label 3 must be one of 0 … 2, got 3", [*zip(images, [0, 1, 2, 3, 0, 1], strict=True)])
+    refused("label . must be one of 0 … 2, got tensor", TensorDataset(images, labels.float()))
+    refused("mean and std must be one number, or .*, got 3 and 1 numbers for images of 1", mean=(0.1, 0.2, 0.3))
+    sizes = [(image[:, :side], 0) for image, side in zip(images, [8, 8, 8, 8, 8, 7], strict=True)]
+    refused("images must be of one size, got .1, 7, 8. and .1, 8, 8.", sizes, batch_size=6)
+    refused("std must be above 0", std=(0.0,))

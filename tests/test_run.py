@@ -192,6 +192,27 @@ def test_other_models_and_a_network_of_ones_own(tmp_path):
         assert json.loads((tmp_path / name / "summary.json").read_text())["verdict"]["lossless"]
 
 
+def test_a_dataset_of_ones_own_is_a_function_and_a_yaml(tmp_path):
+    """torchvision's, in workers: the function of README.md, on images that are there."""
+    (tmp_path / "mydata.py").write_text(
+        "from torchvision import datasets, transforms\n"
+        "from csgd.data import Data\n"
+        "def noise(size, batch_size, seed, device, share):\n"
+        "    crop = transforms.RandomCrop(size, padding=2)\n"
+        "    train = datasets.FakeData(520, (3, size, size), 4, crop)\n"
+        "    test = datasets.FakeData(40, (3, size, size), 4, random_offset=520)\n"
+        "    return Data.of(train, test, classes=4, mean=(0.5, 0.5, 0.5), std=(0.3, 0.3, 0.3), workers=1,\n"
+        "                   batch_size=batch_size, seed=seed, device=device, share=share)\n"
+    )
+    (tmp_path / "mine" / "dataset").mkdir(parents=True)
+    (tmp_path / "mine" / "dataset" / "noise.yaml").write_text("_target_: mydata.noise\nsize: 16\n")
+    mine = ["--config-dir=mine", "dataset=noise", "hydra.run.dir=out"]
+    run(tmp_path, *mine, *SMOKE, PYTHONPATH=str(tmp_path))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["verdict"]["lossless"]
+    assert summary["config"]["dataset"] == {"_target_": "mydata.noise", "size": 16}
+
+
 def test_base_weights_from_a_file(tmp_path):
     torch.manual_seed(7)
     model = resnet20(10)
