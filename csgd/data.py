@@ -1,4 +1,4 @@
-"""Data: batches of (images, labels) as pure functions of (seed, epoch), so that a run can be repeated from any epoch.
+"""Data: batches of (images, targets) as pure functions of (seed, epoch), so that a run can be repeated from any epoch.
 
 Small datasets live on the device as tensors and are augmented there, batch by batch; image folders come through
 workers.  Of several ranks each makes its own share of every batch, and together they make the batches that one would.
@@ -21,16 +21,22 @@ from csgd.errors import InputError
 from csgd.ranks import Share
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+Criterion = Callable[[Any, Tensor], Tensor]
+Score = Callable[[Any, Tensor], float]
 WHOLE = Share()
 
 
 @dataclass(frozen=True)
 class Data:
-    """A dataset with its split, as one rank sees it.
+    """A dataset with its split, as one rank sees it, and what a network is to learn of it.
 
     train_batches(epoch)  shuffled and augmented, the order and the augmentation fixed by (seed, epoch)
     test_batches()        the whole test set, in order
     example               [2, 3, h, w] images to trace a network with
+    num_classes           outputs of the network; 0 where there are no classes
+    criterion             (outputs, targets) of a batch → its mean loss; None: cross entropy
+    score                 (outputs, targets) of the whole test set → a number, the larger the better; None: the fraction
+                          of labels that the largest logit hits
     """
 
     train_batches: Callable[[int], Batches]
@@ -40,6 +46,13 @@ class Data:
     steps_per_epoch: int
     train_size: int
     test_size: int
+    criterion: Criterion | None = None
+    score: Score | None = None
+
+    @property
+    def task(self) -> dict[str, str]:
+        """The names of its criterion and its score, as plain JSON."""
+        return {"criterion": _name(self.criterion, "cross_entropy"), "score": _name(self.score, "accuracy")}
 
     @classmethod
     def of(
@@ -47,7 +60,7 @@ class Data:
         train: Dataset,
         test: Dataset,
         *,
-        classes: int,
+        classes: int = 0,
         batch_size: int,
         seed: int,
         device: torch.device,
@@ -55,11 +68,13 @@ class Data:
         mean: Sequence[float] | float = 0.0,
         std: Sequence[float] | float = 1.0,
         workers: int = 0,
+        criterion: Criterion | None = None,
+        score: Score | None = None,
     ) -> "Data":
-        """Of two map-style datasets of pairs (image, label), read by `workers` processes, or by this one.
+        """Of two map-style datasets of pairs (image, target), read by `workers` processes, or by this one.
 
         image      a PIL image, taken as RGB between 0 and 1, or a tensor [c, h, w]; all of one size
-        label      0 … classes − 1
+        target     of cross entropy one of 0 … classes − 1, or a map of them; of another `criterion` what that takes
         mean, std  a number for each channel, or one: the network sees (image − mean) / std
 
         What the transforms of `train` draw from torch's generator is fixed by (seed, epoch, position).  InputError for
@@ -70,9 +85,12 @@ class Data:
                 raise InputError(f"dataset: the {name} set must be map-style, with __getitem__ and __len__")
             if len(dataset) < least:
                 raise InputError(f"dataset: the {name} set holds {len(dataset)} images, {least} are the least")
+        if criterion is None and classes < 1:
+            raise InputError("dataset: cross entropy needs classes=…, their number; criterion=… is another loss")
         if not (_per_channel(std) > 0).all():
             raise InputError(f"dataset: std must be above 0, got {std}")
-        train, test = (Normalised(part, classes, _per_channel(mean), _per_channel(std)) for part in (train, test))
+        labels = classes if criterion is None else None
+        train, test = (Normalised(part, labels, _per_channel(mean), _per_channel(std)) for part in (train, test))
         loading = dict(
             num_workers=workers,
             pin_memory=device.type == "cuda",
@@ -96,11 +114,12 @@ class Data:
             for batch in batches:
                 if isinstance(batch, InputError):
                     raise batch
-                images, labels = batch
-                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                images, targets = batch
+                yield images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
         ((example, _),) = on_device([_batch_of([test[i % len(test)] for i in range(2)])])
-        return cls(train_batches, test_batches, example, classes, len(train_loader), len(train), len(test))
+        sizes = len(train_loader), len(train), len(test)
+        return cls(train_batches, test_batches, example, classes, *sizes, criterion, score)
 
 
 @dataclass(frozen=True)
@@ -319,13 +338,16 @@ def image_folder(
 
 @dataclass(frozen=True)
 class Normalised(Dataset):
-    """Pairs (image, label) of any dataset of images, the image as a float tensor [c, h, w], less `mean`, by `std`.
+    """Pairs (image, target) of any dataset of images, the image as a float tensor [c, h, w], less `mean`, by `std`.
 
-    In place of a pair it has the InputError of one that cannot be used.  mean, std  [c, 1, 1]
+    In place of a pair it has the InputError of one that cannot be used.
+
+    classes    how many labels there may be; None: targets are no labels, and stay what they are
+    mean, std  [c, 1, 1]
     """
 
     items: Dataset
-    classes: int
+    classes: int | None
     mean: Tensor
     std: Tensor
 
@@ -337,8 +359,8 @@ class Normalised(Dataset):
         if isinstance(item, InputError):
             return item
         if not isinstance(item, tuple | list) or len(item) != 2:
-            return InputError(f"dataset: item {position} is a {type(item).__name__}, and no pair (image, label)")
-        image, label = item
+            return InputError(f"dataset: item {position} is a {type(item).__name__}, and no pair (image, target)")
+        image, target = item
         if hasattr(image, "convert"):
             image = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)
         if not isinstance(image, Tensor) or image.dim() != 3:
@@ -348,10 +370,13 @@ class Normalised(Dataset):
             told = f"{len(self.mean)} and {len(self.std)} numbers for images of {len(image)} channels"
             return InputError(f"dataset: mean and std must be one number, or one for each channel, got {told}")
         image = image / 255 if image.dtype == torch.uint8 else image.float()
-        whole = isinstance(label, int | np.integer) or (isinstance(label, Tensor) and not label.is_floating_point())
-        if not whole or not 0 <= (target := torch.as_tensor(label).long()).min() <= target.max() < self.classes:
-            return InputError(f"dataset: label {position} must be one of 0 … {self.classes - 1}, got {label!r}")
-        return (image - self.mean) / self.std, target
+        image = (image - self.mean) / self.std
+        if self.classes is None:
+            return image, target
+        whole = isinstance(target, int | np.integer) or (isinstance(target, Tensor) and not target.is_floating_point())
+        if not whole or not 0 <= (label := torch.as_tensor(target).long()).min() <= label.max() < self.classes:
+            return InputError(f"dataset: label {position} must be one of 0 … {self.classes - 1}, got {target!r}")
+        return image, label
 
 
 @dataclass
@@ -396,8 +421,8 @@ class Drawn(Dataset):
             return self.items[position]
 
 
-def _batch_of(items: Sequence[tuple[Tensor, Tensor] | InputError]) -> tuple[Tensor, Tensor] | InputError:
-    """(images [n, c, h, w], labels [n]) of items of `Normalised`, or the first InputError.
+def _batch_of(items: Sequence[tuple[Tensor, Any] | InputError]) -> tuple[Tensor, Tensor] | InputError:
+    """(images [n, c, h, w], targets [n, …]) of items of `Normalised`, or the first InputError.
 
     It is handed on and not raised, since a worker of a DataLoader would hand on its trace as the message.
     """
@@ -407,6 +432,13 @@ def _batch_of(items: Sequence[tuple[Tensor, Tensor] | InputError]) -> tuple[Tens
         told = " and ".join(str(list(size)) for size in sorted(sizes)[:2])
         return InputError(f"dataset: images must be of one size, got {told}; a transform of the dataset can see to it")
     return default_collate(items)
+
+
+def _name(function: Callable | None, default: str) -> str:
+    if function is None:
+        return default
+    function = getattr(function, "func", function)  # of a partial
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _per_channel(values: Sequence[float] | float) -> Tensor:

@@ -24,10 +24,11 @@ from csgd.build import build, call, judged, label, makes, off_the_path, within
 from csgd.checkpoint import load_weights
 from csgd.data import Data
 from csgd.errors import InputError, line_of
-from csgd.pipeline.device import check_fit, device_name, device_of, placed
+from csgd.pipeline.device import check_fit, check_task, device_name, device_of, placed
 from csgd.pruned import describe, load_pruned
+from csgd.ranks import Share
 from csgd.reload import load_trimmed
-from csgd.train import accuracy, predict
+from csgd.train import measured
 from csgd.verify import count_params
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(network: Path, settings: list[str], allow: Sequence[str] = ()) -> str:
-    """Two lines: what was tested on what, and the accuracy.
+    """Two lines: what was tested on what, and its score.
 
     What the folder names is judged as `load_pruned` does, its dataset too; what `settings` name is the user's word.
     """
@@ -64,7 +65,7 @@ def evaluate(network: Path, settings: list[str], allow: Sequence[str] = ()) -> s
     with off_the_path(network):
         cfg = _composed(settings, described)
     device = device_of(cfg.device, cfg.threads)
-    offered = dict(batch_size=cfg.schedule.batch_size, seed=cfg.seed, device=device)
+    offered = dict(batch_size=cfg.schedule.batch_size, seed=cfg.seed, device=device, share=Share())
     target, typed = cfg.dataset["_target_"], _says(settings, "dataset")
     own_code = allow or (typed and not within(target, ["csgd"]))  # which may lie in the folder
     with nullcontext() if own_code else off_the_path(network):
@@ -84,11 +85,11 @@ def evaluate(network: Path, settings: list[str], allow: Sequence[str] = ()) -> s
         raise InputError(f"dataset._target_ must make a csgd.data.Data, got {type(data).__name__}")
     model = placed(load_pruned(network, allow=allow) if described else _from_file(network, cfg, data), device)
     check_fit(model, data)
-    measured = accuracy(*predict(model, data))
+    check_task(model, data)
     name = label(described.get("model", cfg.model))
     return (
         f"{name} of {network}, {count_params(model):,} parameters, on {label(cfg.dataset)}, {device_name(device)}\n"
-        f"test accuracy {measured:.4f}, {data.test_size} images"
+        f"test {data.task['score']} {measured(model, data):.4f}, {data.test_size} images"
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from csgd.errors import line_of
 from csgd.folder import RunFolder, Status
-from csgd.report import table
+from csgd.report import table, task_of
 
 log = logging.getLogger("csgd")
 
@@ -134,7 +134,7 @@ def finished(jobs: list[Job]) -> list[Job]:
 def jobs_table(jobs: list[Job]) -> str:
     """Every job with its cut, as a table."""
     keys = dict.fromkeys(key for job in jobs for key in job.settings)
-    header = ("job", *keys, "cut", "base", "accuracy", "MACs", "saved", "logit change", "deviation", "seconds")
+    header = ("job", *keys, "cut", "base", _score(jobs), "MACs", "saved", "change", "deviation", "seconds")
     rows = []
     for job in jobs:
         row = [job.folder.name, *(job.settings.get(key, "-") for key in keys), job.status]
@@ -148,13 +148,18 @@ def jobs_table(jobs: list[Job]) -> str:
 
 
 def means_table(jobs: list[Job]) -> str:
-    """Accuracies over the seeds: mean, standard deviation and number, as a table."""
+    """Scores over the seeds: mean, standard deviation and number, as a table."""
     rows = []
     for label, group in grouped(finished(jobs), "seed").items():
         base, final = ([job.summary[a][b] for job in group] for a, b in (("base", "accuracy"), ("verdict", "accuracy")))
         lossless = sum(job.status == "lossless" for job in group)
         rows.append((label or "all", _spread(base), _spread(final), len(group), lossless))
-    return table(("mean over seeds", "base", "accuracy", "n", "lossless"), rows)
+    return table(("mean over seeds", "base", _score(jobs), "n", "lossless"), rows)
+
+
+def _score(jobs: list[Job]) -> str:
+    """What is told as accuracy."""
+    return task_of(next((job.summary for job in jobs if job.summary), {}))["score"].replace("_", " ")
 
 
 def _spread(values: list[float]) -> str:
@@ -215,7 +220,7 @@ def _picture(path: Path, of: Callable, jobs: list[Job]) -> Path:
 
 def _accuracy_macs(axes: Any, jobs: list[Job]) -> None:
     _accuracies(axes, jobs, ("seed", "deps"), lambda job: job.summary["cost"]["macs_after"] / 1e6)
-    axes.set(xlabel="million multiply-accumulates after the cut", title="Accuracy against cost")
+    axes.set(xlabel="million multiply-accumulates after the cut", title=f"{_score(jobs).capitalize()} against cost")
 
 
 def _accuracy_strength(axes: Any, jobs: list[Job]) -> None:
@@ -226,7 +231,8 @@ def _accuracy_strength(axes: Any, jobs: list[Job]) -> None:
     if len(strengths) <= 9:
         axes.set_xticks(strengths, [f"{strength:.3g}" for strength in strengths])
         axes.minorticks_off()
-    axes.set(xlabel="centripetal strength ε", title="Accuracy against centripetal strength")
+    title = f"{_score(jobs).capitalize()} against centripetal strength"
+    axes.set(xlabel="centripetal strength ε", title=title)
 
 
 def _strength(job: Job) -> float:
@@ -264,7 +270,7 @@ def _accuracies(axes: Any, jobs: list[Job], within: Sequence[str], at: Callable[
         axes.scatter([], [], s=42, edgecolors="black", facecolors="white", label="not lossless")
     axes.autoscale_view()
     axes.margins(0.08)
-    axes.set(ylabel="test accuracy")
+    axes.set(ylabel=f"test {_score(jobs)}")
 
 
 def _bases(jobs: list[Job]) -> dict[str, list[float]]:

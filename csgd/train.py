@@ -107,7 +107,8 @@ class Learner:
 class Sums:
     """What the steps since the last `clear` have measured on this rank; `shared` is of all ranks.
 
-    loss       of the steps, each the mean over its batch;  hits, images  over all batches
+    loss       of the steps, each the mean over its batch;  hits, images  over all batches; 0 hits if the data have a
+               score of their own
     seconds    of the steps alone, with the loading of their images
     unchecked  losses that have not been looked at, as a look waits for the device; `clear` leaves them
     """
@@ -191,12 +192,12 @@ def train(
         for images, labels in islice(_batches(data, epoch, first - epoch * per_epoch, spec.seed), last - first):
             if not learner.model.training:  # the caller has tested it
                 learner.network.train()
-            loss, hits = _passes(learner, images, labels, spec)
+            loss, hits = _passes(learner, data, (images, labels), spec)
             _descend(learner, timetable, done, spec.clip_norm)
             done += 1
             if spec.compare_ranks_every and done % spec.compare_ranks_every == 0:
                 ranks.check_equal(learner.model, done)
-            sums.add(loss, hits, len(labels))
+            sums.add(loss, hits, labels.numel())
             if len(sums.unchecked) >= CHECK_EVERY or done == last:
                 sums.check(done)
             if done == last:
@@ -240,11 +241,12 @@ def _descend(learner: Learner, timetable: Timetable, step: int, clip_norm: float
         learner.average.update_parameters(learner.model)
 
 
-def _passes(learner: Learner, images: Tensor, labels: Tensor, spec: TrainSpec) -> tuple[Tensor, Tensor]:
+def _passes(learner: Learner, data: Data, batch: tuple[Tensor, Tensor], spec: TrainSpec) -> tuple[Tensor, Tensor]:
     """Adds the gradients of a batch, of which this rank has [n, …] images; what they add to the loss, and the hits.
 
     The mean over ranks of that loss is the mean over the images of all, and so are the gradients.
     """
+    images, labels = batch
     loss, hits = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
     per_rank = ranks.total(torch.tensor(float(len(images)), device=images.device)) / ranks.own_share().ranks
     parts = max(1, min(spec.accumulation, len(images) // 2))  # batch norm needs two images
@@ -253,12 +255,18 @@ def _passes(learner: Learner, images: Tensor, labels: Tensor, spec: TrainSpec) -
         with nullcontext() if number == parts else ranks.alone(learner.network):
             with torch.autocast(part.device.type, spec.precision, enabled=spec.precision != torch.float32):
                 outputs = learner.network(part)
-                mean = criterion(outputs, targets, spec.label_smoothing)
+                mean = loss_of(data, outputs, targets, spec.label_smoothing)
             term = mean * (len(part) / per_rank)
             (learner.scaler.scale(term) if learner.scaler else term).backward()
         loss += term.detach()
-        hits += (logits_of(outputs).detach().argmax(1) == targets).sum()
+        if data.score is None:
+            hits += (logits_of(outputs).detach().argmax(1) == targets).sum()
     return loss, hits
+
+
+def loss_of(data: Data, outputs, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The mean loss of a batch, by the criterion of its data."""
+    return data.criterion(outputs, targets) if data.criterion else criterion(outputs, targets, label_smoothing)
 
 
 def criterion(outputs, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -279,13 +287,23 @@ def logits_of(outputs) -> Tensor:
     return logits
 
 
+def score_of(data: Data, outputs: list[Tensor], targets: Tensor) -> float:
+    """The score of what `predict` returns; a network's one output is handed on as it is, and not as a list."""
+    return float((data.score or accuracy)(outputs[0] if len(outputs) == 1 else outputs, targets))
+
+
+def measured(model: nn.Module, data: Data) -> float:
+    """The score of a network, over the whole test set."""
+    return score_of(data, *predict(model, data))
+
+
 @torch.no_grad()
 def predict(model: nn.Module, data: Data) -> tuple[list[Tensor], Tensor]:
-    """What the network says of the test set, in eval mode and in the precision of the weights, and its labels [n]; on
-    the CPU, and those of all ranks on each.
+    """What the network says of the test set, in eval mode and in the precision of the weights, and its targets, as
+    labels [n]; on the CPU, and those of all ranks on each.
 
-    Of each output tensor, the logits [n, classes] first, the rows of all batches.  InputError without an image, or if
-    an output has other tensors or other shapes from batch to batch.
+    Of each output tensor, as the logits [n, classes], the rows of all batches.  InputError without an image, or if an
+    output has other tensors or other shapes from batch to batch.
     """
     model.eval()
     own = []

@@ -1,7 +1,7 @@
 """The verdict: what a run proves about its cut, and what it saved."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,8 +28,8 @@ class Verdict:
     relative_logit_change    of the image that changed most: the largest |Δ| of its outputs, divided by their spread
                              (max − min of its own finite outputs) before the cut; see `relative_change`
     statistics_spread        ‖S − ΓS‖ / ‖S‖ of the worst of batch norm's running statistics (fact F8)
-    accuracy_before_trim, accuracy_after_trim, accuracy   fractions of the test set; the last is the pruned network's;
-                             NaN where the first output is no logits of the labels
+    accuracy_before_trim, accuracy_after_trim, accuracy   by the score of the data, of which accuracy is the default;
+                             the last is the pruned network's; NaN where the score does not fit the outputs
     collapsed                whether relative_deviation and statistics_spread are within their tolerance
     lossless                 whether, besides, relative_logit_change is within its own
 
@@ -59,12 +59,14 @@ def verdict(
     statistics_spread: float,
     deviation_tolerance: float,
     logit_tolerance: float,
+    score: Callable[..., float] = accuracy,
 ) -> Verdict:
     """Judges a cut by what the network says of n images before and after it, `labels` [n] beside it.
 
     before, after  logits [n, classes], or several outputs in tuples, dicts or objects, the logits first; all are judged
+    score          (outputs, labels) → what is told as accuracy, and is no part of the judgement
 
-    An image keeps its class wherever that leads by more than twice the largest |Δ| of its logits, since then
+    A classified image keeps its class wherever that leads by more than twice the largest |Δ| of its logits, since then
     best − |Δ| > second + |Δ|.  NaN anywhere is never lossless.  InputError if there is nothing to judge: no output, no
     image, or logits that are all zero.
     """
@@ -75,7 +77,7 @@ def verdict(
         raise InputError("there is nothing to judge: the network answers every image with zeros")
     change, relative = changes.amax(1).tolist()
     collapsed = relative_deviation <= deviation_tolerance and statistics_spread <= deviation_tolerance
-    after_trim = _accuracy(after, labels)
+    after_trim = _score(score, after, labels)
     return Verdict(
         lossless=collapsed and relative <= logit_tolerance,
         collapsed=collapsed,
@@ -84,7 +86,7 @@ def verdict(
         max_logit_change=change,
         relative_logit_change=relative,
         statistics_spread=statistics_spread,
-        accuracy_before_trim=_accuracy(before, labels),
+        accuracy_before_trim=_score(score, before, labels),
         accuracy_after_trim=after_trim,
         accuracy=after_trim,
     )
@@ -182,10 +184,10 @@ def _lowest_without_masks(rows: Tensor, top: Tensor) -> Tensor:
     return ordered.gather(1, count)
 
 
-def _accuracy(outputs, labels: Tensor) -> float:
+def _score(score: Callable[..., float], outputs, labels: Tensor) -> float:
     try:
-        return accuracy(outputs, labels)
-    except InputError:  # not a classifier
+        return score(outputs, labels)
+    except InputError:  # accuracy, of what is no classifier
         return math.nan
 
 

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from csgd import InputError, data
 from csgd.data import Data
+from csgd.pipeline.device import check_fit, check_task
 from csgd.ranks import Share
 
 CPU = torch.device("cpu")
@@ -197,3 +198,34 @@ def test_datasets_that_cannot_be_used_are_refused_in_one_line():
     sizes = [(image[:, :side], 0) for image, side in zip(images, [8, 8, 8, 8, 8, 7], strict=True)]
     refused("images must be of one size, got .1, 7, 8. and .1, 8, 8.", sizes, batch_size=6)
     refused("std must be above 0", std=(0.0,))
+    refused("cross entropy needs classes=…, their number; criterion=… is another loss", classes=0)
+
+
+def test_targets_of_another_criterion_stay_what_they_are():
+    images, targets = torch.zeros(6, 1, 8, 8), torch.arange(12.0).view(6, 2) - 7
+    pairs = TensorDataset(images, targets)
+    made = of(pairs, pairs, classes=0, criterion=torch.nn.functional.l1_loss, score=torch.nn.L1Loss())
+    assert torch.equal(torch.cat([batch for _, batch in made.test_batches()]), targets)
+    assert (made.num_classes, made.task) == (0, {"criterion": "l1_loss", "score": "L1Loss"})
+    maps = TensorDataset(images, targets.long().remainder(3))
+    assert next(of(maps, maps, score=torch.nn.L1Loss()).test_batches())[1].shape == (4, 2)
+    assert of(maps, maps).task == {"criterion": "cross_entropy", "score": "accuracy"}
+
+
+def test_a_criterion_or_a_score_that_does_not_fit_is_refused_in_one_line():
+    net, loss, score = torch.nn.Conv2d(1, 1, 3, padding=1), torch.nn.functional.mse_loss, torch.nn.MSELoss()
+    images = TensorDataset(torch.zeros(6, 1, 8, 8), torch.zeros(6, 1, 8, 8))
+
+    def refused(message, smoothing=0.0, **task):
+        with pytest.raises(InputError, match=message):
+            check_task(net, of(images, images, classes=0, **task), smoothing)
+
+    good = of(images, images, classes=0, criterion=loss, score=score)
+    check_fit(net, good)
+    check_task(net, good)
+    shapes = r"on outputs \[4, 1, 8, 8\] and targets \[4, 1, 8, 8\]"
+    refused(f"criterion 'nll_loss' fails {shapes}: ", criterion=torch.nn.functional.nll_loss, score=score)
+    refused(f"score 'accuracy' fails {shapes}: logits", criterion=loss)
+    refused("criterion 'sub' must return a tensor of one number", criterion=torch.sub, score=score)
+    refused("score '<lambda>' is not a number", criterion=loss, score=lambda *_: float("nan"))
+    refused("label_smoothing must be 0 with a criterion of the data's own", 0.1, criterion=loss, score=score)

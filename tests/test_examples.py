@@ -1,5 +1,6 @@
 """Other people's loops: the examples, and the package without the libraries of the experiments."""
 
+import json
 import os
 import re
 import runpy
@@ -9,6 +10,8 @@ from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
+
+from csgd import evaluate
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "experiments" / "examples"
@@ -20,7 +23,7 @@ def run_main(name, *arguments):
 
 def test_an_example_fits_a_screen():
     lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert len(lengths) == 7
+    assert len(lengths) == 8
     assert max(lengths.values()) < 60, lengths
 
 
@@ -46,6 +49,42 @@ def test_the_forecast_of_an_example_is_what_it_measures(capsys):
     left, expected = line.split()[2], line.split()[-4]
     assert float(left) == pytest.approx(float(expected), rel=1e-2)
     assert 0 < float(expected) < 0.5
+
+
+@pytest.fixture(scope="module")
+def denoised(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("denoised")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        patch.chdir(folder)
+        yield run_main("denoising", "out"), folder / "out"
+
+
+def test_another_task_than_classification_is_pruned_by_a_run(denoised):
+    verdict, out = denoised
+    assert verdict.lossless
+    assert verdict.relative_logit_change < 1e-5
+    assert verdict.accuracy > 14, "decibels; the noisy images have 10.4"
+    assert verdict.accuracy_after_trim == pytest.approx(verdict.accuracy_before_trim, abs=1e-3)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["task"] == {"criterion": "mse_loss", "score": "psnr"}
+    assert summary["base"]["accuracy"] > 14
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["csgd/test_psnr"] == verdict.accuracy
+    assert not any("accuracy" in key for row in rows for key in row)
+    for name in ("pruned.md", "report.html"):
+        told = (out / name).read_text()
+        assert "test psnr, base network" in told, name
+        assert "accuracy" not in told.lower(), name
+    assert (out / "report" / "curves.png").exists()
+
+
+def test_another_task_is_planned_and_tested_again(denoised, tmp_path, capsys):
+    verdict, out = denoised
+    assert run_main("denoising", str(tmp_path), "plan_only=true") is None
+    assert json.loads((tmp_path / "plan.json").read_text())["estimate"]["seconds_per_step"] > 0
+    assert evaluate.main([str(out), "--allow", "denoising"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"test psnr {verdict.accuracy:.4f}, 397 images"
 
 
 def test_ranks_of_ones_own():

@@ -15,7 +15,19 @@ from csgd.centripetal import forecast
 from csgd.pipeline.device import as_trained
 from csgd.plan import Collapsed, Plan, plan, strengths_by
 from csgd.schedule import Timetable, ramp
-from csgd.train import DivergedError, Learner, Sums, TrainSpec, accuracy, criterion, logits_of, predict, train
+from csgd.train import (
+    DivergedError,
+    Learner,
+    Sums,
+    TrainSpec,
+    accuracy,
+    criterion,
+    logits_of,
+    loss_of,
+    measured,
+    predict,
+    train,
+)
 from csgd.trim import statistics_momentum
 from csgd.verify import relative_change
 
@@ -233,6 +245,27 @@ def test_a_run_in_parts_is_the_run_bit_by_bit():
     (whole, losses), (parts, losses_of_parts) = ends
     assert torch.equal(whole, parts)
     assert losses == losses_of_parts
+
+
+def test_a_criterion_and_a_score_of_the_datas_own():
+    d, ends = small_data(), []
+    for own in (
+        d,
+        replace(d, criterion=F.cross_entropy, score=lambda outputs, labels: float(outputs[labels == 0].sum())),
+    ):
+        torch.manual_seed(0)
+        net = small_net()
+        told = [s.accuracy for _, s in trained(net, torch.optim.SGD(net.parameters(), 0.05), own, accumulation=2)]
+        ends.append((torch.cat([p.detach().flatten() for p in net.parameters()]), told))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert max(ends[0][1]) > 0
+    assert ends[1][1] == [0] * len(ends[0][1]), "hits are not counted for a score that does not ask for them"
+    (logits,), labels = predict(net, own)
+    assert measured(net, own) == float(logits[labels == 0].sum())
+    assert measured(net, d) == accuracy(logits, labels)
+    other = replace(d, criterion=lambda outputs, labels: F.cross_entropy(outputs, labels) / 2)
+    halved = loss_of(other, logits, labels)
+    torch.testing.assert_close(halved, loss_of(d, logits, labels) / 2)
 
 
 def test_the_images_of_an_epoch_are_loaded_once():

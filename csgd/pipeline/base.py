@@ -30,7 +30,7 @@ from csgd.pipeline.provenance import versions
 from csgd.pipeline.setup import Setup
 from csgd.pipeline.spec import RunSpec
 from csgd.pipeline.watch import Watch
-from csgd.train import accuracy, predict
+from csgd.train import measured
 
 log = logging.getLogger("csgd")
 
@@ -39,9 +39,9 @@ def base(setup: Setup, progress: Progress, watch: Watch) -> None:
     """Loads the base network, from the file or the cache if it is there, or trains it."""
     with progress.seconds.spent("base"):
         source = setup.spec.base.weights if has_weights(setup) else _cached_or_trained(setup, progress, watch)
-        measured = accuracy(*predict(setup.model, setup.data))
-    log.info("base network: test accuracy %.4f", measured)
-    progress.base = BaseResult(measured, source)
+        score = measured(setup.model, setup.data)
+    log.info("base network: test %s %.4f", setup.data.task["score"], score)
+    progress.base = BaseResult(score, source)
     progress.sums.clear()  # of a training that was killed, where another run has left its weights meanwhile
     progress.part, progress.step, progress.learner = Part.BETWEEN, 0, None
 

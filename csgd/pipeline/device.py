@@ -1,5 +1,6 @@
 """The device of a run, and the network on it."""
 
+import math
 import os
 
 import torch
@@ -7,8 +8,9 @@ from torch import Tensor, nn
 
 from csgd import ranks
 from csgd.data import Data
-from csgd.errors import InputError
-from csgd.train import logits_of
+from csgd.errors import InputError, line_of
+from csgd.graph.twin import tensors_in
+from csgd.train import logits_of, loss_of, score_of
 
 VECTOR = 16  # float32 entries of the largest vector register of a CPU
 
@@ -49,14 +51,41 @@ def as_trained(model: nn.Module, compiles: bool) -> nn.Module:
 
 
 def check_fit(model: nn.Module, data: Data) -> None:
+    """InputError if the network cannot take the images, or its outputs are no logits where these are asked for."""
     try:
         with torch.no_grad():
             outputs = logits_of(model.eval()(data.example))
         shape = list(outputs.shape)
     except Exception as error:  # whatever a network raises on images that it cannot take
         raise InputError(f"the model cannot take images of {list(data.example.shape[1:])}: {error}") from None
-    if len(shape) != 2 or shape[1] < data.num_classes:
+    is_task = data.criterion or data.score
+    if not is_task and (len(shape) != 2 or shape[1] < data.num_classes):
         raise InputError(f"the model must return logits [n, {data.num_classes}], got {shape}")
+
+
+@torch.no_grad()
+def check_task(model: nn.Module, data: Data, label_smoothing: float = 0.0) -> None:
+    """InputError if the data's own criterion or score does not fit the network, by the first images of the test."""
+    if data.criterion and label_smoothing:
+        raise InputError("schedule.label_smoothing must be 0 with a criterion of the data's own: it is cross entropy's")
+    if not (data.criterion or data.score):
+        return
+    images, targets = next(data.test_batches())
+    if not len(images):  # a batch of fewer images than there are ranks
+        return
+    outputs, part = model.eval()(images), "criterion"
+    rows = list(tensors_in(outputs))
+    told = f"on outputs {', '.join(str(list(t.shape)) for t in rows)} and targets {list(targets.shape)}"
+    try:
+        loss = loss_of(data, outputs, targets)
+        part = "score"
+        score = score_of(data, [t.cpu() for t in rows], targets.cpu())
+    except Exception as error:  # whatever code of the user's raises
+        raise InputError(f"dataset: {part} '{data.task[part]}' fails {told}: {line_of(error)}") from None
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
+        raise InputError(f"dataset: criterion '{data.task['criterion']}' must return a tensor of one number {told}")
+    if math.isnan(score):
+        raise InputError(f"dataset: score '{data.task['score']}' is not a number {told}")
 
 
 def device_of(device: str, threads: int | None = None) -> torch.device:

@@ -83,7 +83,7 @@ def _summary(setup: Setup, plan: RunPlan, progress: Progress, judged: Verdict) -
         "commit": setup.commit,
         "versions": versions(),
         "config": setup.spec.config,
-    }
+    } | ({"task": setup.data.task} if setup.data.criterion or setup.data.score else {})
 
 
 def _stage(result: StageResult) -> dict[str, Any]:
@@ -121,10 +121,10 @@ def _report(summary: dict[str, Any], tracker: Tracker, folder: RunFolder) -> Non
     headline.info("%s\n\n%s\n", "LOSSLESS" if judged["lossless"] else "NOT LOSSLESS", report.verdict_table(summary))
     if not judged["lossless"]:
         lost = judged["accuracy_before_trim"] - judged["accuracy_after_trim"]
-        why = "the cut changed the logits"
+        why = "the cut changed the outputs"
         if not judged["collapsed"]:
             why = f"the filters have not collapsed, or what follows them ({judged['relative_deviation']:.1e} is left)"
-        log.warning("NOT LOSSLESS: %s; the cut cost %.4f of accuracy", why, lost)
+        log.warning("NOT LOSSLESS: %s; the cut cost %.4f of %s", why, lost, report.task_of(summary)["score"])
     log.info("files: %s", folder)
     if offline := tracker.offline_dir:
         log.info("W&B, offline: look with `wandb beta leet %s`, upload with `wandb sync %s`", offline, offline)

@@ -16,7 +16,7 @@ from csgd.export import check_packages
 from csgd.graph import ChannelSpace, Kind, conditions
 from csgd.graph.twin import keep_random_state, twin_of
 from csgd.optim import check_stability
-from csgd.pipeline.device import check_fit, device_of, placed
+from csgd.pipeline.device import check_fit, check_task, device_of, placed
 from csgd.pipeline.launch import rank_count
 from csgd.pipeline.provenance import commit
 from csgd.pipeline.spec import RunSpec, timetable_of
@@ -77,6 +77,7 @@ def prepare(spec: RunSpec) -> Setup:
     model = build("model", spec.model, num_classes=data.num_classes, image_size=data.example.size(-1))
     model = placed(model, device, spec.machine.precision)
     check_fit(model, data)
+    check_task(model, data, spec.pull.train.label_smoothing)
     check_batches(spec, model, data)
     if spec.machine.sync_bn and ranks.own_share().ranks > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -20,7 +21,7 @@ from csgd.pipeline.setup import Setup, spaces_of
 from csgd.pipeline.spec import CutSpec
 from csgd.pipeline.watch import Watch
 from csgd.proof import Proof, prove
-from csgd.train import Learner, accuracy, predict
+from csgd.train import Learner, measured, predict, score_of
 from csgd.trim import merge_equal, trim
 from csgd.verify import Verdict, deviation, statistics_spread, verdict, worst, worst_deviation
 
@@ -163,7 +164,7 @@ def cut(learner: Learner, data: Data, spaces: list[ChannelSpace], clusters: Clus
     """
     networks, optimizer = networks_of(learner), learner.optimizer
     wide = [predict(network, data) for network in networks]
-    measured = [
+    deviations = [
         dict(
             deviation=deviation(network, spaces, clusters),
             relative_deviation=worst_deviation(network, spaces, clusters),
@@ -178,10 +179,10 @@ def cut(learner: Learner, data: Data, spaces: list[ChannelSpace], clusters: Clus
         trim(average, spaces, clusters, tolerance=None)
     if spec.then_plain and isinstance(optimizer, CSGD):  # steps of AdamW do not depend on the scale of gradients
         optimizer.unscale()
-    tolerances = dict(deviation_tolerance=spec.deviation, logit_tolerance=spec.logits)
+    how = dict(deviation_tolerance=spec.deviation, logit_tolerance=spec.logits, score=partial(score_of, data))
     verdicts = [
-        verdict(before, predict(network, data)[0], labels, **measures, **tolerances)
-        for network, (before, labels), measures in zip(networks, wide, measured, strict=True)
+        verdict(before, predict(network, data)[0], labels, **measures, **how)
+        for network, (before, labels), measures in zip(networks, wide, deviations, strict=True)
     ]
     return worst(verdicts)
 
@@ -201,7 +202,7 @@ def go_on_narrow(setup: Setup, progress: Progress, watch: Watch) -> None:
     if progress.learner.average:
         setup.model.load_state_dict(progress.learner.average.module.state_dict())
     result = progress.results[-1]
-    judged = replace(result.verdict, accuracy=accuracy(*predict(setup.model, setup.data)))
+    judged = replace(result.verdict, accuracy=measured(setup.model, setup.data))
     progress.results[-1] = replace(result, verdict=judged)
     progress.part, progress.stage, progress.step, progress.learner = Part.BETWEEN, progress.stage + 1, 0, None
     progress.save(setup)

@@ -17,7 +17,7 @@ from csgd.pipeline.progress import Part, Progress
 from csgd.pipeline.setup import Setup
 from csgd.report import duration
 from csgd.tracking import Tracker
-from csgd.train import Moment, accuracy, predict
+from csgd.train import Moment, measured
 from csgd.verify import worst_deviation
 
 log = logging.getLogger("csgd")
@@ -64,7 +64,7 @@ class Watch:
         self._bar.total = self._bar.n + cost + work_left(self._plan, progress)
         self._bar.set_description(_where(setup, progress), refresh=False)
         if self._shows and moment.step % SHOW_EVERY == 1:
-            self._bar.set_postfix(_shown(progress, moment), refresh=False)
+            self._bar.set_postfix(_shown(setup, progress, moment), refresh=False)
         self._bar.update(cost)
         if tells:
             self._row(setup, progress, moment)
@@ -90,12 +90,12 @@ class Watch:
                 self._album.keep(setup.model, when)
 
     def _row(self, setup: Setup, progress: Progress, moment: Moment) -> None:
-        sums, tested = progress.take_sums(), accuracy(*predict(setup.model, setup.data))
+        sums, tested, score = progress.take_sums(), measured(setup.model, setup.data), setup.data.task["score"]
         part = "base" if progress.part is Part.BASE else "csgd"
         values = {
             "loss": sums.mean_loss,
-            "train_accuracy": sums.accuracy,
-            "test_accuracy": tested,
+            **({} if setup.data.score else {"train_accuracy": sums.accuracy}),
+            f"test_{score}": tested,
             "lr": moment.lr,
             "seconds": sums.seconds,
             "seconds_per_step": sums.seconds_per_step,
@@ -103,10 +103,11 @@ class Watch:
         row = {"epoch": moment.epoch} if part == "base" else _stage_row(setup, progress, moment)
         self.tracker.log({"phase": part, "step": moment.step} | {f"{part}/{k}": v for k, v in values.items()} | row)
         log.info(
-            "%s epoch %d: loss %.4f, test accuracy %.4f, lr %.2g%s, %.1f s (%.3g ms a step), %s to go",
+            "%s epoch %d: loss %.4f, test %s %.4f, lr %.2g%s, %.1f s (%.3g ms a step), %s to go",
             part,
             moment.epoch,
             sums.mean_loss,
+            score,
             tested,
             moment.lr,
             f", deviation {row['csgd/deviation']:.1e}" if "csgd/deviation" in row else "",
@@ -143,11 +144,12 @@ def _where(setup: Setup, progress: Progress) -> str:
     return f"C-SGD{number}, step {progress.step} of {setup.csgd.steps}, cut at {cut}{pace}"
 
 
-def _shown(progress: Progress, moment: Moment) -> dict[str, str]:
+def _shown(setup: Setup, progress: Progress, moment: Moment) -> dict[str, str]:
     """What the bar says beside the steps, of this rank alone."""
     sums = progress.sums
     loss = sums.mean_loss * ranks.own_share().ranks
-    shown = {"loss": f"{loss:.3f}", "accuracy": f"{sums.accuracy:.3f}", "lr": f"{moment.lr:.1e}"}
+    shown = {"loss": f"{loss:.3f}"} | ({} if setup.data.score else {"accuracy": f"{sums.accuracy:.3f}"})
+    shown["lr"] = f"{moment.lr:.1e}"
     if progress.part is Part.WIDE:
         shown["left"] = f"{max(progress.left().values()):.1e}"
     return shown
@@ -162,7 +164,7 @@ def _stage_row(setup: Setup, progress: Progress, moment: Moment) -> dict[str, fl
     for group, left in progress.left().items():
         row[f"left/{group}"], row[f"forecast/{group}"] = left, progress.foreseen(group, moment.step)
     if average := progress.learner.average:
-        row["csgd/average_accuracy"] = accuracy(*predict(average.module, setup.data))
+        row[f"csgd/average_{setup.data.task['score']}"] = measured(average.module, setup.data)
     return row
 
 

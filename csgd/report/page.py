@@ -10,7 +10,7 @@ from typing import Any
 from csgd.report.tables import LAYER_HEADER, layer_rows, numeric, verdict_rows
 
 CAPTIONS = {
-    "curves": "Accuracy and loss over the whole run; the deviation beside what was forecast before the first batch; "
+    "curves": "Score and loss over the whole run; the deviation beside what was forecast before the first batch; "
     "the cost of a step. The cut is marked.",
     "filters": "The filters of the first layer that was cut, those of one cluster on one field. At the collapse they "
     "are equal, so that one of each cluster is enough. Each picture in the scale of its own largest weight.",
@@ -70,9 +70,9 @@ def _verdict(summary: Mapping[str, Any]) -> str:
     saved = 1 - cost["macs_after"] / cost["macs_before"]
     if verdict["lossless"]:
         change = f"{verdict['relative_logit_change']:.1e}"
-        told = f"LOSSLESS: the cut changed no image's logits by more than {change} of their spread"
+        told = f"LOSSLESS: the cut changed no image's outputs by more than {change} of their spread"
     elif verdict["collapsed"]:
-        told = "NOT LOSSLESS: the cut changed the logits"
+        told = "NOT LOSSLESS: the cut changed the outputs"
     else:
         told = "NOT LOSSLESS: the filters had not collapsed, or what follows them"
     kind = "lossless" if verdict["lossless"] else "lossy"

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from csgd.report.tables import task_of
+
 BLUE, GRAY, RED = "tab:blue", "tab:gray", "tab:red"
 GROUPS = {"kernels": BLUE, "vectors": "tab:orange", "filters": BLUE}
 PALE = "#d4dae1"
@@ -20,20 +22,20 @@ TILE = 24  # pixels of a filter's picture, at least
 
 
 def draw_curves(output_dir: Path) -> Path:
-    """Accuracy and loss over the whole run; over the C-SGD phase the deviation beside its forecast, and what a step
+    """Score and loss over the whole run; over the C-SGD phase the deviation beside its forecast, and what a step
     costs; each cut marked.  report/curves.png"""
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     summary = _summary(output_dir)
-    stages = summary["stages"]
+    stages, task = summary["stages"], task_of(summary)
     figure = _figure(10, 7.4)
-    (accuracy, loss), (deviation, cost) = figure.subplots(2, 2)
+    (score, loss), (deviation, cost) = figure.subplots(2, 2)
     for phase, color, name in (("base", GRAY, "base"), ("csgd", BLUE, "C-SGD")):
         here = [row for row in rows if row["phase"] == phase]
         if here:
             epochs = [row["epoch"] for row in here]
             for on, line in (("test", "o-"), ("train", ".:")):
-                measured = [row[f"{phase}/{on}_accuracy"] for row in here]
-                accuracy.plot(epochs, measured, line, color=color, label=f"{name}, {on}")
+                if (key := f"{phase}/{on}_{task['score']}") in here[0]:  # of a score of the data's own the test alone
+                    score.plot(epochs, [row[key] for row in here], line, color=color, label=f"{name}, {on}")
             loss.plot(epochs, [row[f"{phase}/loss"] for row in here], "o-", color=color, label=name)
     first, lowest, edges, milliseconds = 0, 1.0, [0], []
     for number, stage in enumerate(stages, 1):
@@ -49,8 +51,8 @@ def draw_curves(output_dir: Path) -> Path:
         edges += [first + row["step"] for row in here]
         milliseconds += [1000 * row["csgd/seconds_per_step"] for row in here]
         cut_epoch = next(row["epoch"] for row in here if row["step"] == stage["collapse"]["step"])
-        for axes in (accuracy, loss, deviation, cost):
-            position = cut_epoch if axes in (accuracy, loss) else first + stage["collapse"]["step"]
+        for axes in (score, loss, deviation, cost):
+            position = cut_epoch if axes in (score, loss) else first + stage["collapse"]["step"]
             axes.axvline(position, color=RED, linestyle="--", linewidth=1, label="cut" if number == 1 else None)
         first += stage["forecast"]["steps"]
     cost.stairs(milliseconds, edges, fill=True, color=PALE, label="with loading the images")
@@ -58,15 +60,17 @@ def draw_curves(output_dir: Path) -> Path:
     wide, trimmed = (summary["seconds_per_step"].get(phase) for phase in ("wide", "trimmed"))
     last = "last cut" if len(stages) > 1 else "cut"
     saved = f"{1000 * wide:.3g} ms, {1000 * trimmed:.3g} ms after the {last}" if trimmed else f"{1000 * wide:.3g} ms"
-    accuracy.set(xlabel="epoch", ylabel="accuracy", title="Accuracy")
-    loss.set(xlabel="epoch", ylabel="cross entropy", title="Training loss", ylim=(0, 1.05 * loss.dataLim.y1))
-    deviation.set(xlabel="C-SGD step", ylabel="of its start", title="What is left of the deviation ‖W − ΓW‖", yscale="log")
+    criterion_name, score_name = (task[key].replace("_", " ") for key in ("criterion", "score"))
+    score.set(xlabel="epoch", ylabel=score_name, title=score_name[0].upper() + score_name[1:])
+    loss.set(xlabel="epoch", ylabel=criterion_name, title="Training loss", ylim=(0, 1.05 * loss.dataLim.y1))
+    title = "What is left of the deviation ‖W − ΓW‖"
+    deviation.set(xlabel="C-SGD step", ylabel="of its start", title=title, yscale="log")
     deviation.set_ylim(bottom=lowest / 10)
     cost.set(xlabel="C-SGD step", ylabel="milliseconds", title=f"A step: {saved}", ylim=(0, 1.15 * max(milliseconds)))
-    for axes in (accuracy, loss, deviation, cost):
+    for axes in (score, loss, deviation, cost):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3, frameon=False, fontsize=9)
         axes.grid(alpha=0.3)
-    for axes in (accuracy, loss):
+    for axes in (score, loss):
         axes.xaxis.get_major_locator().set_params(integer=True)
     return _save(figure, output_dir, "curves")
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+CLASSIFICATION = {"criterion": "cross_entropy", "score": "accuracy"}
 LAYER_HEADER = ("layer", "width before", "width after", "largest cluster", "stays whole, because")
 
 
@@ -26,6 +27,11 @@ def numeric(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[boo
     return [all(row[i].isdigit() or row[i] in "-−" for row in starts) for i in range(len(header))]
 
 
+def task_of(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the criterion and of the score of a run; a summary names them where they are the data's own."""
+    return summary.get("task", CLASSIFICATION)
+
+
 def verdict_table(summary: Mapping[str, Any]) -> str:
     """Before and after, as a table."""
     return table(("", "value", ""), verdict_rows(summary))
@@ -35,6 +41,7 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Before and after: what, its value, and a word on it."""
     base, verdict, cost = summary["base"], summary["verdict"], summary["cost"]
     fraction, seconds = summary["collapse"]["fraction"], summary["seconds"]
+    score = task_of(summary)["score"]
 
     def cut(key: str) -> tuple[str, str, str]:
         before, after = cost[f"{key}_before"], cost[f"{key}_after"]
@@ -42,14 +49,14 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return name, f"{after:,}", f"{1 - after / before:.1%} less than {before:,}"
 
     return [
-        ("test accuracy, base network", f"{base['accuracy']:.4f}", ""),
+        (f"test {score}, base network", f"{base['accuracy']:.4f}", ""),
         ("… before the cut", f"{verdict['accuracy_before_trim']:.4f}", f"step {summary['collapse']['step']} of C-SGD"),
         ("… after the cut", f"{verdict['accuracy_after_trim']:.4f}", "the same network, narrow"),
         ("… at the end", f"{verdict['accuracy']:.4f}", f"{1 - fraction:.0%} of the steps were narrow"),
         (
-            "largest logit change",
+            "largest change of an output",
             f"{verdict['max_logit_change']:.1e}",
-            f"{verdict['relative_logit_change']:.1e} of the spread of an image's logits, at worst",
+            f"{verdict['relative_logit_change']:.1e} of the spread of an image's outputs, at worst",
         ),
         ("deviation", f"{verdict['relative_deviation']:.1e}", "before the cut: ‖W − ΓW‖ / ‖W‖, the largest of a tensor"),
         cut("macs"),
