@@ -238,9 +238,8 @@ def clustered_tensors(
     refs = defaultdict(list)
     for space in spaces:
         if space.name in clusters:
-            first = torch.arange(space.size, device="cpu")  # of the cluster of each slot
-            for members in clusters[space.name]:
-                first[list(members)] = members[0]
+            of_slot = {slot: members[0] for members in clusters[space.name] for slot in members}
+            first = torch.tensor([int(of_slot.get(slot, slot)) for slot in range(space.size)], device="cpu")
             for ref in space.refs:
                 if ref.role != "size":
                     refs[tuple(ref.owners)].append((ref, first))
@@ -303,7 +302,7 @@ def check_clusters(spaces: list[ChannelSpace], clusters: Clusters, *, for_cut: b
 
 
 def _is_slot(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))  # the first is fast
 
 
 def relative_deviation(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -124,7 +124,7 @@ class Trial:
     """A float64 twin whose members are equal, and its outputs, with which those of every cut of it are compared.
 
     A network that cannot run in float64 is tried in the dtype that it has, and judged less sharply; one that random
-    weights or inputs make fail, or drive to infinity, with its own under noise.  One that is `controlled` also runs
+    weights or inputs make fail, or drive to infinity, with its own under noise.  One that is `controlled` is also cut
     before its members are made equal.
     """
 
@@ -156,7 +156,7 @@ class Trial:
                 self.inputs = [one.copied(partial(inputs, dtype, generator)) for one in self._examples]
                 try:
                     model = self.twin()
-                    unequal = self.passes(twin_of(model, Tensor.detach), False) if self.controlled else None
+                    unequal = self._unequal_cut(model) if self.controlled else None
                     self._make_equal(model, self.clusters)
                     wide = twin_of(model, Tensor.detach)  # what it keeps from pass to pass, the cut one is not to see
                     self.modes = modes_of(wide)
@@ -184,9 +184,11 @@ class Trial:
         for t in clustered_tensors(model, self.spaces, clusters, for_cut=False):
             if t.becomes_equal:
                 dim, segments = t.merged
-                rows = t.tensor.index_select(dim, segments.to(t.tensor.device))
-                if 0 not in t.tensor.stride() or not torch.equal(rows, t.tensor):
-                    t.tensor.copy_(rows)  # but for a constant that was expanded: it has no memory for each entry
+                others = (segments != torch.arange(len(segments), device="cpu")).nonzero().flatten()
+                to, of = others.to(t.tensor.device), segments[others].to(t.tensor.device)
+                rows = t.tensor.index_select(dim, of)
+                if 0 not in t.tensor.stride() or not torch.equal(rows, t.tensor.index_select(dim, to)):
+                    t.tensor.index_copy_(dim, to, rows)  # but for an expanded constant, without memory for each entry
 
     def passes(self, model: nn.Module, mode: Mode, seed: int = 1, grad: bool = False) -> Passes:
         """Every example once in one mode, the running statistics left as they are."""
@@ -212,10 +214,18 @@ class Trial:
 
     def cut(self, names: Collection[str]) -> nn.Module:
         """A copy of the twin in which the clusters of some spaces are cut; it shares the tensors that stay whole."""
-        model = twin_of(self.model, Tensor.detach)
-        clusters = {name: self.clusters[name] for name in names}
+        return self._cut(self.model, {name: self.clusters[name] for name in names})
+
+    def _cut(self, model: nn.Module, clusters: Clusters) -> nn.Module:
+        model = twin_of(model, Tensor.detach)
         cut(model, self.spaces, clusters)
         return model
+
+    def _unequal_cut(self, model: nn.Module) -> Passes | None:
+        """What a twin puts out in eval mode that is cut before its members are equal; None where that cannot run."""
+        with suppress(InputError):
+            return self.passes(self._cut(model, self.clusters), False)
+        return None
 
     def changes(self, names: Collection[str]) -> tuple[dict[str, float | None], str | None]:
         """What cutting some spaces changes in each mode, and why that is not exact, or None if it is."""
@@ -281,8 +291,8 @@ class Trial:
     def control(self, names: Collection[str] | None = None) -> float:
         """The change by a cut of members that are not equal, in some spaces or in all; 0 where nothing is to be seen.
 
-        The cut network is the same whether its members are made equal first, so only the wide one is run again: in eval
-        mode, and where that shows nothing in the others.
+        Equal members are the same network before and after, so it is enough to run either one with members that are
+        not: the narrow one in eval mode, and where that shows nothing, or for some spaces, the wide one in all modes.
         """
         change, model = 0.0, None
         for name, mode in self.modes.items():

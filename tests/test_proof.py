@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import csgd
+from csgd.proof import Trial
 from csgd.trial import random_clusters
 from tests import nets
 
@@ -66,6 +67,28 @@ def test_a_proof_tells_each_mode_and_its_control():
     assert proof.changes.keys() == {"eval", "train"}
     assert proof.change < 1e-12 < 1e-3 < proof.control
     assert not proof.failing
+
+
+def test_a_proof_runs_the_wide_network_twice_and_its_control_at_the_narrow_width(monkeypatch):
+    widths, passes = [], Trial.passes
+
+    def noted(trial, model, *how):
+        widths.append(model.conv.out_channels)
+        return passes(trial, model, *how)
+
+    monkeypatch.setattr(Trial, "passes", noted)
+    net = Body(lambda y, _: y)
+    spaces = csgd.find_spaces(net, IMAGES, trial=False)
+    assert csgd.prove(net, spaces, random_clusters(spaces), IMAGES).exact
+    assert sorted(widths) == [6, 6, 6, 12, 12]
+
+
+def test_a_proof_whose_cut_cannot_run_tells_its_control_all_the_same():
+    net = Body(lambda y, _: y.view(2, 12, 64).view(2, 12, 8, 8))
+    spaces = csgd.find_spaces(net, IMAGES, trial=False)
+    proof = csgd.prove(net, spaces, random_clusters(spaces), IMAGES)
+    assert "raises in eval mode" in proof.failing["conv"]
+    assert 1e-3 < proof.control < 1e3
 
 
 def test_a_random_train_mode_is_run_all_the_same():

@@ -127,11 +127,13 @@ def spaces_of(ledger: Ledger, model: nn.Module) -> list[ChannelSpace]:
     by_slot = np.argsort(slots, kind="stable")  # of one slot: use after use, position after position
     names, starts = np.unique(slots[by_slot], return_index=True)
     stops = np.append(starts[1:], len(slots))
+    lowest, highest = (extreme.reduceat(channels[by_slot], starts) for extreme in (np.minimum, np.maximum))
     alike = defaultdict(list)
     for k in np.argsort(by_slot[starts]):  # slots in the order of their first use
         entries = by_slot[starts[k] : stops[k]]
         pinned = int(names[k]) in reasons
-        alike[which[entries].tobytes(), _lanes(channels[entries]), pinned].append((int(names[k]), entries))
+        lanes = _lanes(channels[entries]) if lowest[k] < highest[k] else None
+        alike[which[entries].tobytes(), lanes, pinned].append((int(names[k]), entries))
 
     spaces, count = [], defaultdict(int)
     for members in alike.values():
@@ -174,10 +176,8 @@ def uses_of(ledger: Ledger) -> list[Use]:
     return uses + [Use([(path, attribute)], entry, "size", atoms) for (path, attribute, entry), atoms in sizes]
 
 
-def _lanes(channels: np.ndarray) -> bytes | None:
-    """The channels of a slot numbered by first occurrence: lanes must match from use to use; None where it is one."""
-    if (channels == channels[0]).all():
-        return None
+def _lanes(channels: np.ndarray) -> bytes:
+    """The channels of a slot numbered by first occurrence: lanes must match from use to use."""
     _, first, number = np.unique(channels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[number].tobytes()
 
