@@ -58,7 +58,11 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             f"{verdict['max_logit_change']:.1e}",
             f"{verdict['relative_logit_change']:.1e} of the spread of an image's outputs, at worst",
         ),
-        ("deviation", f"{verdict['relative_deviation']:.1e}", "before the cut: ‖W − ΓW‖ / ‖W‖, the largest of a tensor"),
+        (
+            "deviation",
+            f"{verdict['relative_deviation']:.1e}",
+            "before the cut: ‖W − ΓW‖ / ‖W‖, the largest of a tensor",
+        ),
         cut("macs"),
         cut("params"),
         _step_cost(summary["seconds_per_step"]),
