@@ -43,6 +43,9 @@ def main() -> int:
         found = _begun(output_dir)
         try:
             status, accuracy = _run(OmegaConf.to_object(cfg))
+        except KeyboardInterrupt:
+            print(f"interrupted: {_way_on(output_dir, typed)}", file=sys.stderr)
+            raise
         except Exception as error:
             if wants_trace or (not is_input(error) and HydraConfig.get().mode == RunMode.RUN):
                 raise
@@ -57,6 +60,7 @@ def main() -> int:
         return accuracy
 
     register()
+    typed = sys.argv[1:]
     sys.argv[1:] = quote_fractions(sys.argv[1:])
     if not FIRST_RANK:
         sys.argv += [
@@ -69,6 +73,8 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises faults of the configuration instead of printing them
     try:
         job()
+    except KeyboardInterrupt:
+        return 130  # as a shell has it
     except Exception as error:
         if wants_trace or not is_input(error):
             raise
@@ -78,10 +84,12 @@ def main() -> int:
 
 
 def _run(cfg) -> tuple[int, float]:
-    from csgd.pipeline import finished, run  # torch is imported once the configuration is known to be good
-
     hydra_config = HydraConfig.get()
     output_dir = Path(hydra_config.runtime.output_dir)
+    if not cfg.quiet:
+        log.info("folder: %s", output_dir)  # at once, as torch takes its time
+    from csgd.pipeline import finished, run  # torch is imported once the configuration is known to be good
+
     if hydra_config.mode == RunMode.MULTIRUN:
         if verdict := finished(cfg, output_dir):
             log.info("finished before: %s", output_dir)
@@ -95,6 +103,17 @@ def _run(cfg) -> tuple[int, float]:
     if verdict is None:  # plan_only
         return 0, float("nan")
     return 0 if verdict.lossless else 1, verdict.accuracy
+
+
+def _way_on(output_dir: Path, typed: list[str]) -> str:
+    """How a run, or a sweep, that was interrupted goes on."""
+    folder = f"hydra.run.dir={output_dir}"
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        folder = f"hydra.sweep.dir={HydraConfig.get().sweep.dir}"
+    elif not (output_dir / "checkpoints" / "last.pt").exists():
+        return "nothing was saved yet; the same command starts anew"
+    given = [one for one in typed if not one.startswith(("resume=", "hydra.run.dir=", "hydra.sweep.dir="))]
+    return "to go on: " + shlex.join(["python", "run.py", *given, folder, "resume=auto"])
 
 
 def _begun(output_dir: Path) -> int | None:

@@ -37,6 +37,7 @@ class Data:
     criterion             (outputs, targets) of a batch → its mean loss; None: cross entropy
     score                 (outputs, targets) of the whole test set → a number, the larger the better; None: the fraction
                           of labels that the largest logit hits
+    class_names           in the order of the labels, where they are known
     """
 
     train_batches: Callable[[int], Batches]
@@ -48,6 +49,7 @@ class Data:
     test_size: int
     criterion: Criterion | None = None
     score: Score | None = None
+    class_names: tuple[str, ...] = ()
 
     @property
     def task(self) -> dict[str, str]:
@@ -60,7 +62,7 @@ class Data:
         train: Dataset,
         test: Dataset,
         *,
-        classes: int = 0,
+        classes: int | Sequence[str] = 0,
         batch_size: int,
         seed: int,
         device: torch.device,
@@ -75,6 +77,7 @@ class Data:
 
         image      a PIL image, taken as RGB between 0 and 1, or a tensor [c, h, w]; all of one size
         target     of cross entropy one of 0 … classes − 1, or a map of them; of another `criterion` what that takes
+        classes    their names, or their number
         mean, std  a number for each channel, or one: the network sees (image − mean) / std
 
         What the transforms of `train` draw from torch's generator is fixed by (seed, epoch, position).  InputError for
@@ -85,6 +88,7 @@ class Data:
                 raise InputError(f"dataset: the {name} set must be map-style, with __getitem__ and __len__")
             if len(dataset) < least:
                 raise InputError(f"dataset: the {name} set holds {len(dataset)} images, {least} are the least")
+        names, classes = ((), classes) if isinstance(classes, int) else (tuple(classes), len(classes))
         if criterion is None and classes < 1:
             raise InputError("dataset: cross entropy needs classes=…, their number; criterion=… is another loss")
         if not (_per_channel(std) > 0).all():
@@ -119,7 +123,7 @@ class Data:
 
         ((example, _),) = on_device([_batch_of([test[i % len(test)] for i in range(2)])])
         sizes = len(train_loader), len(train), len(test)
-        return cls(train_batches, test_batches, example, classes, *sizes, criterion, score)
+        return cls(train_batches, test_batches, example, classes, *sizes, criterion, score, names)
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,7 @@ def _in_memory(
     seed: int,
     device: torch.device,
     share: Share,
+    names: Sequence[str] = (),
 ) -> Data:
     """Normalised float images [n, 3, h, w] and labels [n], kept on the device."""
     images, labels = (t.to(device) for t in train)
@@ -181,7 +186,8 @@ def _in_memory(
             yield share.of(images), share.of(labels)
 
     steps = -(-len(images) // batch_size)
-    return Data(train_batches, test_batches, images[:2].clone(), num_classes, steps, len(images), len(test_images))
+    sizes = steps, len(images), len(test_images)
+    return Data(train_batches, test_batches, images[:2].clone(), num_classes, *sizes, class_names=tuple(names))
 
 
 def digits(
@@ -210,6 +216,7 @@ def digits(
         seed=seed,
         device=device,
         share=share,
+        names=[str(name) for name in bunch.target_names],
     )
 
 
@@ -267,7 +274,7 @@ def cifar(
     dataset = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[classes]
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in CIFAR_STATISTICS[classes])
 
-    def split(train: bool) -> tuple[Tensor, Tensor]:
+    def split(train: bool) -> tuple[Tensor, Tensor, list[str]]:
         try:
             try:
                 part = dataset(root, train=train)
@@ -281,17 +288,19 @@ def cifar(
             advice = "could not be downloaded" if download else "is not there; dataset.download=true fetches it"
             raise InputError(f"dataset.root: CIFAR-{classes} in '{root}' {advice} ({error})") from None
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2).float() / 255
-        return (images - mean) / std, torch.tensor(part.targets)
+        return (images - mean) / std, torch.tensor(part.targets), part.classes
 
+    *train, names = split(True)
     return _in_memory(
-        split(True),
-        split(False),
+        train,
+        split(False)[:2],
         num_classes=classes,
         batch_size=batch_size,
         augmentation=Augmentation(shift=4, flip=True),
         seed=seed,
         device=device,
         share=share,
+        names=names,
     )
 
 
@@ -327,7 +336,7 @@ def image_folder(
     return Data.of(
         folders.Images(trained_on, augmented),
         folders.Images(held_back, centred),
-        classes=len(classes),
+        classes=classes,
         batch_size=batch_size,
         workers=workers,
         seed=seed,

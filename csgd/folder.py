@@ -65,6 +65,10 @@ class RunFolder:
         return self.path / "report"
 
     @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def _lock(self) -> Path:
         return self.path / ".lock"
 
@@ -93,7 +97,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes what says that an older run came to its end; its weights stay until this one's take their place."""
-        told = (self.summary, self.failure, self.card, self.path / "report.html", *self.report.glob("*.png"))
+        told = (self.summary, self.failure, self.card, self.page, *self.report.glob("*.png"))
         for path in told:
             if path.is_file():
                 path.unlink()

@@ -54,7 +54,7 @@ def labelled(root: Path, test_fraction: float) -> tuple[list[str], Labelled, Lab
         if classes != others:
             raise InputError(
                 f"dataset.root: '{train}' and '{test}' do not hold the same classes; "
-                f"only in one of them: {_names(sorted(set(classes) ^ set(others)))}"
+                f"only in one of them: {listed(sorted(set(classes) ^ set(others)))}"
             )
         log.info("dataset: '%s' is trained on, '%s' tested on", train, test)
     else:
@@ -62,22 +62,22 @@ def labelled(root: Path, test_fraction: float) -> tuple[list[str], Labelled, Lab
         if train and (beside := [path.name for path in _visible(root) if path != train and _images(path)]):
             raise InputError(
                 f"dataset.root: '{train}' holds folders of classes, and beside it there are images in "
-                f"{_names(beside)}; dataset.root={train} takes it alone"
+                f"{listed(beside)}; dataset.root={train} takes it alone"
             )
         classes, found = _classes(whole)
         if all(name.lower() in TRAINING + TEST for name in classes):
-            raise InputError(f"dataset.root: {_names(classes)} in '{whole}' hold images, but no folders of classes")
+            raise InputError(f"dataset.root: {listed(classes)} in '{whole}' hold images, but no folders of classes")
         if test_fraction == 0:
             raise InputError(f"dataset.test_fraction=0 holds nothing back for a test, and there is no '{root}/val'")
         log.info("dataset: %g of each class of '%s' is held back for the test", test_fraction, whole)
         images, held_back = split_by_class(found, test_fraction)
         if alone := [classes[label] for label, count in Counter(label for _, label in found).items() if count == 1]:
-            log.warning("dataset: classes of one image, which are trained on and not tested: %s", _names(alone))
+            log.warning("dataset: classes of one image, which are trained on and not tested: %s", listed(alone))
     if len(classes) < 2:
-        raise InputError(f"dataset.root: '{train or root}' holds one class, {_names(classes)}; 2 are the least")
+        raise InputError(f"dataset.root: '{train or root}' holds one class, {listed(classes)}; 2 are the least")
     if not held_back:
         raise InputError(f"dataset.root: no class in '{root}' has an image to spare for the test")
-    told = len(classes), _names(classes), len(images), len(held_back)
+    told = len(classes), listed(classes), len(images), len(held_back)
     log.info("dataset: %d classes (%s), %d training and %d test images", *told)
     return classes, images, held_back
 
@@ -120,11 +120,11 @@ def _classes(root: Path) -> tuple[list[str], Labelled]:
         raise InputError(f"dataset.root: no folders of images in '{root}'; images are {', '.join(SUFFIXES)}")
     if empty:
         raise InputError(
-            f"dataset.root: no images in {len(empty)} of {len(folders)} classes of '{root}': {_names(empty)}; "
+            f"dataset.root: no images in {len(empty)} of {len(folders)} classes of '{root}': {listed(empty)}; "
             f"images are {', '.join(SUFFIXES)}"
         )
     if others:
-        told = _names([f"{count} {kind}" for kind, count in others.most_common()])
+        told = listed([f"{count} {kind}" for kind, count in others.most_common()])
         log.warning("dataset: files in '%s' that are left out: %s", root, told)
     return [folder.name for folder in folders], files
 
@@ -161,7 +161,8 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in NO_CLASSES
 
 
-def _names(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """a, b, c and 12 more"""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 

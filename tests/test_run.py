@@ -2,8 +2,11 @@
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -277,3 +280,25 @@ def test_help_and_cfg_answer_without_torch(tmp_path):
         )  # fmt: skip
         assert "torch" not in {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
         assert "centri_strength" in done.stdout
+
+
+@pytest.mark.parametrize("mode", [["hydra.run.dir=out"], ["-m", "hydra.sweep.dir=out", "seed=0,1"]])
+def test_an_interrupted_run_says_in_one_line_how_to_go_on(tmp_path, mode):
+    endless = [*mode, *SMOKE, "dataset.image_size=8", "schedule.csgd.epochs=300", "checkpoint_every=5", "deps=5_8"]
+    command = [sys.executable, str(ROOT / "run.py"), *endless]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, env=environment)
+        while not list(tmp_path.rglob("last.pt")):
+            assert process.poll() is None, (tmp_path / "log.txt").read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    text = (tmp_path / "log.txt").read_text()
+    assert "Traceback" not in text
+    _, told, command = text.splitlines()[-1].partition("interrupted: to go on: python run.py ")
+    assert told
+    *words, folder, resume = shlex.split(command)
+    assert words == [one for one in endless if not one.startswith("hydra.")]
+    assert (tmp_path / folder.partition("=")[2] / ("0" if "-m" in mode else "") / "checkpoints").is_dir()
+    assert resume == "resume=auto"

@@ -9,12 +9,13 @@ from csgd import ranks
 from csgd.folder import RunFolder
 from csgd.pipeline.base import base
 from csgd.pipeline.console import console
-from csgd.pipeline.foresee import foresee, tell_forecast
+from csgd.pipeline.foresee import foresee
+from csgd.pipeline.header import tell_plan
 from csgd.pipeline.launch import check_ranks, joined, launch, started_first
 from csgd.pipeline.leave import leave
 from csgd.pipeline.preview import preview
 from csgd.pipeline.progress import Part, begin_or_resume
-from csgd.pipeline.setup import prepare, tell_spaces
+from csgd.pipeline.setup import prepare
 from csgd.pipeline.spec import RunSpec
 from csgd.pipeline.stage import begin, cut_stage, go_on_narrow, pull, resume
 from csgd.pipeline.watch import Watch
@@ -50,8 +51,7 @@ def _one_rank(spec: RunSpec, folder: RunFolder, command: str | None) -> Verdict 
         with Watch(setup, plan, progress) as watch:
             if ranks.is_first():  # the folder is this run's from here on
                 folder.clear()
-            tell_spaces(setup)
-            tell_forecast(plan.stage)
+            tell_plan(setup, plan)
             if progress.part is Part.BASE:
                 base(setup, progress, watch)
             while progress.stage < len(setup.widths):

@@ -9,20 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from csgd import ranks
-from csgd.build import build
+from csgd.build import build, label
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.export import check_packages
+from csgd.folders import listed
 from csgd.graph import ChannelSpace, Kind, conditions
 from csgd.graph.twin import keep_random_state, twin_of
 from csgd.optim import check_stability
-from csgd.pipeline.device import check_fit, check_task, device_of, placed
+from csgd.pipeline.device import check_fit, check_task, device_name, device_of, placed
 from csgd.pipeline.launch import rank_count
 from csgd.pipeline.provenance import commit
 from csgd.pipeline.spec import RunSpec, timetable_of
 from csgd.schedule import Timetable
 from csgd.seeds import seed_all
 from csgd.trial import find_spaces
+from csgd.verify import count_params
 from csgd.widths import target_widths
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ def prepare(spec: RunSpec) -> Setup:
     model = build("model", spec.model, num_classes=data.num_classes, image_size=data.example.size(-1))
     model = placed(model, device, spec.machine.precision)
     check_fit(model, data)
+    tell_task(spec, model, data)
     check_task(model, data, spec.pull.train.label_smoothing)
     check_batches(spec, model, data)
     if spec.machine.sync_bn and ranks.own_share().ranks > 1:
@@ -86,6 +89,19 @@ def prepare(spec: RunSpec) -> Setup:
     sought, spaces = time.perf_counter(), spaces_of(model, data.example, published=spec.pull.published is not None)
     widths = stages_of(spec.deps, spaces)
     return Setup(spec, model, data, base, csgd, spaces, widths, commit(), began, sought)
+
+
+def tell_task(spec: RunSpec, model: nn.Module, data: Data) -> None:
+    """As soon as it is known: the search for channel spaces takes its time."""
+    shape = "×".join(map(str, data.example.shape[1:]))
+    classes = f", {data.num_classes} classes" if data.num_classes else ""
+    names = f" ({listed(data.class_names)})" if data.class_names else ""
+    device = device_name(data.example.device)
+    log.info("network: %s, %s parameters, on %s", label(spec.model), f"{count_params(model):,}", device)
+    sizes = data.train_size, data.test_size
+    log.info(
+        "data: %s, %d images to train on and %d to test, %s%s%s", label(spec.dataset), *sizes, shape, classes, names
+    )
 
 
 def dataset_of(spec: RunSpec, device: torch.device) -> Data:
@@ -158,10 +174,3 @@ def stages_of(deps: "Deps", spaces: list[ChannelSpace]) -> list[dict[str, int]]:
     if all(stages[0].get(space.name, space.size) == space.size for space in spaces):
         raise InputError("deps: nothing is left to trim, every layer keeps its width")
     return stages
-
-
-def tell_spaces(setup: Setup) -> None:
-    log.info("%d channel spaces, %d of them can be trimmed", len(setup.spaces), len(setup.widths[-1]))
-    for space in setup.spaces:
-        if space.pinned:
-            log.info("  %s stays whole: %s", space.name, "; ".join(space.pinned))

@@ -141,9 +141,17 @@ def cut_stage(setup: Setup, progress: Progress, watch: Watch) -> None:
             curves=curves(progress, setup.csgd.steps),
         )
     )
+    tell_cut(judged, progress.step, setup.csgd.steps)
     progress.part = Part.NARROW
     progress.save(setup)
     learner.network = as_trained(setup.model, spec.machine.compile)
+
+
+def tell_cut(judged: Verdict, step: int, steps: int) -> None:
+    told = "lossless" if judged.lossless else "NOT lossless"
+    accuracies = judged.accuracy_before_trim, judged.accuracy_after_trim
+    change = f"outputs moved by at most {judged.relative_logit_change:.1e} of an image's spread"
+    log.info("CUT at step %d of %d, %s: %s; test %.4f before, %.4f after", step, steps, told, change, *accuracies)
 
 
 def merge_average(average: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> None:

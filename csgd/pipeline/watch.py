@@ -23,6 +23,7 @@ from csgd.verify import worst_deviation
 log = logging.getLogger("csgd")
 
 SHAPE = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+PACED = 16  # steps of this process after which the time to the end is told
 SHOW_EVERY = 16  # steps between two looks at the loss for the bar; a look waits for the device
 
 
@@ -36,7 +37,7 @@ class Watch:
         settings = dict(project=wandb.project, entity=wandb.entity, group=wandb.group, tags=wandb.tags, name=name)
         where = progress.folder.path if first else None
         self.tracker = Tracker(where, mode=str(wandb.mode), config=spec.config, settings=settings, rows=progress.rows)
-        self._plan, self._album, self._opened = plan, None, ExitStack()
+        self._plan, self._album, self._opened, self._steps = plan, None, ExitStack(), 0
         self._opened.push(self.tracker)
         self._shows = spec.shows_bar and first and sys.stderr.isatty()
         where = sys.stderr if self._shows else self._opened.enter_context(open(os.devnull, "w"))  # noqa: SIM115
@@ -66,6 +67,10 @@ class Watch:
         if self._shows and moment.step % SHOW_EVERY == 1:
             self._bar.set_postfix(_shown(setup, progress, moment), refresh=False)
         self._bar.update(cost)
+        self._steps += 1
+        if self._steps == PACED:
+            pace = 1000 * progress.sums.seconds / progress.sums.steps if progress.sums.steps else 0.0
+            log.info("pace: %.3g ms a step, about %s to go", pace, duration(self.seconds_left))
         if tells:
             self._row(setup, progress, moment)
             progress.rows = self.tracker.rows
