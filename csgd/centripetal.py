@@ -165,6 +165,9 @@ def one_of_each(tensor: Tensor, dim: int, segments: Tensor, *, mean: bool) -> Te
     """
     device, order = tensor.device, memory_order(tensor)
     tensor = tensor.cpu()  # where sums have an order, the same on every rank (fact F10)
+    if dim == 1 and tensor.shape[2:].numel() == 1:  # columns of a matrix: quicker as rows of a transposed copy
+        out = one_of_each(tensor.flatten(1).t().contiguous(), 0, segments, mean=mean).t().contiguous()
+        return laid_out(out.view(*out.shape, *tensor.shape[2:]), order).to(device)
     kept = representatives(segments)
     members = (segments != torch.arange(len(segments), device="cpu")).nonzero().flatten()
     out = tensor.index_select(dim, kept)
@@ -175,7 +178,8 @@ def one_of_each(tensor: Tensor, dim: int, segments: Tensor, *, mean: bool) -> Te
             share = (1 / segments.bincount().double())[segments[members]].to(tensor.dtype)
             if torch.equal(rows, first):
                 return laid_out(out, order).to(device)
-            rows = torch.where(rows == first, 0, rows - first)  # also where both are infinite
+            alike = rows == first
+            rows.sub_(first).masked_fill_(alike, 0)  # also where both are infinite
             rows.mul_(share.view([-1] + [1] * (tensor.dim() - dim - 1)))
         out.index_add_(dim, torch.searchsorted(kept, segments[members]), rows)
     return laid_out(out, order).to(device)
