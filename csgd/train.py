@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import islice, zip_longest
 from typing import Any
@@ -111,19 +111,28 @@ class Sums:
                score of their own
     seconds    of the steps alone, with the loading of their images
     unchecked  losses that have not been looked at, as a look waits for the device; `clear` leaves them
+
+    Another number of a step is one more field, which `train` adds to by its name.
     """
 
     loss: Tensor | float = 0.0
     hits: Tensor | float = 0.0
-    images: int = 0
+    images: float = 0.0
     steps: int = 0
     seconds: float = 0.0
     unchecked: list[Tensor] = field(default_factory=list)
 
-    def add(self, loss: Tensor, hits: Tensor, images: int) -> None:
-        self.loss, self.hits = self.loss + loss.double() / ranks.own_share().ranks, self.hits + hits
-        self.images, self.steps = self.images + images, self.steps + 1
+    @classmethod
+    def over_ranks(cls) -> list[str]:
+        """The fields that `shared` sums over all ranks; the others are of this one."""
+        return [one.name for one in fields(cls) if one.name not in ("steps", "seconds", "unchecked")]
+
+    def add(self, loss: Tensor, **others: Tensor | float) -> None:
+        """What a step has measured, by the names of the fields."""
         self.unchecked.append(loss)
+        measured = {"loss": loss.double() / ranks.own_share().ranks, "steps": 1, **others}
+        for name, value in measured.items():
+            setattr(self, name, getattr(self, name) + value)
 
     def check(self, step: int) -> None:
         """DivergedError, after `step` steps, that names the one at which the loss stopped being a number."""
@@ -137,12 +146,12 @@ class Sums:
 
     def shared(self) -> "Sums":
         """The sums over all ranks as plain numbers, the same on each; to be called on all of them."""
-        own = torch.tensor([float(self.loss), float(self.hits), float(self.images)], dtype=torch.float64)
-        loss, hits, images = ranks.total(own).tolist()
-        return Sums(loss, hits, round(images), self.steps, self.seconds)
+        names = self.over_ranks()
+        own = torch.tensor([float(getattr(self, name)) for name in names], dtype=torch.float64)
+        return replace(self, **dict(zip(names, ranks.total(own).tolist(), strict=True)), unchecked=[])
 
     def clear(self) -> None:
-        self.loss, self.hits, self.images, self.steps, self.seconds = 0.0, 0.0, 0, 0, 0.0
+        vars(self).update(vars(Sums(unchecked=self.unchecked)))
 
     @property
     def mean_loss(self) -> float:
@@ -197,7 +206,7 @@ def train(
             done += 1
             if spec.compare_ranks_every and done % spec.compare_ranks_every == 0:
                 ranks.check_equal(learner.model, done)
-            sums.add(loss, hits, labels.numel())
+            sums.add(loss, hits=hits, images=labels.numel())
             if len(sums.unchecked) >= CHECK_EVERY or done == last:
                 sums.check(done)
             if done == last:

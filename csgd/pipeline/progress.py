@@ -239,7 +239,7 @@ def _restored(saved: Checkpoint, setup: Setup, folder: RunFolder) -> Progress:
     """The facts of a checkpoint, and its weights in the network, at their widths."""
     facts = saved["facts"]
     load_trimmed(setup.model, saved["state"]["model"])
-    counted = {"loss": 0.0, "hits": 0.0, "images": 0}  # by rank 0 for all ranks
+    counted = dict.fromkeys(Sums.over_ranks(), 0.0)  # by rank 0 for all ranks
     results = [StageResult(**one | {"verdict": Verdict(**one["verdict"])}) for one in facts["results"]]
     typed = {
         "part": Part(facts["part"]),
