@@ -247,6 +247,18 @@ def test_a_run_in_parts_is_the_run_bit_by_bit():
     assert losses == losses_of_parts
 
 
+def test_sums_are_of_the_steps_since_they_were_cleared():
+    sums = Sums()
+    for loss in (1.0, 2.0):
+        sums.add(torch.tensor(loss), hits=torch.tensor(3.0), images=4)
+    sums.seconds = 5.0
+    shared = sums.shared()
+    assert (shared.mean_loss, shared.accuracy, shared.seconds_per_step) == (1.5, 0.75, 2.5)
+    sums.clear()
+    assert sums == Sums(unchecked=sums.unchecked)
+    assert [float(loss) for loss in sums.unchecked] == [1.0, 2.0], "which are still to be looked at"
+
+
 def test_a_criterion_and_a_score_of_the_datas_own():
     d, ends = small_data(), []
     for own in (
