@@ -49,6 +49,7 @@ ONLY_IN = {
     "wandb": {"csgd.tracking"},
     "matplotlib": {"csgd.report", "csgd.sweep"},
     "yaml": {"csgd.sweep"},
+    "jinja2": {"csgd.report", "csgd.card"},
     "onnxruntime": {"csgd.export"},
     "hydra": {"csgd.evaluate", "run"},
     "omegaconf": {"csgd.evaluate", "run"},

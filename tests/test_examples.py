@@ -106,7 +106,7 @@ def test_a_network_of_timm():
 
 def test_the_library_needs_none_of_the_experiments_libraries():
     """The main idea end to end, with everything that run.py needs out of reach."""
-    blocked = ("hydra", "omegaconf", "wandb", "matplotlib", "torchvision", "tqdm", "yaml", "timm")
+    blocked = ("hydra", "omegaconf", "wandb", "matplotlib", "torchvision", "tqdm", "yaml", "jinja2", "timm")
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({blocked}))
@@ -140,3 +140,4 @@ def test_what_pip_installs(tmp_path):
     assert needed == {"torch", "scikit-learn", "numpy", "safetensors", "filelock", "threadpoolctl"}
     assert set(installed.metadata.get_all("Provides-Extra")) == {"experiments", "sweeps", "examples", "export"}
     assert {path.parts[0] for path in installed.files} == {"csgd", metadata.name}
+    assert {"csgd/card.md.j2", "csgd/report/page.html.j2"} <= {path.as_posix() for path in installed.files}

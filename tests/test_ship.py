@@ -81,6 +81,7 @@ def test_the_card_tells_what_the_network_is(shipped):
     for name, width in summary["widths"].items():
         assert [name, width] in [[row[0], int(row[2])] for row in rows if len(row) == 3 and row[2].isdigit()]
     code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(out))
+    assert "normalised as by csgd.data.digits" in code
     names = {"images": torch.randn(2, 3, 16, 16)}
     exec(code, names)
     assert names["logits"].shape == (2, 10)
