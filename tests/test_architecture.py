@@ -42,7 +42,7 @@ FLOORS = {
     "csgd.tracking": 2,
     "csgd.sweep": 2,
     "csgd.pipeline": 3,
-    "csgd.evaluate": 3,
+    "evaluate": 4,
     "run": 4,
 }
 ONLY_IN = {
@@ -51,14 +51,14 @@ ONLY_IN = {
     "yaml": {"csgd.sweep"},
     "jinja2": {"csgd.report", "csgd.card"},
     "onnxruntime": {"csgd.export"},
-    "hydra": {"csgd.evaluate", "run"},
-    "omegaconf": {"csgd.evaluate", "run"},
+    "hydra": {"evaluate", "run"},
+    "omegaconf": {"evaluate", "run"},
     "sklearn": {"csgd.clusters", "csgd.data"},
 }
 
 
 def modules():
-    for path in [*(ROOT / "csgd").rglob("*.py"), ROOT / "run.py"]:
+    for path in [*(ROOT / "csgd").rglob("*.py"), ROOT / "run.py", ROOT / "evaluate.py"]:
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         yield name, path
 

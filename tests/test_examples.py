@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from csgd import evaluate
+import evaluate
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "experiments" / "examples"

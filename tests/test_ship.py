@@ -13,7 +13,7 @@ import torch
 
 import csgd
 from csgd.checkpoint import load_weights
-from csgd.evaluate import main
+from evaluate import main
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ["experiment=smoke", "dataset.image_size=16", "wandb=disabled"]
@@ -33,7 +33,7 @@ def run(tmp_path, *overrides, status=0, **environment):
 
 
 def evaluated(tmp_path, *arguments):
-    return started(tmp_path, "-m", "csgd.evaluate", *arguments)
+    return started(tmp_path, str(ROOT / "evaluate.py"), *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""python -m csgd.evaluate outputs/2026-01-31/12-00-00-000000 dataset=cifar10 dataset.root=data
+"""python evaluate.py outputs/2026-01-31/12-00-00-000000 dataset=cifar10 dataset.root=data
 
 Tests a saved network: the folder of a pruned one, or a file of weights together with model=…, on the dataset of its
 run or on any other.
@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from conf.schema import ConfigError, register
 from csgd.build import build, call, judged, label, makes, off_the_path, within
 from csgd.checkpoint import load_weights
 from csgd.data import Data
@@ -31,12 +32,12 @@ from csgd.reload import load_trimmed
 from csgd.train import measured
 from csgd.verify import count_params
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).parent / "conf"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 2 and one line for input that cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m csgd.evaluate", description="Tests a saved network on a dataset.")
+    parser = argparse.ArgumentParser(prog="python evaluate.py", description="Tests a saved network on a dataset.")
     parser.add_argument("network", type=Path, help="folder of a pruned network, or a file of weights with model=…")
     parser.add_argument(
         "settings", nargs="*", help="dataset=…, device=…, threads=…, seed=…, schedule.batch_size=…, as of run.py"
@@ -110,10 +111,6 @@ def _says(settings: list[str], group: str) -> bool:
 
 def _composed(settings: list[str], described: dict[str, Any]) -> Any:
     """The configuration with `settings`, and with the dataset and the seed of the run where they name none."""
-    try:
-        from conf.schema import ConfigError, register
-    except ModuleNotFoundError:
-        raise InputError(f"the folder conf/ of the checkout is needed, and is not in '{CONF.parent}'") from None
     allowed = ("dataset", "device", "threads", "seed", "schedule.batch_size") + (() if described else ("model",))
     for setting in settings:
         if not re.match(rf"[+~]*({'|'.join(allowed)})\b", setting):
