@@ -153,6 +153,15 @@ def _images(folder: Path, others: Counter | None = None, *, deep: bool = True) -
     return found
 
 
+def stamp_of(root: Path) -> list[tuple[str, int, int]]:
+    """Of each image below `root` its path, its size and the time of its last change, which tell it from another."""
+    found = []
+    for path in _images(root):
+        told = os.stat(path)
+        found.append((os.path.relpath(path, root), told.st_size, told.st_mtime_ns))
+    return found
+
+
 def _refuse(error: OSError) -> None:
     raise InputError(f"dataset.root: '{error.filename}' cannot be read: {error.strerror}")
 

@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_config import composed
 
 from csgd import InputError, data, folders
+from csgd.build import build
+from csgd.pipeline.base import cached
+from csgd.pipeline.spec import RunSpec
 from csgd.ranks import Share
 
 
@@ -232,3 +236,21 @@ def test_an_image_that_breaks_in_training_is_named(tmp_path, workers):
             list(batches)
         told = rf"dataset.root: '{tmp_path}/\w+/\d.png' could be read before training, and now cannot: .*"
         assert re.fullmatch(told, str(error.value)), str(error.value)
+
+
+def test_a_base_network_belongs_to_the_images_it_was_trained_on(tmp_path):
+    fill(tmp_path / "images", cat=5, dog=5)
+
+    def kept(*more):
+        spec = RunSpec.of(composed("dataset=imagefolder", f"dataset.root={tmp_path}/images", "model=resnet20", *more))
+        return cached(spec, build("model", spec.model, num_classes=2), image_folder(tmp_path / "images"))
+
+    paths = [kept(), kept()]
+    assert paths[0] == paths[1] == kept("dataset.workers=0", "threads=3")
+    picture(tmp_path / "images" / "cat" / "new.png")
+    paths.append(kept())
+    (tmp_path / "images" / "cat" / "new.png").rename(tmp_path / "images" / "dog" / "new.png")
+    paths.append(kept())
+    picture(tmp_path / "images" / "dog" / "new.png", size=(51, 40))
+    paths.append(kept())
+    assert len(set(paths)) == 4

@@ -16,6 +16,7 @@ from test_config import composed
 from csgd import load_trimmed
 from csgd.build import build
 from csgd.checkpoint import load_weights, save_weights
+from csgd.data import synthetic
 from csgd.models import resnet20, vgg16
 from csgd.pipeline.base import cached
 from csgd.pipeline.spec import RunSpec
@@ -227,6 +228,11 @@ def test_base_weights_from_a_file(tmp_path):
     assert not (tmp_path / "outputs").exists(), "nothing was trained for the cache"
 
 
+def tiny_data(train_size=8):
+    sizes = dict(num_classes=2, image_size=4, train_size=train_size, test_size=2, batch_size=8)
+    return synthetic(**sizes, seed=0, device=torch.device("cpu"))
+
+
 def test_a_base_network_of_other_code_is_another_one(tmp_path, monkeypatch):
     sources = {
         "convs": "from torch import nn\nclass Conv(nn.Conv2d):\n    pass\n",
@@ -239,14 +245,15 @@ def test_a_base_network_of_other_code_is_another_one(tmp_path, monkeypatch):
         (tmp_path / f"{name}_of_mine.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     spec = RunSpec.of(composed("model._target_=nets_of_mine.net", "dataset._target_=pixels_of_mine.mine"))
-    model = build("model", spec.model, num_classes=10)
-    paths = [cached(spec, model)]
-    assert cached(spec, model) == paths[0]
+    model, data = build("model", spec.model, num_classes=10), tiny_data()
+    paths = [cached(spec, model, data)]
+    assert cached(spec, model, data) == paths[0]
     for name, source in sources.items():
         (tmp_path / f"{name}_of_mine.py").write_text(source + "# other code\n")
-        paths.append(cached(spec, model))
-    paths.append(cached(spec, build("model", spec.model, num_classes=11)))
-    assert len(set(paths)) == 6
+        paths.append(cached(spec, model, data))
+    paths.append(cached(spec, build("model", spec.model, num_classes=11), data))
+    paths.append(cached(spec, model, tiny_data(train_size=9)))
+    assert len(set(paths)) == 7
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -5,34 +5,36 @@ import inspect
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from torch import Tensor, nn
 
-import csgd.data
-import csgd.folders
-import csgd.optim
-import csgd.schedule
-import csgd.seeds
-import csgd.train
-from csgd import ranks
+from csgd import folders, ranks
 from csgd.build import label, named
 from csgd.checkpoint import load_weights, save_weights
+from csgd.data import Data, image_folder
 from csgd.errors import InputError
 from csgd.models import published_weights
 from csgd.pipeline.launch import rank_count
 from csgd.pipeline.learners import base_learner
 from csgd.pipeline.progress import BaseResult, Part, Progress
-from csgd.pipeline.provenance import versions
+from csgd.pipeline.provenance import is_free, versions
 from csgd.pipeline.setup import Setup
 from csgd.pipeline.spec import RunSpec
 from csgd.pipeline.watch import Watch
 from csgd.train import measured
 
 log = logging.getLogger("csgd")
+
+OWN = (  # modules of csgd that a base network is trained by
+    "centripetal", "data", "folders", "optim", "ranks", "schedule", "seeds", "stacks", "train",
+    "pipeline.device", "pipeline.learners", "pipeline.spec",
+)  # fmt: skip
 
 
 def base(setup: Setup, progress: Progress, watch: Watch) -> None:
@@ -55,21 +57,22 @@ def weights_at_hand(setup: Setup) -> bool:
     """Loads the base network if that takes neither training nor a download; whether it did."""
     if setup.spec.base.weights:
         return not _published(setup.spec.base.weights) and has_weights(setup)
-    if (path := cached(setup.spec, setup.model)).exists():
+    if (path := cached(setup.spec, setup.model, setup.data)).exists():
         setup.model.load_state_dict(load_weights(path))
         return True
     return False
 
 
-def cached(spec: RunSpec, model: nn.Module) -> Path:
-    """Where a base network that was trained is kept."""
-    name = f"{label(spec.model)}-{label(spec.dataset)}-s{spec.seed}-{_key(spec, model)}.safetensors"
+def cached(spec: RunSpec, model: nn.Module, data: Data) -> Path:
+    """Where a base network that was trained on these data is kept."""
+    name = f"{label(spec.model)}-{label(spec.dataset)}-s{spec.seed}-{_key(spec, model, data)}.safetensors"
     return Path(spec.base.cache) / name
 
 
 def _cached_or_trained(setup: Setup, progress: Progress, watch: Watch) -> str:
     """The path in the cache, where the weights then are."""
-    path, first = cached(setup.spec, setup.model), ranks.is_first()
+    first = ranks.is_first()
+    path = ranks.from_first(cached(setup.spec, setup.model, setup.data) if first else None)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock") if first else nullcontext():  # the jobs of a parallel sweep wait for the first one
         if weights := ranks.from_first(load_weights(path) if first and path.exists() else None):
@@ -119,10 +122,19 @@ def _published(weights: str) -> bool:
     return not path.exists() and path.suffix == "" and path.parent == Path()
 
 
-def _key(spec: RunSpec, model: nn.Module) -> str:
+def _key(spec: RunSpec, model: nn.Module, data: Data) -> str:
     """A hash of everything that determines the base network."""
     sgd, how = spec.sgd, spec.base.train
-    parts = [spec.model, spec.dataset, spec.seed, spec.batch_size, spec.base.weights, asdict(spec.base.rates)]
+    dataset = {key: value for key, value in spec.dataset.items() if not is_free(f"dataset.{key}")}
+    parts = [
+        spec.model,
+        dataset,
+        _contents(spec.dataset, data),
+        spec.seed,
+        spec.batch_size,
+        spec.base.weights,
+        asdict(spec.base.rates),
+    ]
     parts += [sgd.momentum, sgd.nesterov, sgd.weight_decay, how.label_smoothing, how.accumulation]
     parts += [str(how.precision), spec.machine.compile, versions()["torch"]]
     if (count := rank_count(spec.machine)) > 1:  # they see the statistics of batch norm of their own images
@@ -132,6 +144,13 @@ def _key(spec: RunSpec, model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:12]
 
 
+def _contents(dataset: Mapping[str, Any], data: Data) -> list:
+    """What a dataset holds, beside its settings: its sizes and two of its images; all files of a folder of images."""
+    images = hashlib.sha256(data.example.cpu().contiguous().numpy().tobytes()).hexdigest()
+    files = folders.stamp_of(Path(dataset["root"])) if named("dataset", dataset["_target_"]) is image_folder else []
+    return [data.num_classes, data.train_size, data.test_size, data.steps_per_epoch, images, files]
+
+
 def _sources(spec: RunSpec, model: nn.Module) -> list[str]:
     """The files that the network, each of its modules, its data and its training are written in."""
     targets = {"model": spec.model["_target_"], "dataset": spec.dataset["_target_"]}
@@ -139,8 +158,7 @@ def _sources(spec: RunSpec, model: nn.Module) -> list[str]:
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     written_in = [sys.modules.get(target.rpartition(".")[0]) for target in targets.values()]
     written_in += map(inspect.getmodule, [*made, *kinds])
-    own = (csgd.data, csgd.folders, csgd.optim, csgd.schedule, csgd.seeds, csgd.train)
-    files = {*own, *filter(None, written_in)}
+    files = {*(sys.modules[f"csgd.{name}"] for name in OWN), *filter(None, written_in)}
     sources = []
     for file in sorted(files, key=lambda module: module.__name__):
         with suppress(OSError, TypeError):  # of a session without files, or of compiled code

@@ -14,7 +14,7 @@ from csgd.pipeline.console import headline
 from csgd.pipeline.device import device_name
 from csgd.pipeline.foresee import Cost, RunPlan
 from csgd.pipeline.progress import Part, Progress, StageResult
-from csgd.pipeline.provenance import flat, refuse_other, versions
+from csgd.pipeline.provenance import identity, refuse_other, versions
 from csgd.pipeline.setup import Setup
 from csgd.pipeline.ship import ship
 from csgd.pipeline.spec import plain
@@ -54,7 +54,8 @@ def finished(config: "Config", path: Path) -> Verdict | None:
     if not folder.summary.exists():
         return None
     summary = folder.read_summary()
-    refuse_other("hydra.sweep.dir", path, flat(summary["config"]), flat(plain(config)))
+    then, now = (identity(*pair) for pair in ((summary["config"], summary["versions"]), (plain(config), versions())))
+    refuse_other("hydra.sweep.dir", path, then, now)
     return Verdict(**summary["verdict"])
 
 

@@ -17,9 +17,8 @@ from csgd.folder import RunFolder
 from csgd.graph import ChannelSpace
 from csgd.pipeline.foresee import StagePlan
 from csgd.pipeline.learners import Groups, groups_of
-from csgd.pipeline.provenance import code, flat, refuse_other, versions
+from csgd.pipeline.provenance import FREE_TO_GO_ON, identity, refuse_other, versions
 from csgd.pipeline.setup import Setup
-from csgd.pipeline.spec import RunSpec
 from csgd.reload import load_trimmed
 from csgd.schedule import Timetable
 from csgd.seeds import RandomState, random_state, seed_all, set_random_state
@@ -190,7 +189,7 @@ class Progress:
             state=self.learner.state_dict() if self.learner else {"model": setup.model.state_dict()},
             groups=groups_of(self.learner) if self.learner else [],
             random_states=random_states,
-            config=_config(setup.spec),
+            config=identity(setup.spec.config, versions()),
         )
         save_checkpoint(self.folder.checkpoint, saved)
 
@@ -211,7 +210,7 @@ def begin_or_resume(setup: Setup, folder: RunFolder, resume: Callable[[Setup, Pr
         return _with_preparation(Progress(folder), setup)
     if "config" not in saved:
         raise InputError(f"resume=auto: '{path}' is no checkpoint of a run: it has no 'config'")
-    refuse_other("resume=auto", folder.path, saved["config"], _config(spec))
+    refuse_other("resume=auto", folder.path, saved["config"], identity(spec.config, versions()), FREE_TO_GO_ON)
     if saved.get("form") != FORM:
         raise InputError(
             f"resume=auto: '{path}' is a checkpoint of form {saved.get('form', 1)}, this version writes form {FORM}; "
@@ -250,7 +249,3 @@ def _restored(saved: Checkpoint, setup: Setup, folder: RunFolder) -> Progress:
         "sums": Sums(**facts["sums"] | ({} if ranks.is_first() else counted)),
     }
     return Progress(folder, **facts | typed)
-
-
-def _config(spec: RunSpec) -> dict[str, Any]:
-    return flat(spec.config) | {"versions.torch": versions()["torch"], "versions.csgd": code()}

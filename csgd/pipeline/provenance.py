@@ -4,7 +4,7 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,20 +16,23 @@ from csgd.errors import InputError
 GIT_SECONDS = 10  # that git may take for an answer
 GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 
-# What may differ between a run and its continuation, since it does not change the result.
+# Keys that do not change the result, with all below them.
 FREE = (
-    "wandb", "progress", "quiet", "plan_only", "resume", "checkpoint_every", "base.cache", "export",
-    "distributed.nproc", "distributed.check_every",
+    "wandb", "progress", "quiet", "plan_only", "resume", "checkpoint_every", "threads", "base.cache",
+    "dataset.download", "dataset.workers", "distributed.check_every",
 )  # fmt: skip
+# A run may also go on with other ranks, though batch norm sees their number, and be exported at its end.
+FREE_TO_GO_ON = (*FREE, "distributed.nproc", "export")
 
 
 def versions() -> dict[str, str]:
+    """Of Python and the packages that a result may depend on; of csgd a hash of its files."""
     packages = ("torch", "torchvision", "scikit-learn", "numpy", "hydra-core", "wandb", "onnx", "onnxruntime")
     found = {"python": platform.python_version()}
     for name in packages:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
-    return found
+    return found | {"csgd": code()}
 
 
 def code() -> str:
@@ -73,15 +76,27 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def refuse_other(key: str, folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """InputError with the differences between two flat configurations that change the result."""
+def is_free(name: str, free: Sequence[str] = FREE) -> bool:
+    """Whether a key is one of those in `free`, or below one."""
+    return any(name == key or name.startswith(f"{key}.") for key in free)
+
+
+def refuse_other(
+    key: str, folder: Path, then: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str] = FREE
+) -> None:
+    """InputError with the differences between two flat configurations, but for those in keys that are `free`."""
     differ = [
         f"{name}: {then.get(name)!r} then, {now.get(name)!r} now"
         for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name) and not name.startswith(FREE)
+        if then.get(name) != now.get(name) and not is_free(name, free)
     ]
     if differ:
         raise InputError(f"{key}: '{folder}' holds another configuration or version: {'; '.join(differ)}")
+
+
+def identity(config: Mapping[str, Any], versions: Mapping[str, Any]) -> dict[str, Any]:
+    """What fixes the bits of a result: the configuration, flat, and the versions of torch and of this code."""
+    return flat(config) | {f"versions.{name}": versions.get(name) for name in ("torch", "csgd")}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
