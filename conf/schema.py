@@ -23,6 +23,7 @@ class Optimizer(StrEnum):
 
 
 USUAL_LR = {Optimizer.sgd: 0.01, Optimizer.adamw: 3e-4}
+USUAL_GAMMA = 0.1
 
 
 class Decay(StrEnum):
@@ -121,8 +122,8 @@ class Phase:
     optimizer: Optimizer = Optimizer.sgd
     warmup_epochs: float = 0.0
     decay: Decay = Decay.cosine
-    milestones: list[float] = field(default_factory=list)
-    gamma: float = 0.1
+    milestones: list[float] = field(default_factory=list)  # of decay=step, in epochs
+    gamma: float | None = None  # null: USUAL_GAMMA
     clip_norm: float | None = None  # of the gradient of all parameters
     max_steps: int | None = None  # per epoch; null: all batches
 
@@ -136,10 +137,23 @@ class Phase:
         )
         clip = self.clip_norm
         _require(clip is None or _positive(clip), f"{key}.clip_norm", "above 0, or null", clip)
-        _require(0 < self.gamma <= 1, f"{key}.gamma", "above 0 and at most 1", self.gamma)
+        self._check_decay(key)
         _require(
             self.max_steps is None or self.max_steps >= 1, f"{key}.max_steps", "1 or more, or null", self.max_steps
         )
+
+    def _check_decay(self, key: str) -> None:
+        """Milestones and gamma are of decay=step, which needs milestones that it comes to."""
+        gamma, milestones, where = self.gamma, list(self.milestones), f"where decay is {self.decay}"
+        _require(gamma is None or 0 < gamma <= 1, f"{key}.gamma", "above 0 and at most 1", gamma)
+        if self.decay is Decay.step:
+            within = bool(milestones) and all(0 < milestone < self.epochs for milestone in milestones)
+            allowed = f"epochs above 0 and below {key}.epochs={self.epochs} {where}"
+            _require(within, f"{key}.milestones", allowed, milestones)
+        else:
+            _require(not milestones, f"{key}.milestones", f"[] {where}", milestones)
+            _require(gamma is None, f"{key}.gamma", f"null {where}", gamma)
+        self.gamma = USUAL_GAMMA if gamma is None else gamma
 
 
 @dataclass
@@ -148,8 +162,8 @@ class Schedule:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = MISSING
-    weight_decay_vectors: float = 0.0
-    bias_lr_factor: float = 1.0
+    weight_decay_vectors: float | None = None  # null: 0 in C-SGD, weight_decay in the training of the base network
+    bias_lr_factor: float = 1.0  # in both trainings
     label_smoothing: float = 0.0  # in both trainings
     ema: float | None = None  # decay of a moving average of the weights, of C-SGD: what the run then ends with
     accumulation: int = 1  # parts in which a batch goes through the network: less memory, the same gradient
@@ -160,8 +174,10 @@ class Schedule:
         _require(self.batch_size >= 2, "schedule.batch_size", "2 or more", self.batch_size)
         _require(0 <= self.momentum < 1, "schedule.momentum", "at least 0 and below 1", self.momentum)
         _require(self.momentum > 0 or not self.nesterov, "schedule.nesterov", "false without momentum", self.nesterov)
-        for key in ("weight_decay", "weight_decay_vectors"):
-            _require(_not_negative(getattr(self, key)), f"schedule.{key}", "0 or more", getattr(self, key))
+        vectors = self.weight_decay_vectors
+        _require(_not_negative(self.weight_decay), "schedule.weight_decay", "0 or more", self.weight_decay)
+        fits = vectors is None or _not_negative(vectors)
+        _require(fits, "schedule.weight_decay_vectors", "0 or more, or null", vectors)
         _require(_positive(self.bias_lr_factor), "schedule.bias_lr_factor", "above 0", self.bias_lr_factor)
         smoothing, parts = self.label_smoothing, self.accumulation
         _require(0 <= smoothing < 1, "schedule.label_smoothing", "at least 0 and below 1", smoothing)
@@ -188,6 +204,7 @@ class Deps:
     def __post_init__(self):
         _require(0 < self.fraction <= 1, "deps.fraction", "above 0 and at most 1", self.fraction)
         _require(self.layers is None or isinstance(self.layers, dict), "deps.layers", "a mapping", self.layers)
+        _require(self.layers is None or self.widths is None, "deps.layers", "null beside deps.widths", self.layers)
         if self.stages is not None:
             falling = bool(self.stages) and all(a > b for a, b in zip(self.stages, self.stages[1:], strict=False))
             fits = falling and self.stages[-1] > 0 and self.stages[0] <= 1
@@ -202,6 +219,10 @@ class Deps:
 class Clustering:
     method: Method = MISSING
     of: Of = Of.pacesetter  # k-means on its kernels, or on those of all producers of a space
+
+    def __post_init__(self):
+        reads = self.method is Method.kmeans or self.of is Of.pacesetter
+        _require(reads, "clustering.of", f"pacesetter where clustering.method is {self.method}", str(self.of))
 
 
 @dataclass

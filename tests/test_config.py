@@ -41,13 +41,13 @@ def test_the_groups_are_the_documented_ones():
         "model", "dataset", "deps", "clustering", "schedule", "wandb", "experiment",
     }  # fmt: skip
     assert [option for group, option in OPTIONS if group == "deps"] == [
-        "11_16", "13_16", "1_2", "1_4", "3_4", "3_8", "5_8", "staged_5_8",
+        "11_16", "13_16", "1_2", "1_4", "3_4", "3_8", "5_8", "resnet50_70", "staged_5_8",
     ]  # fmt: skip
 
 
 def test_the_fractions_are_what_their_names_say():
     for group, option in OPTIONS:
-        if group == "deps":
+        if group == "deps" and option != "resnet50_70":
             above, below = map(int, option.removeprefix("staged_").split("_"))
             assert composed(f"deps={option}").deps.fraction == above / below
 
@@ -85,6 +85,9 @@ def test_the_papers_recipes():
     imagenet = composed("experiment=imagenet_resnet50")
     assert (imagenet.schedule.csgd.epochs, imagenet.schedule.csgd.lr, imagenet.schedule.batch_size) == (70, 3e-3, 256)
     assert (imagenet.centri_strength, imagenet.vector_ratio, imagenet.base.weights) == (5e-2, 0.1, "IMAGENET1K_V1")
+    assert (imagenet.deps.fraction, imagenet.deps.layers) == (1.0, {"layer*.conv1": 0.7, "layer*.conv2": 0.7})
+    half = composed("experiment=imagenet_resnet50", "deps=1_2").deps
+    assert (half.fraction, half.layers) == (0.5, None), "the command line says what the experiment does not"
 
 
 @pytest.mark.parametrize(
@@ -135,6 +138,10 @@ def test_the_papers_recipes():
         ("schedule.base.lr=0", "schedule.base.lr must be above 0, or null, got 0.0"),
         ("schedule.base.decay=linear", "Invalid value 'linear', expected one of [cosine, step, constant]"),
         ("schedule.csgd.warmup_epochs=99", "schedule.csgd.warmup_epochs must be within the epochs, got 99.0"),
+        ("schedule.csgd.gamma=0.5", "schedule.csgd.gamma must be null where decay is cosine, got 0.5"),
+        ("schedule.csgd.milestones=[2]", "schedule.csgd.milestones must be [] where decay is cosine, got [2.0]"),
+        ("schedule.csgd.decay=step", "milestones must be epochs above 0 and below schedule.csgd.epochs=4 where decay"),
+        ("schedule.weight_decay_vectors=-1", "schedule.weight_decay_vectors must be 0 or more, or null, got -1.0"),
         ("schedule.csgd.gamma=0", "schedule.csgd.gamma must be above 0 and at most 1, got 0.0"),
         ("schedule.base.optimizer=lion", "Invalid value 'lion', expected one of [sgd, adamw]"),
         ("curve=steep", "Invalid value 'steep', expected one of [cosine, linear]"),
@@ -198,10 +205,19 @@ def test_the_documented_overrides_of_config_yaml_work():
         (["centri_strength=auto", "curve=linear"], "curve must be null where centri_strength is auto"),
         (["centri_strength=0.1", "curve=cosine"], "curve must be null where centri_strength is 0.1"),
         (["centri_strength=0.1", "schedule.csgd.optimizer=adamw"], "schedule.csgd.optimizer must be sgd where centri"),
+        (
+            ["schedule=paper_cifar", "schedule.base.epochs=300"],
+            "schedule.base.milestones must be epochs above 0",
+        ),
+        (["deps.widths=[40]", "deps.layers={a: 0.5}"], "deps.layers must be null beside deps.widths, got {'a': 0.5}"),
+        (
+            ["clustering=even", "clustering.of=producers"],
+            "clustering.of must be pacesetter where clustering",
+        ),
         (["schedule=paper_cifar", "centri_strength=null"], "vector_ratio must be null where centri_strength is null"),
     ],
 )
-def test_keys_of_another_pull_are_refused_and_not_ignored(overrides, message):
+def test_keys_that_nothing_would_read_are_refused_and_not_ignored(overrides, message):
     with pytest.raises(ConfigError) as error:
         composed(*overrides)
     assert message in str(error.value)

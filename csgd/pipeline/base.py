@@ -40,7 +40,11 @@ OWN = (  # modules of csgd that a base network is trained by
 def base(setup: Setup, progress: Progress, watch: Watch) -> None:
     """Loads the base network, from the file or the cache if it is there, or trains it."""
     with progress.seconds.spent("base"):
-        source = setup.spec.base.weights if has_weights(setup) else _cached_or_trained(setup, progress, watch)
+        if has_weights(setup):
+            source = setup.spec.base.weights
+            log.info("base network: from base.weights, so schedule.base is left out")
+        else:
+            source = _cached_or_trained(setup, progress, watch)
         score = measured(setup.model, setup.data)
     log.info("base network: test %s %.4f", setup.data.task["score"], score)
     progress.base = BaseResult(score, source)
@@ -126,16 +130,8 @@ def _key(spec: RunSpec, model: nn.Module, data: Data) -> str:
     """A hash of everything that determines the base network."""
     sgd, how = spec.sgd, spec.base.train
     dataset = {key: value for key, value in spec.dataset.items() if not is_free(f"dataset.{key}")}
-    parts = [
-        spec.model,
-        dataset,
-        _contents(spec.dataset, data),
-        spec.seed,
-        spec.batch_size,
-        spec.base.weights,
-        asdict(spec.base.rates),
-    ]
-    parts += [sgd.momentum, sgd.nesterov, sgd.weight_decay, how.label_smoothing, how.accumulation]
+    parts = [spec.model, dataset, _contents(spec.dataset, data), spec.seed, spec.batch_size, spec.base.weights]
+    parts += [asdict(spec.base.rates), asdict(sgd), how.label_smoothing, how.accumulation]
     parts += [str(how.precision), spec.machine.compile, versions()["torch"]]
     if (count := rank_count(spec.machine)) > 1:  # they see the statistics of batch norm of their own images
         parts += [count, spec.machine.sync_bn]

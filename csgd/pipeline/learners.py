@@ -21,12 +21,13 @@ Groups = list[list[str]]  # the names of the parameters of each group of an opti
 
 
 def base_learner(setup: Setup) -> Learner:
-    sgd, base, params = setup.spec.sgd, setup.spec.base, setup.model.parameters()
-    if base.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(params, base.rates.lr, weight_decay=sgd.weight_decay, fused=_fuses(setup.spec))
-    else:  # Without clusters it is SGD, also for parameters whose first gradient comes later than that of others.
-        optimizer = CSGD(params, base.rates.lr, sgd.momentum, sgd.nesterov, sgd.weight_decay)
-    return _learner(setup, optimizer)
+    sgd, base = setup.spec.sgd, setup.spec.base
+    vectors = sgd.weight_decay if sgd.weight_decay_vectors is None else sgd.weight_decay_vectors
+    how = dict(weight_decay=sgd.weight_decay, weight_decay_vectors=vectors, bias_lr_factor=sgd.bias_lr_factor)
+    groups = param_groups(setup.model, [], {}, centri_strength=0.0, **how)
+    # Without clusters it is SGD, also for parameters whose first gradient comes later than that of others.
+    optimizer = CSGD(groups, base.rates.lr, sgd.momentum, sgd.nesterov)
+    return _learner(setup, _adamw(optimizer, setup.spec) if base.optimizer == "adamw" else optimizer)
 
 
 def pulled_learner(setup: Setup, spaces: list[ChannelSpace], clusters: Clusters) -> Learner:
@@ -36,9 +37,7 @@ def pulled_learner(setup: Setup, spaces: list[ChannelSpace], clusters: Clusters)
         return _learner(setup, csgd_optimizer(spec, model, spaces, clusters), averages=True)
     optimizer = csgd_optimizer(spec, model, [], {})
     if spec.pull.optimizer == "adamw":
-        keys = ("params", "name", "weight_decay", "lr_factor")
-        groups = [{key: group[key] for key in keys} for group in optimizer.param_groups]
-        optimizer = torch.optim.AdamW(groups, spec.pull.rates.lr, fused=_fuses(spec))
+        optimizer = _adamw(optimizer, spec)
     return _collapsing(setup, _learner(setup, optimizer, averages=True), spaces, clusters)
 
 
@@ -68,7 +67,7 @@ def csgd_optimizer(spec: RunSpec, model: nn.Module, spaces: list[ChannelSpace], 
         centri_strength=(published.strength if published else None) or 0.0,
         vector_ratio=published.vector_ratio if published else 1.0,
         weight_decay=sgd.weight_decay,
-        weight_decay_vectors=sgd.weight_decay_vectors,
+        weight_decay_vectors=sgd.weight_decay_vectors or 0.0,
         bias_lr_factor=sgd.bias_lr_factor,
     )
     return CSGD(groups, pull.rates.lr, sgd.momentum, sgd.nesterov)
@@ -90,9 +89,11 @@ def _collapsing(setup: Setup, learner: Learner, spaces: list[ChannelSpace], clus
     return learner
 
 
-def _fuses(spec: RunSpec) -> bool:
-    """Whether AdamW is torch's fused one, with which a scaler does not go."""
-    return spec.machine.precision != torch.float16
+def _adamw(of: CSGD, spec: RunSpec) -> torch.optim.AdamW:
+    """AdamW with the groups of a CSGD; it is torch's fused one, with which a scaler does not go."""
+    keys = ("params", "name", "lr", "weight_decay", "lr_factor")
+    groups = [{key: group[key] for key in keys} for group in of.param_groups]
+    return torch.optim.AdamW(groups, fused=spec.machine.precision != torch.float16)
 
 
 def _learner(setup: Setup, optimizer: torch.optim.Optimizer, averages: bool = False) -> Learner:

@@ -121,7 +121,7 @@ def check_strengths(spec: RunSpec) -> None:
     strength = published.strength
     check_stability(pull.rates.lr, strength, sgd.weight_decay, sgd.momentum, sgd.nesterov)
     lr, weak = pull.rates.lr * max(1.0, sgd.bias_lr_factor), published.vector_ratio * strength
-    check_stability(lr, weak, sgd.weight_decay_vectors, sgd.momentum, sgd.nesterov)
+    check_stability(lr, weak, sgd.weight_decay_vectors or 0.0, sgd.momentum, sgd.nesterov)
 
 
 def check_batches(spec: RunSpec, model: nn.Module, data: Data) -> None:

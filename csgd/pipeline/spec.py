@@ -36,12 +36,15 @@ class Machine:
 
 @dataclass(frozen=True)
 class Sgd:
-    """What a step of SGD needs beside its gradient and its learning rate."""
+    """What a step of SGD needs beside its gradient and its learning rate.
+
+    weight_decay_vectors  None: what a training takes by itself
+    """
 
     momentum: float
     nesterov: bool
     weight_decay: float
-    weight_decay_vectors: float
+    weight_decay_vectors: float | None
     bias_lr_factor: float
 
 
