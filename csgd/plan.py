@@ -158,8 +158,8 @@ def plan(groups: Sequence[dict], timetable: Timetable, collapsed: Collapsed) -> 
         recurrence.check()
     factors = {r.name: r.factors() for r in recurrences}
     floor = max((r.floor() for r in recurrences), default=0.0)
-    ahead = Plan(factors, collapsed.tolerance, collapsed.statistics_momentum, floor=floor)
-    return ahead if ahead.collapses else replace(ahead, advice=_advice(ahead, recurrences, collapsed))
+    foreseen = Plan(factors, collapsed.tolerance, collapsed.statistics_momentum, floor=floor)
+    return foreseen if foreseen.collapses else replace(foreseen, advice=_advice(foreseen, recurrences, collapsed))
 
 
 def strengths_by(
@@ -176,9 +176,9 @@ def strengths_by(
     return {group["name"]: _Recurrence.of(group, timetable).needed(collapsed, within) for group in groups}
 
 
-def _advice(ahead: Plan, recurrences: list[_Recurrence], collapsed: Collapsed) -> str:
+def _advice(foreseen: Plan, recurrences: list[_Recurrence], collapsed: Collapsed) -> str:
     """A strength that does for kernels and vectors alike, with vector_ratio as it is or else 1; or more epochs."""
-    if ahead.floor > ahead.tolerance:
+    if foreseen.floor > foreseen.tolerance:
         return "float32 parameters (autocast keeps them)"
     strongest, ways = max(r.strength for r in recurrences), []
     needed = [r.needed(collapsed) for r in recurrences]
@@ -193,7 +193,7 @@ def _advice(ahead: Plan, recurrences: list[_Recurrence], collapsed: Collapsed) -
         if all(abs(r.factors()[-1]) <= collapsed.tolerance for r in stronger):  # too strong a pull diverges
             ways.append(f"a centri_strength of {_round_up(strength)}{also}")
             break
-    longer = max(lengthening(factors[-1], ahead.tolerance) for factors in ahead.factors.values())
+    longer = max(lengthening(factors[-1], foreseen.tolerance) for factors in foreseen.factors.values())
     if math.isfinite(longer):
         ways.append(f"{math.ceil(longer * 10) / 10:.1f} times as many epochs")
     return " or ".join(ways) or "a lower learning rate and many more epochs"

@@ -152,3 +152,17 @@ def test_slow_statistics_collapse_too_within_a_smoke_run(tmp_path, photos):
     assert verdict.statistics_spread == 0
     cost = summary_of(tmp_path / "out")["cost"]
     assert cost["macs_after"] < 0.6 * cost["macs_before"]
+
+
+@pytest.mark.slow
+def test_two_hundred_images_are_enough_for_every_default(tmp_path, photos):
+    for number, path in enumerate(sorted(photos.rglob("*.png"))):
+        if number % 3 == 0:  # of each class, and of both parts
+            kept = tmp_path / "few" / path.relative_to(photos)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes(path.read_bytes())
+    cfg = composed("dataset=imagefolder", f"dataset.root={tmp_path / 'few'}", f"base.cache={tmp_path / 'base'}",
+                   "dataset.workers=0", "wandb=disabled", "quiet=true")  # fmt: skip
+    verdict = run(cfg, tmp_path / "out")
+    assert verdict.lossless
+    assert verdict.relative_deviation == 0

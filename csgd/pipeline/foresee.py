@@ -81,15 +81,15 @@ def stage_plan(setup: Setup, groups: list[dict], solved: bool = False) -> StageP
     cut_spec, pull, timetable = setup.spec.cut, setup.spec.pull, setup.csgd
     if pull.published is None:
         stop = stop_of(setup)
-        ahead = plan_of_curve(pull.curve, stop, timetable.steps, cut_spec.deviation)
-        return StagePlan({}, ahead, stop if cut_spec.at_collapse else timetable.steps)
+        forecast = plan_of_curve(pull.curve, stop, timetable.steps, cut_spec.deviation)
+        return StagePlan({}, forecast, stop if cut_spec.at_collapse else timetable.steps)
     momenta = statistics_momentum(setup.model), 1 - pull.average if pull.average else None
     collapsed = Collapsed(cut_spec.deviation, min((m for m in momenta if m is not None), default=None))
     if pull.published.strength is None and not solved:
         _solve(setup, groups, collapsed)
-    strengths, ahead = {g["name"]: g["centri_strength"] for g in groups}, plan(groups, timetable, collapsed)
-    due = (ahead.collapse_step if cut_spec.at_collapse else None) or timetable.steps
-    return StagePlan(strengths, ahead, due)
+    strengths, forecast = {g["name"]: g["centri_strength"] for g in groups}, plan(groups, timetable, collapsed)
+    due = (forecast.collapse_step if cut_spec.at_collapse else None) or timetable.steps
+    return StagePlan(strengths, forecast, due)
 
 
 def _solve(setup: Setup, groups: list[dict], collapsed: Collapsed) -> None:
