@@ -53,6 +53,7 @@ class Method(StrEnum):
 class Of(StrEnum):
     pacesetter = auto()
     producers = auto()
+    outputs = auto()
 
 
 class Mode(StrEnum):
@@ -218,7 +219,7 @@ class Deps:
 @dataclass
 class Clustering:
     method: Method = MISSING
-    of: Of = Of.pacesetter  # k-means on its kernels, or on those of all producers of a space
+    of: Of = Of.pacesetter  # k-means on its kernels, on those of all producers of a space, or on what they put out
 
     def __post_init__(self):
         reads = self.method is Method.kmeans or self.of is Of.pacesetter

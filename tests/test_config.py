@@ -12,7 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import schema
 from conf.schema import Config, ConfigError, register
-from csgd.clusters import METHODS
+from csgd.clusters import METHODS, SOURCES
+from csgd.collapse import CURVES
 from csgd.export import FORMATS
 from csgd.pipeline.spec import PRECISIONS, plain
 from csgd.schedule import RAMPS, learning_rate
@@ -107,7 +108,7 @@ def test_the_papers_recipes():
         ("checkpoint_every=0", "checkpoint_every must be 1 or more, or null, got 0"),
         ("trim_at=once", "Invalid value 'once', expected one of [collapse, end]"),
         ("after_trim=none", "Invalid value 'none', expected one of [same_run, plain]"),
-        ("clustering.of=all", "Invalid value 'all', expected one of [pacesetter, producers]"),
+        ("clustering.of=all", "Invalid value 'all', expected one of [pacesetter, producers, outputs]"),
         ("vector_ratio=-0.1", "vector_ratio must be 0 or more, or null, got -0.1"),
         ("deps=9_8", "Could not find 'deps/9_8'"),
         ("deps.fraction=1.2", "deps.fraction must be above 0 and at most 1, got 1.2"),
@@ -140,7 +141,7 @@ def test_the_papers_recipes():
         ("schedule.csgd.warmup_epochs=99", "schedule.csgd.warmup_epochs must be within the epochs, got 99.0"),
         ("schedule.csgd.gamma=0.5", "schedule.csgd.gamma must be null where decay is cosine, got 0.5"),
         ("schedule.csgd.milestones=[2]", "schedule.csgd.milestones must be [] where decay is cosine, got [2.0]"),
-        ("schedule.csgd.decay=step", "milestones must be epochs above 0 and below schedule.csgd.epochs=4 where decay"),
+        ("schedule.csgd.decay=step", "milestones must be epochs above 0 and below schedule.csgd.epochs=5 where decay"),
         ("schedule.weight_decay_vectors=-1", "schedule.weight_decay_vectors must be 0 or more, or null, got -1.0"),
         ("schedule.csgd.gamma=0", "schedule.csgd.gamma must be above 0 and at most 1, got 0.0"),
         ("schedule.base.optimizer=lion", "Invalid value 'lion', expected one of [sgd, adamw]"),
@@ -163,6 +164,8 @@ def test_bad_values_are_refused_with_their_key(override, message):
 def test_the_words_of_the_schema_are_those_that_the_package_knows():
     assert set(schema.Ramp) == set(RAMPS)
     assert set(schema.Method) == set(METHODS)
+    assert set(schema.Of) == set(SOURCES)
+    assert set(schema.Curve) == set(CURVES)
     assert set(schema.Precision) == set(PRECISIONS)
     assert set(schema.Export) == set(FORMATS)
     how = dict(steps_per_epoch=2, epochs=2, lr=1.0, milestones=[1], gamma=0.1)

@@ -127,6 +127,33 @@ def test_frozen_statistics_stay_whole_under_the_published_pull_alone(tmp_path):
         run(composed(*net, "centri_strength=15"), tmp_path / "published")
 
 
+class Normed(nn.Module):
+    """A convolution before a norm over its channels, and one before a norm of 2 groups."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 12, 3), nn.GroupNorm(1, 12)
+        self.conv, self.groups, self.fc = nn.Conv2d(12, 16, 3), nn.GroupNorm(2, 16), nn.Linear(16, num_classes)
+
+    def forward(self, images):
+        x = self.norm(self.stem(images)).relu()
+        return self.fc(self.groups(self.conv(x)).relu().mean((2, 3)))
+
+
+def test_norms_over_channels_are_cut_by_clusters_of_one_size_and_tables_say_so(tmp_path):
+    net = [*SMOKE, "model={_target_: test_pull.Normed}", "deps=1_2", "clustering.of=outputs"]
+    verdict = run(composed(*net, f"base.cache={tmp_path / 'base'}"), tmp_path / "out")
+    assert verdict.lossless
+    assert 0 < verdict.relative_logit_change < 2e-6
+    assert summary_of(tmp_path / "out")["widths"] == {"stem": 6, "conv": 8}
+    clusters = json.loads((tmp_path / "out" / "clusters.json").read_text())
+    assert {name: {*map(len, parts)} for name, parts in clusters.items()} == {"stem": {2}, "conv": {2}}
+    assert all(max(part) < 8 or min(part) >= 8 for part in clusters["conv"]), "within each group"
+    table = (tmp_path / "out" / "report.html").read_text()
+    assert "clusters of one size" in table
+    assert "within each of 2 groups" in table
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     """600 images of three classes: gradients, stripes and noise."""
@@ -162,7 +189,7 @@ def test_two_hundred_images_are_enough_for_every_default(tmp_path, photos):
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_bytes(path.read_bytes())
     cfg = composed("dataset=imagefolder", f"dataset.root={tmp_path / 'few'}", f"base.cache={tmp_path / 'base'}",
-                   "dataset.workers=0", "wandb=disabled", "quiet=true")  # fmt: skip
+                   "dataset.workers=0", "dataset.image_size=48", "wandb=disabled", "quiet=true")  # fmt: skip
     verdict = run(cfg, tmp_path / "out")
     assert verdict.lossless
     assert verdict.relative_deviation == 0

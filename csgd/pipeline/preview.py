@@ -19,7 +19,7 @@ from csgd.pipeline.device import device_name
 from csgd.pipeline.foresee import RunPlan, tell_forecast
 from csgd.pipeline.learners import pulled_learner
 from csgd.pipeline.setup import Setup
-from csgd.pipeline.stage import check_proof
+from csgd.pipeline.stage import check_proof, clusters_of
 from csgd.report import duration
 
 log = logging.getLogger("csgd")
@@ -87,10 +87,9 @@ def _tell(planned: dict[str, Any], plan: RunPlan, clusters: Clusters) -> None:
 
 def _clusters(setup: Setup, ready: bool) -> Clusters:
     """The clusters of the first stage, empty if they are k-means of weights that are not there yet."""
-    how, seed = setup.spec.clustering, setup.spec.seed
-    if how.method == "kmeans" and not ready:
+    if setup.spec.clustering.method == "kmeans" and not ready:
         return {}
-    return cluster(setup.model, setup.spaces, setup.widths[0], how.method, seed, how.of)
+    return clusters_of(setup, setup.spaces, setup.widths[0])
 
 
 def _step(setup: Setup, optimizer: torch.optim.Optimizer) -> tuple[float, int]:

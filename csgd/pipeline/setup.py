@@ -62,7 +62,13 @@ class Setup:
         """Every channel space with its width before the run and after it, as plain JSON."""
         after = self.widths[-1]
         return [
-            {"name": s.name, "before": s.size, "after": after.get(s.name, s.size), "pinned": list(s.pinned)}
+            {
+                "name": s.name,
+                "before": s.size,
+                "after": after.get(s.name, s.size),
+                "pinned": list(s.pinned),
+                "conditions": [] if s.pinned else [str(condition) for condition in s.conditions],
+            }
             for s in self.spaces
         ]
 

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from csgd.clusters import Clusters, cluster
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
+from csgd.graph.twin import keep_random_state
 from csgd.optim import CSGD
 from csgd.pipeline.device import as_trained
 from csgd.pipeline.foresee import stage_plan
@@ -28,18 +30,17 @@ from csgd.verify import Verdict, deviation, statistics_spread, verdict, worst, w
 log = logging.getLogger("csgd")
 
 LOOK_EVERY = 10  # steps between two looks at the deviation, once the cut is due
+SEEN = 8  # batches on which outputs are measured
 FORECAST_POINTS = 400  # per stage and group, for the picture
 
 
 def begin(setup: Setup, progress: Progress, watch: Watch) -> None:
     """Clusters the filters of the network as it is, proves their cut, and gives the network a new optimizer."""
-    model, spec = setup.model, setup.spec
     with progress.seconds.spent("cluster"):
         progress.spaces = spaces_again(setup)
-        how, widths = spec.clustering, setup.widths[progress.stage]
         found = None
         if ranks.is_first():
-            found = cluster(model, progress.spaces, widths, how.method, spec.seed, how.of)
+            found = clusters_of(setup, progress.spaces, setup.widths[progress.stage])
         progress.clusters = ranks.from_first(found)
         check_proof(setup, progress.spaces, progress.clusters)
     progress.learner, progress.pace = pulled_learner(setup, progress.spaces, progress.clusters), {}
@@ -48,6 +49,15 @@ def begin(setup: Setup, progress: Progress, watch: Watch) -> None:
     progress.part, progress.step = Part.WIDE, 0
     leave_clusters(progress)
     watch.keep_filters(setup, progress, "start")
+
+
+def clusters_of(setup: Setup, spaces: list[ChannelSpace], widths: dict[str, int]) -> Clusters:
+    """The clusters of the network as it is; by what filters put out on the first batches of an epoch, if so asked."""
+    how, data = setup.spec.clustering, None
+    with keep_random_state(setup.model):
+        if how.of == "outputs":
+            data = [images for images, _ in islice(setup.data.train_batches(0), SEEN)]
+        return cluster(setup.model, spaces, widths, how.method, setup.spec.seed, how.of, data=data)
 
 
 def resume(setup: Setup, progress: Progress, saved: Checkpoint) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 CLASSIFICATION = {"criterion": "cross_entropy", "score": "accuracy"}
-LAYER_HEADER = ("layer", "width before", "width after", "largest cluster", "stays whole, because")
+LAYER_HEADER = ("layer", "width before", "width after", "largest cluster", "stays whole because, or is cut if")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -85,14 +85,15 @@ def _stages(seconds: Mapping[str, float]) -> str:
 def layer_rows(
     layers: Sequence[Mapping[str, Any]], clusters: Mapping[str, Sequence[Sequence[int]]]
 ) -> list[tuple[str, int, int, str, str]]:
-    """The rows under LAYER_HEADER, one for each channel space: name, width before and after, and why it is pinned."""
+    """The rows under LAYER_HEADER, one for each channel space: name, width before and after, and why it is pinned
+    or on what conditions it is cut."""
     return [
         (
             layer["name"],
             layer["before"],
             layer["after"],
             str(max(map(len, clusters[layer["name"]]))) if layer["name"] in clusters else "-",
-            "; ".join(layer["pinned"]),
+            "; ".join(layer["pinned"] or layer.get("conditions", ())),
         )
         for layer in layers
     ]
