@@ -1,6 +1,6 @@
 """What the C-SGD phase costs with the cut at the collapse, beside the cut at the end (as published).
 
-    python experiments/bench_cost.py --repeats 3 collapse_by=0.25
+    python experiments/bench_cost.py --repeats 3 centri_strength=auto collapse_by=0.25
 
 Each repeat has its own seed, and so its own base network; within one, the two kinds of run have the same seed,
 schedule and base, one after the other, and the next repeat begins with the other kind.  Prints a table and writes
