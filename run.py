@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from conf.errors import is_input, one_line
-from conf.schema import register
+from conf.schema import ConfigError, register
 from conf.sweep import launcher_kind
 
 log = logging.getLogger("csgd")
@@ -26,10 +26,18 @@ if "RANK" in os.environ:  # DDP warns that it looks for parameters without a gra
 
 def quote_fractions(arguments: list[str]) -> list[str]:
     """deps=5_8 → deps='5_8': Hydra's grammar would read the integer 58."""
-    return [
-        re.sub(r"\b(\d+_\d+)\b", r"'\1'", argument) if re.match(r"\+{0,2}deps=[\d_,]+$", argument) else argument
-        for argument in arguments
-    ]
+    bare = re.compile(r"(?<![\w'\"])(\d+_\d+)(?![\w'\"])")
+    return [bare.sub(r"'\1'", one) if re.match(r"\+{0,2}deps=", one) else one for one in arguments]
+
+
+def refuse_numbers(arguments: list[str]) -> None:
+    """ConfigError for numbers in the place of the names that `quote_fractions` has quoted."""
+    for argument in arguments:
+        if re.match(r"\+{0,2}deps=", argument) and re.search(r"[=,(]\s*[\[\d.+-]", argument):
+            raise ConfigError(
+                f"{argument}: deps must be a name, such as 5_8; a fraction is deps.fraction=0.6, and widths are "
+                "deps.widths=[40,40,…]"
+            )
 
 
 def main() -> int:
@@ -51,6 +59,8 @@ def main() -> int:
                 raise
             if not is_input(error) or (error.__cause__ and HydraConfig.get().mode == RunMode.MULTIRUN):
                 log.exception("the job failed")
+            elif error.__cause__ or isinstance(error, OSError):  # it may be a bug all the same
+                _keep_trace(error)
             print(f"error: {one_line(error)}", file=sys.stderr)
             if FIRST_RANK:
                 _leave_failure(output_dir, found, one_line(error))
@@ -60,6 +70,8 @@ def main() -> int:
         return accuracy
 
     register()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # of a console that lacks some characters
     typed = sys.argv[1:]
     sys.argv[1:] = quote_fractions(sys.argv[1:])
     if not FIRST_RANK:
@@ -72,6 +84,7 @@ def main() -> int:
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises faults of the configuration instead of printing them
     try:
+        refuse_numbers(sys.argv[1:])
         job()
     except KeyboardInterrupt:
         return 130  # as a shell has it
@@ -120,6 +133,15 @@ def _begun(output_dir: Path) -> int | None:
     """What tells a run that began in the folder from an earlier one: it puts a new metrics.jsonl in its place."""
     rows = output_dir / "metrics.jsonl"
     return rows.stat().st_ino if rows.exists() else None
+
+
+def _keep_trace(error: Exception) -> None:
+    """Writes the trace of an error to run.log alone."""
+    trace = type(error), error, error.__traceback__
+    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, "the job failed", (), trace)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
 
 
 def _leave_failure(output_dir: Path, found: int | None, line: str) -> None:

@@ -88,9 +88,16 @@ def off_the_path(folder: Path | str) -> Iterator[None]:
 def build(group: str, settings: Mapping[str, Any], *, needed: Sequence[str] = (), **offered: Any) -> Any:
     """Calls settings._target_ on the user's word: with its own settings, and what is offered as far as it takes that.
 
-    InputError if that does not fit, or if it does not take what is `needed`.
+    InputError if that does not fit, if it does not take what is `needed`, or for whatever it raises.
     """
-    return call(group, named(group, settings["_target_"]), settings, needed=needed, **offered)
+    made = named(group, settings["_target_"])
+    try:
+        return call(group, made, settings, needed=needed, **offered)
+    except InputError:
+        raise
+    except Exception as error:
+        told = f"fails on its settings: {type(error).__name__}: {line_of(error)}"
+        raise InputError(f"{group}: '{settings['_target_']}' {told}") from error
 
 
 def call(group: str, made: Any, settings: Mapping[str, Any], *, needed: Sequence[str] = (), **offered: Any) -> Any:
@@ -104,7 +111,10 @@ def call(group: str, made: Any, settings: Mapping[str, Any], *, needed: Sequence
     try:
         inspect.signature(made).bind(**arguments)
     except TypeError as error:
-        raise InputError(f"{group}: '{target}' does not fit its settings: {error}") from None
+        takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+        left = [] if takes_any else [f"~{group}.{key}" for key in own if key not in parameters]
+        advice = f"; {' '.join(left)} leaves out what it does not take" if left else ""
+        raise InputError(f"{group}: '{target}' does not fit its settings: {error}{advice}") from None
     return made(**arguments)
 
 

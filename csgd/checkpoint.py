@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,15 +17,24 @@ from csgd.errors import InputError, line_of
 
 log = logging.getLogger(__name__)
 
+WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
+
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Writes `state` under `path` in one stroke; the checkpoint that was there stays as *.previous."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".writing")
     torch.save(dict(state), scratch)
+    _to_disk(scratch)
     if path.exists():
         os.replace(path, path.with_suffix(path.suffix + ".previous"))
     os.replace(scratch, path)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file is written: a new name may else outlive a loss of power that its content does not."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
@@ -59,6 +67,7 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".writing")
     save_file({key: value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}, scratch)
+    _to_disk(scratch)
     os.replace(scratch, path)
 
 
@@ -69,28 +78,36 @@ def load_weights(path: Path, said: str = "base.weights") -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise InputError(f"{said} '{path}' is not a file")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{said} '{path}' is a pointer of Git LFS, not the weights; git lfs pull fetches them")
+    if head.lstrip().startswith(b"<"):
+        raise InputError(f"{said} '{path}' is a web page, not weights: its download led elsewhere")
+    is_torchs = head.startswith((b"PK", b"\x80"))  # a zip, or a bare pickle
     try:
-        if path.suffix == ".safetensors":
+        if head[8:9] == b"{" or (path.suffix == ".safetensors" and not is_torchs):
             state = load_file(path)
         else:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), path.open("rb") as file:  # by its name torch would judge its content
                 warnings.simplefilter("ignore")  # about protocols of pickles, which are refused below
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
+        if not is_torchs:
+            raise InputError(f"{said} '{path}' is of an unknown format") from None
         raise InputError(
             f"{said} '{path}' is a pickle of more than tensors and is not loaded; save the state_dict alone"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{said} '{path}' is damaged or of an unknown format: {first}") from None
+    except Exception as error:  # zip, pickle and runtime errors, as the damage falls
+        raise InputError(f"{said} '{path}' is damaged or of an unknown format: {line_of(error)}") from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     named = isinstance(state, Mapping) and all(isinstance(key, str) for key in state)
     if not named or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{said} '{path}' does not hold a state_dict")
-    wrapped = "module."  # what DataParallel puts before every name
-    if state and all(key.startswith(wrapped) for key in state):
-        state = {key.removeprefix(wrapped): value for key, value in state.items()}
+        found = ", ".join(map(repr, list(state)[:5])) if isinstance(state, Mapping) else f"a {type(state).__name__}"
+        raise InputError(f"{said} '{path}' does not hold a state_dict, but {found}; save the state_dict alone")
+    while prefix := next((p for p in WRAPPERS if state and all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return dict(state)
 
 
@@ -98,4 +115,5 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".writing")
     scratch.write_text(json.dumps(value, indent=2) + "\n")
+    _to_disk(scratch)
     os.replace(scratch, path)

@@ -271,6 +271,8 @@ def cifar(
     """CIFAR-10 or CIFAR-100 through torchvision; shifts by up to 4 pixels and flips, as in the paper."""
     from torchvision import datasets
 
+    if classes not in CIFAR_STATISTICS:
+        raise InputError(f"dataset.classes must be 10 or 100, got {classes!r}")
     dataset = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[classes]
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in CIFAR_STATISTICS[classes])
 

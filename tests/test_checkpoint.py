@@ -23,6 +23,38 @@ def test_torch_files_bare_nested_and_wrapped(tmp_path):
         assert load_weights(tmp_path / "net.pt").keys() == state.keys()
 
 
+def test_weights_are_told_by_their_content(tmp_path):
+    state = nets.Plain().state_dict()
+    save_weights(tmp_path / "net.safetensors", state)
+    torch.save({f"_orig_mod.module.{key}": value for key, value in state.items()}, tmp_path / "net.pt")
+    (tmp_path / "net.safetensors").rename(tmp_path / "safe.pth")
+    (tmp_path / "net.pt").rename(tmp_path / "pickled.safetensors")
+    for name in ("safe.pth", "pickled.safetensors"):
+        assert load_weights(tmp_path / name).keys() == state.keys()
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS, not the weights"),
+        (b"\n<!DOCTYPE html><html></html>", "is a web page, not weights"),
+        (b"layer 0.5\n" * 9, "of an unknown format"),
+    ],
+)
+def test_what_are_no_weights_is_told_by_its_name(tmp_path, content, message, suffix):
+    path = tmp_path / f"net.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_weights(path)
+
+
+def test_the_keys_of_what_holds_more_than_weights_are_told(tmp_path):
+    torch.save({"model": nets.Plain().state_dict(), "epoch": 3}, tmp_path / "net.pt")
+    with pytest.raises(InputError, match="does not hold a state_dict, but 'model', 'epoch'; save the state_dict alone"):
+        load_weights(tmp_path / "net.pt")
+
+
 def test_a_checkpoint_replaces_the_last_one_and_keeps_it(tmp_path):
     path = tmp_path / "checkpoints" / "last.pt"
     for epoch in (1, 2):

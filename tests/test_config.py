@@ -66,6 +66,8 @@ def test_the_main_configuration_fits_a_screen():
         ("model=vgg16", "model=vgg16"),
         ("hydra.run.dir=out/5_8", "hydra.run.dir=out/5_8"),
         ("deps='5_8'", "deps='5_8'"),
+        ("deps=choice(5_8,3_4)", "deps=choice('5_8','3_4')"),
+        ("deps=staged_5_8,5_8", "deps=staged_5_8,'5_8'"),
     ],
 )
 def test_fractions_are_quoted_for_hydras_grammar(argument, expected):

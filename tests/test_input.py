@@ -6,10 +6,14 @@ import sys
 
 import pytest
 import torch
+from test_config import composed
 from test_run import ROOT, SMOKE, run
 
+from csgd import InputError
 from csgd.checkpoint import save_weights
 from csgd.models import resnet20, vgg16
+from csgd.pipeline.setup import prepare
+from csgd.pipeline.spec import RunSpec
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +24,22 @@ def faulty(tmp_path_factory):
     (path / "cut.safetensors").write_bytes((path / "vgg.safetensors").read_bytes()[:5000])
     torch.save(resnet20(10), path / "module.pt")
     (path / "file").write_text("in the way")
+    (path / "conf" / "experiment").mkdir(parents=True)
+    (path / "conf" / "experiment" / "bare.yaml").write_text("# @package _global_\ndefaults:\n  - override /deps: 3_4\n")
     return path
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["deps=0.5"], "deps=0.5: deps must be a name, such as 5_8; a fraction is deps.fraction=0.6, and widths are"),
+        (["deps=[8,8]"], "deps=[8,8]: deps must be a name, such as 5_8; a fraction is deps.fraction=0.6, and widths"),
+        (["-m", "deps=5_8,0.5"], "deps='5_8',0.5: deps must be a name, such as 5_8; a fraction is deps.fraction=0.6"),
+        (["deps=5_8,staged_5_8"], "Ambiguous value for argument 'deps='5_8',staged_5_8'"),
+        (
+            ["experiment=bare", "hydra.searchpath=[file://${oc.env:PWD}/conf]"],
+            "Unsupported item value in defaults : int. Supported: string or list; a name of digits must be quoted",
+        ),
         (["deps=9_8"], "Could not find 'deps/9_8' Available options in 'deps': 11_16 13_16 1_2 1_4 3_4 3_8 5_8"),
         (["centri_strength=-1"], "centri_strength must be a number of 0 or more, auto, or null, got -1"),
         (["centri_strength=much"], "centri_strength must be a number of 0 or more, auto, or null, got 'much'"),
@@ -71,6 +85,52 @@ def test_bad_input_is_one_clear_line(faulty, arguments, message):
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert "Traceback" not in done.stdout + done.stderr
+
+
+class Broken(torch.nn.Module):
+    def __init__(self, width):
+        raise KeyError(width)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["dataset=cifar10", "dataset.classes=20"], "dataset.classes must be 10 or 100, got 20"),
+        (["dataset.image_size=0"], "dataset: 'csgd.data.digits' fails on its settings: RuntimeError: Input and output"),
+        (["model=torchvision", "model.name=null"], "model.name 'None' is no torchvision classifier"),
+        (
+            ["model._target_=test_input.Broken", "+model.width=3"],
+            "model: 'test_input.Broken' fails on its settings: KeyError: 3",
+        ),
+        (
+            ["dataset._target_=csgd.data.synthetic"],
+            "missing a required argument: 'num_classes'; ~dataset.shift leaves out what it does not take",
+        ),
+        (
+            ["model._target_=test_input.Broken", "+model.depth=3"],
+            "'width'; ~model.depth leaves out what it does not take",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_one_line_with_its_cause(overrides, message):
+    with pytest.raises(InputError) as caught:
+        prepare(RunSpec.of(composed(*overrides)))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_trace_that_is_not_shown_is_kept(faulty):
+    """A line may hide a bug, of a network of the user's too."""
+    mine = ["model._target_=test_input.Broken", "+model.width=3", "wandb=disabled", "hydra.run.dir=out"]
+    done = run(faulty, *mine, status=2, PYTHONPATH=os.path.dirname(__file__))
+    assert done.stderr == "error: model: 'test_input.Broken' fails on its settings: KeyError: 3\n"
+    assert "Traceback" not in done.stdout
+    assert "raise KeyError(width)" in (faulty / "out" / "run.log").read_text()
+
+
+def test_a_console_of_few_characters_shows_the_others_as_marks(tmp_path):
+    done = run(tmp_path, "deps=0.5", status=2, PYTHONIOENCODING="ascii")
+    assert done.stderr.endswith("deps.widths=[40,40,?]\n")
 
 
 def test_a_full_trace_on_request(faulty):

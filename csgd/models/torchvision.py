@@ -15,7 +15,7 @@ def classifier_names() -> list[str]:
 def torchvision(name: str, num_classes: int) -> nn.Module:
     """torchvision.models.get_model(name) with random weights; InputError on an unknown name."""
     if name not in classifier_names():
-        near = get_close_matches(name, classifier_names(), 5) or classifier_names()[:5]
+        near = get_close_matches(str(name), classifier_names(), 5) or classifier_names()[:5]
         raise InputError(f"model.name '{name}' is no torchvision classifier; names like it: {', '.join(near)}")
     # These two warn, and take a minute, unless told which initialisation is meant.
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
