@@ -141,7 +141,10 @@ class Sums:
         finite, first = torch.stack(self.unchecked).isfinite(), step - len(self.unchecked)
         if not finite.all():
             at = first + int(finite.long().argmin())
-            raise DivergedError(f"the loss at step {at} is not a number: a lower learning rate is needed")
+            why = "a lower learning rate is needed, or images that hold neither NaN nor infinity"
+            if at == 0:
+                why = "no step was taken, so the images or the weights at the start hold NaN or infinity"
+            raise DivergedError(f"the loss at step {at} is not a number: {why}")
         self.unchecked.clear()
 
     def shared(self) -> "Sums":

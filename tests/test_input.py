@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from test_run import ROOT, SMOKE, run
 
 from csgd import InputError
 from csgd.checkpoint import save_weights
+from csgd.data import synthetic
 from csgd.models import resnet20, vgg16
 from csgd.pipeline.setup import prepare
 from csgd.pipeline.spec import RunSpec
+from csgd.train import DivergedError, Sums
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,26 @@ def test_what_cannot_be_built_is_one_line_with_its_cause(overrides, message):
         prepare(RunSpec.of(composed(*overrides)))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def not_numbers(batch_size, seed, device):
+    small = dict(num_classes=2, image_size=8, train_size=8, test_size=4)
+    data = synthetic(**small, batch_size=batch_size, seed=seed, device=device)
+    return replace(data, example=data.example / 0)
+
+
+def test_images_that_are_no_numbers_are_told():
+    mine = ["dataset._target_=test_input.not_numbers", "~dataset.image_size", "~dataset.shift"]
+    with pytest.raises(InputError, match="dataset: its first images hold NaN or infinity"):
+        prepare(RunSpec.of(composed(*mine)))
+
+
+@pytest.mark.parametrize(
+    "step, why", [(0, "the images or the weights at the start hold NaN"), (3, "a lower learning rate")]
+)
+def test_a_loss_that_is_no_number_before_the_first_step_is_no_matter_of_the_learning_rate(step, why):
+    with pytest.raises(DivergedError, match=f"the loss at step {step} is not a number: .*{why}"):
+        Sums(unchecked=[torch.tensor(torch.nan)]).check(step + 1)
 
 
 def test_a_trace_that_is_not_shown_is_kept(faulty):

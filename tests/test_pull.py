@@ -13,9 +13,15 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import csgd
 from csgd.checkpoint import load_weights
+from csgd.clusters import cluster
 from csgd.collapse import Collapse
+from csgd.data import Data
 from csgd.pipeline import run
+from csgd.pipeline.foresee import foresee, stage_plan
+from csgd.pipeline.learners import csgd_optimizer
 from csgd.pipeline.progress import Part, Progress
+from csgd.pipeline.setup import prepare
+from csgd.pipeline.spec import RunSpec
 
 SMOKE = ["experiment=smoke", "dataset.image_size=16", "wandb=disabled", "quiet=true"]
 
@@ -193,3 +199,50 @@ def test_two_hundred_images_are_enough_for_every_default(tmp_path, photos):
     verdict = run(cfg, tmp_path / "out")
     assert verdict.lossless
     assert verdict.relative_deviation == 0
+
+
+AUTO = ["centri_strength=auto", "schedule.csgd.epochs=7", "deps.stages=[0.75,0.5]"]
+
+
+def test_strengths_are_found_once_for_all_stages(monkeypatch):
+    setup = prepare(RunSpec.of(composed(*SMOKE, *AUTO)))
+    plan = foresee(setup)
+    monkeypatch.setattr("csgd.pipeline.foresee.strengths_by", lambda *_: pytest.fail("found again"))
+    clusters = cluster(setup.model, setup.spaces, setup.widths[1], "even")
+    groups = csgd_optimizer(setup.spec, setup.model, setup.spaces, clusters).clustered_groups()
+    later = stage_plan(setup, groups, plan.stage.strengths)
+    assert later.strengths == plan.stage.strengths == {group["name"]: group["centri_strength"] for group in groups}
+    assert later.forecast == plan.stage.forecast
+
+
+def test_a_look_at_filters_that_are_still_apart_is_no_test_of_the_network(tmp_path, monkeypatch, base_cache):
+    monkeypatch.setattr("csgd.pipeline.stage.is_collapsed", lambda *_: False)
+    monkeypatch.setattr("csgd.pipeline.stage.LOOK_EVERY", 1)
+    short = ["schedule.csgd.max_steps=4", "collapse_by=0.5", base_cache]
+    run(composed(*SMOKE, *short), tmp_path)
+    assert [row["step"] for row in rows_of(tmp_path) if row["phase"] == "csgd"] == [4, 8]
+
+
+class Signals(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv1d(1, 8, 3), nn.Conv1d(8, 8, 3), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x).relu()).relu().mean(-1))
+
+
+def signals(batch_size, seed, device):
+    drawn, labels = torch.randn(40, 1, 16, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+
+    def batches(epoch=0):
+        yield from zip(drawn.split(batch_size), labels.split(batch_size), strict=True)
+
+    return Data(batches, batches, drawn[:2], 3, -(-40 // batch_size), 40, 40)
+
+
+def test_a_network_of_one_dimension_is_planned_trained_and_proved(tmp_path, base_cache):
+    mine = ["dataset._target_=test_pull.signals", "~dataset.image_size", "~dataset.shift"]
+    mine += ["model._target_=test_pull.Signals", "schedule=smoke", "wandb=disabled", "quiet=true", base_cache]
+    assert run(composed(*mine, "plan_only=true"), tmp_path / "plan") is None
+    assert run(composed(*mine), tmp_path / "run").lossless

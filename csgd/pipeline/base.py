@@ -5,20 +5,20 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from csgd import folders, ranks
 from csgd.build import label, named
 from csgd.checkpoint import load_weights, save_weights
 from csgd.data import Data, image_folder
-from csgd.errors import InputError
+from csgd.errors import InputError, line_of
 from csgd.models import published_weights
 from csgd.pipeline.launch import rank_count
 from csgd.pipeline.learners import base_learner
@@ -30,6 +30,8 @@ from csgd.pipeline.watch import Watch
 from csgd.train import measured
 
 log = logging.getLogger("csgd")
+
+SIGN_OF_LIFE = 60  # seconds; ranks wait for each other for some minutes
 
 OWN = (  # modules of csgd that a base network is trained by
     "centripetal", "data", "folders", "optim", "ranks", "schedule", "seeds", "stacks", "train",
@@ -54,7 +56,7 @@ def base(setup: Setup, progress: Progress, watch: Watch) -> None:
 
 def has_weights(setup: Setup) -> bool:
     """Loads base.weights if they are given; whether they are all that the network needs."""
-    return bool(setup.spec.base.weights) and _load(setup.spec, setup.model)
+    return bool(setup.spec.base.weights) and _load(setup.spec, setup.model, setup.data.num_classes)
 
 
 def weights_at_hand(setup: Setup) -> bool:
@@ -78,15 +80,36 @@ def _cached_or_trained(setup: Setup, progress: Progress, watch: Watch) -> str:
     first = ranks.is_first()
     path = ranks.from_first(cached(setup.spec, setup.model, setup.data) if first else None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock") if first else nullcontext():  # the jobs of a parallel sweep wait for the first one
+    with _locked(Path(f"{path}.lock")):  # the jobs of a parallel sweep wait for the first one
         if weights := ranks.from_first(load_weights(path) if first and path.exists() else None):
             setup.model.load_state_dict(weights)
             log.info("base network: from the cache, %s", path)
         else:
             _train(setup, progress, watch)
             if first:
-                save_weights(path, setup.model.state_dict())
+                try:
+                    save_weights(path, setup.model.state_dict())
+                except Exception as error:  # a full disk: the run has its network all the same
+                    log.warning("base network: could not be kept in base.cache: %s", line_of(error))
     return str(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Within it rank 0 holds a lock; the others hear from it while it waits, else they would give up on it."""
+    lock = FileLock(path)
+
+    def tried() -> bool:
+        with suppress(Timeout):
+            lock.acquire(timeout=SIGN_OF_LIFE)
+        return lock.is_locked
+
+    while not ranks.from_first(tried() if ranks.is_first() else None):
+        log.info("base network: another run is training it")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _train(setup: Setup, progress: Progress, watch: Watch) -> None:
@@ -96,27 +119,25 @@ def _train(setup: Setup, progress: Progress, watch: Watch) -> None:
         watch.after(setup, progress, moment, tells=moment.epoch_ends)
 
 
-def _load(spec: RunSpec, model: nn.Module) -> bool:
+def _load(spec: RunSpec, model: nn.Module, num_classes: int) -> bool:
     """Loads base.weights; True if they are all the network needs, False if its head has to be trained first."""
     weights, published = spec.base.weights, _published(spec.base.weights)
     state = published_weights(label(spec.model), weights) if published else load_weights(Path(weights))
+    if broken := next((key for key, value in state.items() if not value.isfinite().all()), None):
+        raise InputError(f"base.weights '{weights}' hold NaN or infinity in '{broken}'")
     own = model.state_dict()
     mismatched = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
     one_sided = sorted(own.keys() ^ state.keys())
     if not mismatched and not one_sided:
         model.load_state_dict(state)
         return True
-    head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not published or not all(
-        any(key.startswith(f"{layer.split('.')[0]}.") for layer in head) for key in mismatched + one_sided
-    ):
+    rows = all(own[k].shape[1:] == state[k].shape[1:] and own[k].shape[:1] == (num_classes,) for k in mismatched)
+    if not published or one_sided or not rows:  # a head has a row for each class
         key = (mismatched + one_sided)[0]
         raise InputError(f"base.weights '{weights}' are of another architecture than the model: '{key}' does not fit")
     fitting = {key: value for key, value in state.items() if key in own and key not in mismatched}
     model.load_state_dict(fitting, strict=False)
-    log.info(
-        "base network: the head of %s does not fit %d classes and is trained anew", weights, own[mismatched[-1]].size(0)
-    )
+    log.info("base network: %s of %s do not fit %d classes, trained anew", ", ".join(mismatched), weights, num_classes)
     return False
 
 

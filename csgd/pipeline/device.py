@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from csgd import ranks
 from csgd.data import Data
 from csgd.errors import InputError, line_of
 from csgd.graph.twin import tensors_in
+from csgd.pipeline.spec import Machine
 from csgd.train import logits_of, loss_of, score_of
 
 VECTOR = 16  # float32 entries of the largest vector register of a CPU
@@ -86,6 +89,31 @@ def check_task(model: nn.Module, data: Data, label_smoothing: float = 0.0) -> No
         raise InputError(f"dataset: criterion '{data.task['criterion']}' must return a tensor of one number {told}")
     if math.isnan(score):
         raise InputError(f"dataset: score '{data.task['score']}' is not a number {told}")
+
+
+@contextmanager
+def threads_of(machine: Machine) -> Iterator[None]:
+    """Within it there are as many CPU threads as the machine is to have; what was compiled before it is forgotten.
+
+    The next job of a sweep has torch's own number again.
+    """
+    before = torch.get_num_threads()
+    if machine.threads:
+        torch.set_num_threads(machine.threads)
+    if machine.compile:
+        torch.compiler.reset()  # torch compiles a forward for 8 networks, and runs the next ones as they are
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_compiler(device: torch.device) -> None:
+    """InputError if torch.compile does not work here, as without a C++ compiler, or on a GPU without Triton."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as error:  # of each backend its own
+        raise InputError(f"compile=true: torch cannot compile here: {line_of(error)}") from error
 
 
 def device_of(device: str, threads: int | None = None) -> torch.device:

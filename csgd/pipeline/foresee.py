@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -76,8 +77,11 @@ def foresee(setup: Setup) -> RunPlan:
     return RunPlan(_costs(setup), stage, setup.base.steps, setup.csgd.steps)
 
 
-def stage_plan(setup: Setup, groups: list[dict], solved: bool = False) -> StagePlan:
-    """The plan of a stage with these clustered groups, whose strengths are set where they are to be `solved` first."""
+def stage_plan(setup: Setup, groups: list[dict], solved: Mapping[str, float] | None = None) -> StagePlan:
+    """The plan of a stage with these clustered groups, whose strengths are set where they are to be found first.
+
+    solved  the strengths of an earlier stage, which do for all: a forecast knows neither weights nor clusters
+    """
     cut_spec, pull, timetable = setup.spec.cut, setup.spec.pull, setup.csgd
     if pull.published is None:
         stop = stop_of(setup)
@@ -85,23 +89,26 @@ def stage_plan(setup: Setup, groups: list[dict], solved: bool = False) -> StageP
         return StagePlan({}, forecast, stop if cut_spec.at_collapse else timetable.steps)
     momenta = statistics_momentum(setup.model), 1 - pull.average if pull.average else None
     collapsed = Collapsed(cut_spec.deviation, min((m for m in momenta if m is not None), default=None))
-    if pull.published.strength is None and not solved:
-        _solve(setup, groups, collapsed)
+    if pull.published.strength is None:
+        if not solved or any(group["name"] not in solved for group in groups):
+            solved = _solved(setup, groups, collapsed)
+        for group in groups:
+            group["centri_strength"] = solved[group["name"]]
     strengths, forecast = {g["name"]: g["centri_strength"] for g in groups}, plan(groups, timetable, collapsed)
     due = (forecast.collapse_step if cut_spec.at_collapse else None) or timetable.steps
     return StagePlan(strengths, forecast, due)
 
 
-def _solve(setup: Setup, groups: list[dict], collapsed: Collapsed) -> None:
+def _solved(setup: Setup, groups: list[dict], collapsed: Collapsed) -> dict[str, float]:
     by, steps = setup.spec.pull.collapse_by, setup.csgd.steps
     solved = strengths_by(groups, setup.csgd, collapsed, round(by * steps))
     if None in solved.values():
         raise InputError(
             f"centri_strength=auto: no stable strength collapses the filters within {round(by * steps)} of {steps} "
-            f"steps; a larger collapse_by than {by:g}, more epochs or a higher learning rate would"
+            f"steps; a larger collapse_by than {by:g}, schedule.csgd.epochs or schedule.csgd.lr would, and "
+            "centri_strength=null does in any number of steps"
         )
-    for group in groups:
-        group["centri_strength"] = solved[group["name"]]
+    return solved
 
 
 def _costs(setup: Setup) -> list[Cost]:

@@ -45,7 +45,7 @@ def rank_count(machine: Machine) -> int:
 
 def check_ranks(machine: Machine) -> None:
     """InputError for ranks that cannot be had here."""
-    asked, device = f"distributed.nproc={machine.ranks}", device_of(machine.device, machine.threads)
+    asked, device = f"distributed.nproc={machine.ranks}", device_of(machine.device)
     if started_outside() and machine.ranks > 1:
         raise InputError(f"{asked}: torchrun has started {os.environ['WORLD_SIZE']} ranks already, leave it out")
     if device.type == "cuda" and machine.ranks > torch.cuda.device_count():
@@ -62,7 +62,7 @@ def joined(machine: Machine) -> Iterator[None]:
         return
     if not started_first():
         logging.disable(logging.WARNING)
-    with ranks.group(device_of(machine.device, machine.threads)):
+    with ranks.group(device_of(machine.device)):
         yield
 
 

@@ -111,7 +111,7 @@ def _step(setup: Setup, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
     optimizer.step()
     update = time.perf_counter() - started
     while (seconds := _timed_pass(model, images)) < LONG_ENOUGH and len(images) < batch_size:
-        images = images.repeat(2, 1, 1, 1)[:batch_size]
+        images = torch.cat([images, images])[:batch_size]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     activations = sum(held.values()) * batch_size // (few * setup.spec.pull.train.accumulation)
     return seconds * batch_size / len(images) + update, 3 * weights + activations  # weights, gradients, momentum

@@ -9,6 +9,7 @@ from csgd import ranks
 from csgd.folder import RunFolder
 from csgd.pipeline.base import base
 from csgd.pipeline.console import console
+from csgd.pipeline.device import threads_of
 from csgd.pipeline.foresee import foresee
 from csgd.pipeline.header import tell_plan
 from csgd.pipeline.launch import check_ranks, joined, launch, started_first
@@ -35,7 +36,7 @@ def run(
     """
     spec, where = RunSpec.of(config), RunFolder(Path(folder))
     check_ranks(spec.machine)
-    with where.reserved() if started_first() else nullcontext():
+    with where.reserved() if started_first() else nullcontext(), threads_of(spec.machine):
         if spec.machine.ranks > 1 and not spec.plan_only:
             return launch(_one_rank, (spec, where, command), spec.machine.ranks, logs)
         return _one_rank(spec, where, command)

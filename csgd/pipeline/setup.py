@@ -17,7 +17,7 @@ from csgd.folders import listed
 from csgd.graph import ChannelSpace, Kind, conditions
 from csgd.graph.twin import keep_random_state, twin_of
 from csgd.optim import check_stability
-from csgd.pipeline.device import check_fit, check_task, device_name, device_of, placed
+from csgd.pipeline.device import check_compiler, check_fit, check_task, device_name, device_of, placed
 from csgd.pipeline.launch import rank_count
 from csgd.pipeline.provenance import commit
 from csgd.pipeline.spec import RunSpec, timetable_of
@@ -75,9 +75,11 @@ class Setup:
 
 def prepare(spec: RunSpec) -> Setup:
     """InputError for what cannot be run: device, packages, strengths, data, network, batches, widths."""
-    began, device = time.perf_counter(), device_of(spec.machine.device, spec.machine.threads)
+    began, device = time.perf_counter(), device_of(spec.machine.device)
     if spec.export:
         check_packages(spec.export)
+    if spec.machine.compile:
+        check_compiler(device)
     check_strengths(spec)
     seed_all(spec.seed)  # a dataset of the user's may draw its split
     data = dataset_of(spec, device)
@@ -116,6 +118,8 @@ def dataset_of(spec: RunSpec, device: torch.device) -> Data:
     data = build("dataset", spec.dataset, **offered, needed=["share"] if share.ranks > 1 else [])
     if not isinstance(data, Data):
         raise InputError(f"dataset._target_ must make a csgd.data.Data, got {type(data).__name__}")
+    if not data.example.isfinite().all():
+        raise InputError("dataset: its first images hold NaN or infinity")
     return data
 
 

@@ -44,7 +44,7 @@ def begin(setup: Setup, progress: Progress, watch: Watch) -> None:
         progress.clusters = ranks.from_first(found)
         check_proof(setup, progress.spaces, progress.clusters)
     progress.learner, progress.pace = pulled_learner(setup, progress.spaces, progress.clusters), {}
-    progress.plan = stage_plan(setup, groups_pulled(progress.learner))
+    progress.plan = stage_plan(setup, groups_pulled(progress.learner), watch.plan.stage.strengths)
     progress.start = {name: float(deviation) for name, deviation in progress.learner.deviations().items()}
     progress.part, progress.step = Part.WIDE, 0
     leave_clusters(progress)
@@ -73,7 +73,7 @@ def resume(setup: Setup, progress: Progress, saved: Checkpoint) -> None:
         spaces = progress.spaces = spaces_again(setup)
     progress.learner = saved_learner(setup, saved["groups"], saved["state"], spaces, progress.clusters)
     pulled = [group for group in progress.learner.optimizer.param_groups if group["name"] in progress.start]
-    progress.plan = stage_plan(setup, pulled, solved=True)
+    progress.plan = stage_plan(setup, pulled, {group["name"]: group["centri_strength"] for group in pulled})
     leave_clusters(progress)
 
 
@@ -108,8 +108,9 @@ def pull(setup: Setup, progress: Progress, watch: Watch) -> None:
             looks = late >= 0 and late % LOOK_EVERY == 0  # slower than the forecast: float32, a mean of means
             if looks:
                 progress.learner.share_buffers()
-            watch.after(setup, progress, moment, tells=moment.epoch_ends or looks)
-            if looks and (moment.step == setup.csgd.steps or is_collapsed(setup, progress)):
+            done = looks and (moment.step == setup.csgd.steps or is_collapsed(setup, progress))
+            watch.after(setup, progress, moment, tells=moment.epoch_ends or done)
+            if done:
                 break
 
 

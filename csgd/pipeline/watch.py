@@ -37,7 +37,7 @@ class Watch:
         settings = dict(project=wandb.project, entity=wandb.entity, group=wandb.group, tags=wandb.tags, name=name)
         where = progress.folder.path if first else None
         self.tracker = Tracker(where, mode=str(wandb.mode), config=spec.config, settings=settings, rows=progress.rows)
-        self._plan, self._album, self._opened, self._steps = plan, None, ExitStack(), 0
+        self.plan, self._album, self._opened, self._steps = plan, None, ExitStack(), 0
         self._opened.push(self.tracker)
         self._shows = spec.shows_bar and first and sys.stderr.isatty()
         where = sys.stderr if self._shows else self._opened.enter_context(open(os.devnull, "w"))  # noqa: SIM115
@@ -55,14 +55,14 @@ class Watch:
     def starts(self, setup: Setup, progress: Progress) -> None:
         """Training goes on here: what came before took no time that counts."""
         self._bar.unpause()
-        self._bar.total = self._bar.n + work_left(self._plan, progress)
+        self._bar.total = self._bar.n + work_left(self.plan, progress)
         self._bar.set_description(_where(setup, progress), refresh=False)
 
     def after(self, setup: Setup, progress: Progress, moment: Moment, tells: bool) -> None:
         """Moves the bar by a step; with `tells` a row of metrics too, of the steps since the last one."""
         narrow = progress.part is Part.NARROW
-        cost = 1.0 if progress.part is Part.BASE else self._plan.weight(progress.stage + narrow)
-        self._bar.total = self._bar.n + cost + work_left(self._plan, progress)
+        cost = 1.0 if progress.part is Part.BASE else self.plan.weight(progress.stage + narrow)
+        self._bar.total = self._bar.n + cost + work_left(self.plan, progress)
         self._bar.set_description(_where(setup, progress), refresh=False)
         if self._shows and moment.step % SHOW_EVERY == 1:
             self._bar.set_postfix(_shown(setup, progress, moment), refresh=False)
