@@ -84,6 +84,7 @@ def evaluate(network: Path, settings: list[str], allow: Sequence[str] = ()) -> s
                 raise InputError(f"dataset._target_ '{target}' {why}") from None
     if not isinstance(data, Data):
         raise InputError(f"dataset._target_ must make a csgd.data.Data, got {type(data).__name__}")
+    data = data.of_classes(described.get("class_names") or ())
     model = placed(load_pruned(network, allow=allow) if described else _from_file(network, cfg, data), device)
     check_fit(model, data)
     check_task(model, data)

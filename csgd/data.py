@@ -5,7 +5,7 @@ workers.  Of several ranks each makes its own share of every batch, and together
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Data:
     score                 (outputs, targets) of the whole test set → a number, the larger the better; None: the fraction
                           of labels that the largest logit hits
     class_names           in the order of the labels, where they are known
+    mean, std             of each channel, where they are known: the network sees (image − mean) / std
     """
 
     train_batches: Callable[[int], Batches]
@@ -50,6 +51,8 @@ class Data:
     criterion: Criterion | None = None
     score: Score | None = None
     class_names: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     @property
     def task(self) -> dict[str, str]:
@@ -88,13 +91,14 @@ class Data:
                 raise InputError(f"dataset: the {name} set must be map-style, with __getitem__ and __len__")
             if len(dataset) < least:
                 raise InputError(f"dataset: the {name} set holds {len(dataset)} images, {least} are the least")
+        mean, std = _per_channel(mean), _per_channel(std)
         names, classes = ((), classes) if isinstance(classes, int) else (tuple(classes), len(classes))
         if criterion is None and classes < 1:
             raise InputError("dataset: cross entropy needs classes=…, their number; criterion=… is another loss")
-        if not (_per_channel(std) > 0).all():
-            raise InputError(f"dataset: std must be above 0, got {std}")
+        if not (std > 0).all():
+            raise InputError(f"dataset: std must be above 0, got {std.flatten().tolist()}")
         labels = classes if criterion is None else None
-        train, test = (Normalised(part, labels, _per_channel(mean), _per_channel(std)) for part in (train, test))
+        train, test = (Normalised(part, labels, mean, std) for part in (train, test))
         loading = dict(
             num_workers=workers,
             pin_memory=device.type == "cuda",
@@ -123,7 +127,23 @@ class Data:
 
         ((example, _),) = on_device([_batch_of([test[i % len(test)] for i in range(2)])])
         sizes = len(train_loader), len(train), len(test)
-        return cls(train_batches, test_batches, example, classes, *sizes, criterion, score, names)
+        told = names, *(tuple(values.flatten().tolist()) for values in (mean, std))
+        return cls(train_batches, test_batches, example, classes, *sizes, criterion, score, *told)
+
+    def of_classes(self, names: Sequence[str]) -> "Data":
+        """The same test set with labels of a network of the classes `names`; InputError for a class that it lacks."""
+        if not names or not self.class_names or tuple(names) == self.class_names:
+            return self
+        if lacking := sorted(set(self.class_names) - set(names)):
+            told = f"{folders.listed(lacking)}; it knows {folders.listed(names)}"
+            raise InputError(f"dataset: the network was not trained on the classes {told}")
+        number = torch.tensor([list(names).index(name) for name in self.class_names])
+
+        def test_batches() -> Batches:
+            for images, labels in self.test_batches():
+                yield images, number.to(labels.device)[labels]
+
+        return replace(self, test_batches=test_batches, num_classes=len(names), class_names=tuple(names))
 
 
 @dataclass(frozen=True)
@@ -168,6 +188,8 @@ def _in_memory(
     device: torch.device,
     share: Share,
     names: Sequence[str] = (),
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
 ) -> Data:
     """Normalised float images [n, 3, h, w] and labels [n], kept on the device."""
     images, labels = (t.to(device) for t in train)
@@ -187,7 +209,8 @@ def _in_memory(
 
     steps = -(-len(images) // batch_size)
     sizes = steps, len(images), len(test_images)
-    return Data(train_batches, test_batches, images[:2].clone(), num_classes, *sizes, class_names=tuple(names))
+    told = dict(class_names=tuple(names), mean=tuple(mean), std=tuple(std))
+    return Data(train_batches, test_batches, images[:2].clone(), num_classes, *sizes, **told)
 
 
 def digits(
@@ -217,6 +240,8 @@ def digits(
         device=device,
         share=share,
         names=[str(name) for name in bunch.target_names],
+        mean=[mean.item()] * 3,
+        std=[std.item()] * 3,
     )
 
 
@@ -303,7 +328,12 @@ def cifar(
         device=device,
         share=share,
         names=names,
+        mean=CIFAR_STATISTICS[classes][0],
+        std=CIFAR_STATISTICS[classes][1],
     )
+
+
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def image_folder(
@@ -328,11 +358,7 @@ def image_folder(
     if len(trained_on) < 2:
         raise InputError(f"dataset.root: '{root}' holds {len(trained_on)} training images, 2 are the least")
     folders.check_images([path for path, _ in trained_on + held_back], share)
-    finish = [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    ]
+    finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     augmented = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *finish])
     centred = v2.Compose([v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size), *finish])
     return Data.of(
@@ -344,6 +370,8 @@ def image_folder(
         seed=seed,
         device=device,
         share=share,
+        mean=IMAGENET_STATISTICS[0],
+        std=IMAGENET_STATISTICS[1],
     )
 
 

@@ -1,5 +1,6 @@
 """Folders of images as people have them: what is a class, how it is split, and which files are refused by name."""
 
+import json
 import logging
 import re
 
@@ -11,9 +12,11 @@ from test_config import composed
 
 from csgd import InputError, data, folders
 from csgd.build import build
+from csgd.pipeline import run
 from csgd.pipeline.base import cached
 from csgd.pipeline.spec import RunSpec
 from csgd.ranks import Share
+from evaluate import evaluate
 
 
 def picture(path, size=(50, 40), **options):
@@ -254,3 +257,22 @@ def test_a_base_network_belongs_to_the_images_it_was_trained_on(tmp_path):
     picture(tmp_path / "images" / "dog" / "new.png", size=(51, 40))
     paths.append(kept())
     assert len(set(paths)) == 4
+
+
+def test_a_network_is_tested_by_the_names_of_its_classes(tmp_path):
+    fill(tmp_path / "all", ant=5, bee=5, cat=5)
+    mine = ["dataset=imagefolder", "dataset.image_size=8", "dataset.workers=0", f"dataset.root={tmp_path}/all"]
+    small = ["model._target_=nets.Plain", "schedule=smoke", "schedule.base.max_steps=1", "schedule.csgd.max_steps=1"]
+    more = ["wandb=disabled", "quiet=true", f"base.cache={tmp_path}/base", "tolerance.logits=1e9"]
+    run(composed(*mine, *small, *more), tmp_path / "out")
+    described = json.loads((tmp_path / "out" / "pruned.json").read_text())
+    assert described["class_names"] == ["ant", "bee", "cat"]
+    assert (described["mean"][0], described["std"][0]) == pytest.approx((0.485, 0.229))
+    fill(tmp_path / "fewer", bee=5, cat=5)
+    fewer = image_folder(tmp_path / "fewer")
+    assert labels_of(fewer.test_batches()) == [1, 1]
+    assert labels_of(fewer.of_classes(described["class_names"]).test_batches()) == [0, 1, 1]
+    assert "2 images" in evaluate(tmp_path / "out", [f"dataset.root={tmp_path}/fewer"], ["nets"])
+    fill(tmp_path / "others", bee=5, dog=5)
+    with pytest.raises(InputError, match="was not trained on the classes dog; it knows ant, bee, cat"):
+        evaluate(tmp_path / "out", [f"dataset.root={tmp_path}/others"], ["nets"])

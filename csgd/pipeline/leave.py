@@ -41,6 +41,7 @@ def leave(setup: Setup, plan: RunPlan, progress: Progress, tracker: Tracker, com
         facts = {key: summary[key] for key in ("widths", "verdict", "cost", "command", "seed", "versions", "commit")}
         facts["dataset"] = setup.spec.dataset
         folder, data = progress.folder, setup.data
+        facts |= {"class_names": data.class_names, "mean": data.mean, "std": data.std}
         save_pruned(folder.path, setup.model, setup.spec.model, data.example, data.num_classes, **facts)
         write_json(folder.summary, summary)
         ship(setup, summary, folder)
