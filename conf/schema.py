@@ -239,7 +239,7 @@ class Tolerance:
 @dataclass
 class Wandb:
     mode: Mode = MISSING
-    project: str = "csgd"
+    project: str = "${oc.env:WANDB_PROJECT,csgd}"
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)

@@ -27,6 +27,8 @@ class Sweep(Callback):
                 raise ConfigError(
                     "torchrun starts the ranks of one run; for those of each job of a sweep there is distributed.nproc"
                 )
+            if config.hydra.output_subdir != ".hydra":  # in which the tables of a sweep look for its jobs
+                raise ConfigError(f"hydra.output_subdir must be .hydra in a sweep, got {config.hydra.output_subdir!r}")
             jobs = _jobs(config)
             _refuse_other(config, jobs)
             _divide_cores(config.hydra.launcher, len(jobs))

@@ -119,7 +119,11 @@ def call(group: str, made: Any, settings: Mapping[str, Any], *, needed: Sequence
 
 
 def label(settings: Mapping[str, Any]) -> str:
-    return str(settings.get("name") or settings["_target_"].rsplit(".", 1)[-1])
+    """A short name of a network or a dataset; cifar10 and cifar100 are one function."""
+    if name := settings.get("name"):
+        return str(name)
+    classes = settings.get("classes")
+    return settings["_target_"].rsplit(".", 1)[-1] + (str(classes) if isinstance(classes, int) else "")
 
 
 def _found(target: str) -> Any:

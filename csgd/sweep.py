@@ -196,11 +196,12 @@ def write_csv(path: Path, jobs: list[Job]) -> None:
 
 def draw(sweep_dir: Path, jobs: list[Job]) -> list[Path]:
     """Accuracy against MACs, accuracy against strength where that was swept, deviation over steps."""
-    done = finished(jobs)
+    done, pulled = finished(jobs), [job for job in finished(jobs) if job.summary["strengths"]]
     pictures: dict[str, Callable] = {"accuracy_macs": _accuracy_macs, "deviation": _deviation}
-    if len({_strength(job) for job in done}) > 1:
-        pictures["accuracy_strength"] = _accuracy_strength
-    return [_picture(sweep_dir / f"{name}.png", of, done) for name, of in pictures.items() if done]
+    drawn = [_picture(sweep_dir / f"{name}.png", of, done) for name, of in pictures.items() if done]
+    if len({_strength(job) for job in pulled}) > 1:  # the others were pulled along a curve
+        drawn.append(_picture(sweep_dir / "accuracy_strength.png", _accuracy_strength, pulled))
+    return drawn
 
 
 def _picture(path: Path, of: Callable, jobs: list[Job]) -> Path:
@@ -236,7 +237,9 @@ def _accuracy_strength(axes: Any, jobs: list[Job]) -> None:
 
 
 def _strength(job: Job) -> float:
-    return max(job.summary["strengths"].values())
+    """ε of the kernels, of which that of other parameters is a multiple; or of what else there is."""
+    strengths = job.summary["strengths"]
+    return strengths.get("kernels", max(strengths.values()))
 
 
 def _accuracies(axes: Any, jobs: list[Job], within: Sequence[str], at: Callable[[Job], float]) -> None:

@@ -12,10 +12,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import schema
 from conf.schema import Config, ConfigError, register
+from csgd.build import label
 from csgd.clusters import METHODS, SOURCES
 from csgd.collapse import CURVES
 from csgd.export import FORMATS
 from csgd.pipeline.spec import PRECISIONS, plain
+from csgd.pipeline.watch import widths_label
 from csgd.schedule import RAMPS, learning_rate
 from run import quote_fractions
 
@@ -226,6 +228,29 @@ def test_keys_that_nothing_would_read_are_refused_and_not_ignored(overrides, mes
     with pytest.raises(ConfigError) as error:
         composed(*overrides)
     assert message in str(error.value)
+
+
+def test_wandb_is_what_the_environment_says_unless_the_command_line_does(monkeypatch):
+    assert (composed().wandb.mode, composed().wandb.project) == ("offline", "csgd")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert (composed().wandb.mode, composed().wandb.project) == ("disabled", "mine")
+    assert composed("wandb=online", "wandb.project=other").wandb.mode == "online"
+    monkeypatch.setenv("WANDB_MODE", "loud")
+    with pytest.raises(HydraException, match="Could not find 'wandb/loud'"):
+        composed()
+
+
+def test_names_tell_data_and_widths_apart():
+    named = [label(composed(f"dataset={name}").dataset) for name in ("cifar10", "cifar100", "digits")]
+    assert named == ["cifar10", "cifar100", "digits"]
+    deps = ["deps=5_8", "deps=staged_5_8", "deps.widths=[40,20]", "deps.layers={a: 0.5}"]
+    assert [widths_label(composed(one).deps) for one in deps] == [
+        "0.625",
+        "0.8125to0.6875to0.625",
+        "widths60",
+        "0.625layers",
+    ]
 
 
 def test_the_learning_rate_is_the_optimizers_usual_one_where_none_is_given():

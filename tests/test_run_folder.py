@@ -1,9 +1,15 @@
 """The folder of a run: how far it came, and what an older run left."""
 
+import json
+
 import pytest
+from test_config import composed
+from test_sweep import TINY
 
 from csgd import InputError
 from csgd.folder import RunFolder, Status
+from csgd.pipeline import run
+from csgd.report.tables import verdict_rows
 
 
 @pytest.fixture
@@ -46,3 +52,15 @@ def test_what_an_older_run_came_to_is_cleared_and_its_weights_are_not(folder):
     assert [path for path in gone if path.exists()] == []
     assert [path for path in kept if not path.exists()] == []
     folder.clear()
+
+
+def test_a_run_in_the_place_of_another_says_so_and_one_of_stages_which_cut_it_tells_of(tmp_path, caplog):
+    job = [*TINY[:-1], "wandb=disabled", f"base.cache={tmp_path}/base", "deps.stages=[0.75,0.5]"]
+    run(composed(*job), tmp_path / "out")
+    assert "holds an earlier run" not in caplog.text
+    run(composed(*job), tmp_path / "out")
+    assert f"'{tmp_path}/out' holds an earlier run, whose place this one takes; resume=auto would go on" in caplog.text
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    rows = {what: word for what, _, word in verdict_rows(summary)}
+    assert rows["… before the last cut"] == f"step {summary['collapse']['step']} of stage 2"
+    assert "… after the last cut" in rows

@@ -313,6 +313,29 @@ def test_the_picture_shows_means_spread_and_base(jobs):
     assert hollow[1, :3].tolist() != [1, 1, 1]
 
 
+def test_the_picture_of_strengths_is_of_those_of_the_kernels(tmp_path):
+    """Also beside a job that was pulled along a curve, and where vectors are pulled more."""
+    for number, strength in enumerate((1.0, 2.0, None)):
+        written(tmp_path, number, seed=0, deps="5_8", accuracy=0.9, macs=1_000_000, strength=strength or 0.0)
+        path = tmp_path / str(number) / "summary.json"
+        summary = json.loads(path.read_text())
+        summary |= {"strengths": {"kernels": strength, "vectors": 10 * strength} if strength else {}, "stages": []}
+        path.write_text(json.dumps(summary))
+        (path.parent / "metrics.jsonl").touch()
+    jobs = sweep.read_jobs(tmp_path)
+    assert [path.name for path in sweep.draw(tmp_path, jobs)][-1] == "accuracy_strength.png"
+    axes = Figure().subplots()
+    sweep._accuracy_strength(axes, jobs[:2])
+    assert axes.get_xticks().tolist() == [1.0, 2.0]
+
+
+def test_a_sweep_whose_tables_could_not_be_made_is_refused(tmp_path):
+    for subdir in ("null", "mine"):
+        done = launch(tmp_path, "-m", *TINY, "seed=0,1", f"hydra.output_subdir={subdir}", status=2)
+        assert done.stderr.startswith("error: hydra.output_subdir must be .hydra in a sweep, got ")
+    assert not (tmp_path / "sweep" / "0").exists()
+
+
 SWEEP_FILES = sorted((ROOT / "experiments" / "wandb").glob("*.yaml"))
 
 

@@ -207,6 +207,8 @@ def begin_or_resume(setup: Setup, folder: RunFolder, resume: Callable[[Setup, Pr
     if saved is None:
         if spec.resume:
             log.info("resume=auto: there is no checkpoint in '%s', the run starts anew", folder)
+        elif ranks.is_first() and folder.metrics.exists():
+            log.warning("'%s' holds an earlier run, whose place this one takes; resume=auto would go on", folder)
         return _with_preparation(Progress(folder), setup)
     if "config" not in saved:
         raise InputError(f"resume=auto: '{path}' is no checkpoint of a run: it has no 'config'")

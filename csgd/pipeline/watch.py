@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -20,6 +21,9 @@ from csgd.tracking import Tracker
 from csgd.train import Moment, measured
 from csgd.verify import worst_deviation
 
+if TYPE_CHECKING:
+    from conf.schema import Deps
+
 log = logging.getLogger("csgd")
 
 SHAPE = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -33,7 +37,7 @@ class Watch:
     def __init__(self, setup: Setup, plan: RunPlan, progress: Progress):
         """InputError, before there is a file, if W&B cannot start for want of a key."""
         spec, wandb, first = setup.spec, setup.spec.wandb, ranks.is_first()
-        name = f"{label(spec.model)}-{label(spec.dataset)}-{spec.deps.fraction:g}-s{spec.seed}"
+        name = f"{label(spec.model)}-{label(spec.dataset)}-{widths_label(spec.deps)}-s{spec.seed}"
         settings = dict(project=wandb.project, entity=wandb.entity, group=wandb.group, tags=wandb.tags, name=name)
         where = progress.folder.path if first else None
         self.tracker = Tracker(where, mode=str(wandb.mode), config=spec.config, settings=settings, rows=progress.rows)
@@ -120,6 +124,15 @@ class Watch:
             1000 * sums.seconds_per_step,
             duration(self.seconds_left),
         )
+
+
+def widths_label(deps: "Deps") -> str:
+    """What of deps counts, as a word in a name."""
+    if deps.stages is not None:
+        return "to".join(f"{fraction:g}" for fraction in deps.stages)
+    if deps.widths is not None:
+        return f"widths{sum(deps.widths)}"
+    return f"{deps.fraction:g}" + ("layers" if deps.layers else "")
 
 
 def work_left(plan: RunPlan, progress: Progress) -> float:

@@ -41,7 +41,8 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Before and after: what, its value, and a word on it."""
     base, verdict, cost = summary["base"], summary["verdict"], summary["cost"]
     fraction, seconds = summary["collapse"]["fraction"], summary["seconds"]
-    score = task_of(summary)["score"]
+    score, stages = task_of(summary)["score"], len(summary["stages"])
+    last, of = ("last ", f"stage {stages}") if stages > 1 else ("", "C-SGD")
 
     def cut(key: str) -> tuple[str, str, str]:
         before, after = cost[f"{key}_before"], cost[f"{key}_after"]
@@ -50,8 +51,12 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
     return [
         (f"test {score}, base network", f"{base['accuracy']:.4f}", ""),
-        ("… before the cut", f"{verdict['accuracy_before_trim']:.4f}", f"step {summary['collapse']['step']} of C-SGD"),
-        ("… after the cut", f"{verdict['accuracy_after_trim']:.4f}", "the same network, narrow"),
+        (
+            f"… before the {last}cut",
+            f"{verdict['accuracy_before_trim']:.4f}",
+            f"step {summary['collapse']['step']} of {of}",
+        ),
+        (f"… after the {last}cut", f"{verdict['accuracy_after_trim']:.4f}", "the same network, narrow"),
         ("… at the end", f"{verdict['accuracy']:.4f}", f"{1 - fraction:.0%} of the steps were narrow"),
         (
             "largest change of an output",
