@@ -27,7 +27,7 @@ SMALL = [
     "dataset=synthetic", "dataset.image_size=8", "dataset.num_classes=3", "dataset.train_size=240",
     "dataset.test_size=40", "model={_target_: small_nets.Small}", "deps.fraction=0.5", "schedule=smoke",
     "schedule.base={epochs: 1, lr: 0.05}", "schedule.csgd={epochs: 4, lr: 0.05}", "wandb=disabled", "quiet=true",
-    "threads=1", "centri_strength=15", "ramp=constant",
+    "threads=1", "centri_strength=15", "ramp=constant", "after_trim=same_run", "schedule.weight_decay_vectors=1e-4",
 ]  # fmt: skip
 CONFIGURATIONS = {
     "plain": [],
@@ -36,7 +36,7 @@ CONFIGURATIONS = {
     "parts": ["schedule.accumulation=2", "schedule.csgd.clip_norm=1.0", "schedule.label_smoothing=0.1"],
     "end": ["trim_at=end", "ramp=linear", "centri_strength=20"],
     "sgd": ["after_trim=plain", "schedule.base.optimizer=adamw", "schedule.base.lr=3e-4", "clustering=even"],
-    "auto": ["centri_strength=auto", "schedule.csgd.epochs=7", "schedule.bias_lr_factor=2"],
+    "auto": ["centri_strength=auto", "schedule.csgd.epochs=7"],
     "late": ["model._target_=small_nets.LeavesOut", "centri_strength=6", "schedule.csgd.epochs=5"],
     "half": ["precision=bf16", "seed=3"],
     "scaled": ["precision=fp16"],
@@ -103,6 +103,13 @@ def finish(process: subprocess.Popen, folder: Path) -> int:
 def without_times(value: Any) -> Any:
     """The same without seconds, without what names a commit, a version or a place, and without the configuration."""
     left_out = ("seconds", "versions", "commit", "command", "config", "source", "bytes", "device", "cache")
+    left_out += (
+        "deviation/",
+        "csgd/deviation",
+        "left/",
+        "forecast",
+        "conditions",
+    )  # other names or units since cb212b9
     if isinstance(value, dict):
         return {k: without_times(v) for k, v in value.items() if not any(part in k for part in left_out)}
     return [without_times(v) for v in value] if isinstance(value, list) else value
