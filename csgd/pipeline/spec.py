@@ -13,8 +13,8 @@ from csgd.train import TrainSpec
 if TYPE_CHECKING:
     from conf.schema import Clustering, Config, Deps, Phase, Wandb
 
-# Fractions of the steps, of experiments/study_curve.md and study_collapse.md: a Collapse takes V along whatever the learning rate is, the
-# published pull needs rates to sum up.
+# Fractions of the steps, from experiments/study_curve.md and study_collapse.md: a Collapse takes the deviation along
+# whatever the learning rates are, the published pull needs rates to sum up.
 COLLAPSE_BY, COLLAPSE_BY_PUBLISHED = 0.5, 0.75
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
