@@ -8,7 +8,7 @@ representative of its cluster.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import repeat
 from numbers import Real
 
@@ -59,15 +59,6 @@ class Segments:
         _, cluster, sizes = segments.cpu().unique(return_inverse=True, return_counts=True)
         tensors = cluster.argsort(stable=True), sizes.cumsum(0) - sizes, cluster, sizes.to(dtype)[:, None]
         return cls(*(tensor.to(device) for tensor in tensors))
-
-    @classmethod
-    def of_shared(cls, segments: Tensor, device=None, dtype=torch.float64) -> tuple[Tensor, "Segments"]:
-        """The positions [m] of the rows that are not alone, and the clusters of these among all rows."""
-        whole = cls.of(segments)
-        rows = (whole.sizes[:, 0] > 1)[whole.cluster].nonzero().flatten()
-        several = cls.of(segments.cpu()[rows], device, dtype)
-        rows = rows.to(device)
-        return rows, replace(several, order=rows[several.order])
 
     @property
     def shared(self) -> bool:

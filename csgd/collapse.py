@@ -66,6 +66,9 @@ class _Place:
         ).relative_deviation()
 
 
+Stacked = tuple[list[Stack], list[tuple[_Place, Tensor]]]  # tensors, and those of no kind that stacks
+
+
 def _found(places: Sequence[_Place]) -> list[tuple[_Place, Tensor]]:
     """The tensors that are in these places now."""
     found = []
@@ -145,7 +148,7 @@ class Collapse:
         self._parts = [_Part([]) for _ in (*self.optimizers, None)]  # the last one: what no optimizer moves
         self._held: list[int] = []
         self._divide()
-        self._stacks: Latest[tuple[list[Stack], list[int]]] = Latest()
+        self._stacks: Latest[Stacked] = Latest()
         self._memory: Memory = {}
         self._handles = []
         for number, optimizer in enumerate(self.optimizers):
@@ -182,10 +185,9 @@ class Collapse:
     @torch.no_grad()
     def deviation(self) -> Tensor:
         """Σ‖W − ΓW‖² over the parameters whose rows become equal, a scalar tensor that stays on the device."""
-        places = [(place, p) for place, p in _found(self._places) if isinstance(p, nn.Parameter)]
-        stacks, others = self._stacked(places)
+        stacks, others = self._stacked([place for place, p in _found(self._places) if isinstance(p, nn.Parameter)])
         terms = [stack.deviation(stack.tensors) for stack in stacks]
-        for place, p in (places[i] for i in others):
+        for place, p in others:
             terms.append((p - segment_mean(p, place.dim, place.segments)).abs().square().sum())
         return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else torch.zeros(())
 
@@ -252,11 +254,10 @@ class Collapse:
         """G ← ΓG in place."""
         if self.steps[number] < self.start:
             return
-        present = [(place, p) for place, p in _found(self._parts[number].places) if p.grad is not None]
-        stacks, others = self._stacked(present)
+        stacks, others = self._stacked(self._parts[number].places, of_gradients=True)
         for stack in stacks:
             stack.merge_([p.grad for p in stack.tensors])
-        for place, p in (present[i] for i in others):
+        for place, p in others:
             if p.grad.layout is not torch.strided:
                 raise InputError(f"{place.name} has sparse gradients, which cannot be merged: keep its layer whole")
             place.merge_(p.grad)
@@ -274,11 +275,10 @@ class Collapse:
             self._merge(number, part)
         elif self.start < step < self.stop and left <= (1 - COARSE) * part.left:
             ratio = left / part.left if part.left else 0.0
-            places = _found(part.places)
-            stacks, others = self._stacked(places)
+            stacks, others = self._stacked(part.places)
             for stack in stacks:
                 stack.merge_(stack.tensors, ratio)
-            for place, tensor in (places[i] for i in others):
+            for place, tensor in others:
                 if tensor.is_complex():  # whole numbers have no mean: they become equal at the end alone
                     place.merge_(tensor, ratio)
         else:
@@ -307,10 +307,13 @@ class Collapse:
                 if like_parameter(value, p) and value.size(place.dim) > 1:
                     place.merge_(value)
 
-    def _stacked(self, places: Sequence[tuple[_Place, Tensor]]) -> tuple[list[Stack], list[int]]:
-        """Stacks of the tensors in some places, and which of these are of no kind that stacks."""
-        key = tuple([x for _, tensor in places for x in (id(tensor), tensor.dtype, tensor.device)])
-        return self._stacks.of(key, partial(_stack, places, self._memory))
+    def _stacked(self, places: Sequence[_Place], of_gradients: bool = False) -> Stacked:
+        """Of the tensors that are in some places now; `of_gradients`: of those that have one."""
+        tensors = [place.tensors.get(place.attribute) for place in places]
+        if type(None) in map(type, tensors):
+            _found(places)  # raises
+        key = _marks(tensors) + (tuple([tensor.grad is None for tensor in tensors]) if of_gradients else ())
+        return self._stacks.of(key, partial(_stack, places, of_gradients, self._memory))
 
     def _divide(self) -> None:
         """Which optimizer moves what: InputError if none moves a trained parameter."""
@@ -386,11 +389,19 @@ def _places(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) ->
     return places
 
 
-def _stack(places: Sequence[tuple[_Place, Tensor]], memory: Memory) -> tuple[list[Stack], list[int]]:
+def _marks(tensors: Sequence[Tensor]) -> tuple:
+    """What changes where a tensor is replaced, cut, cast or moved; every step asks, so one kind of call at a time."""
+    sizes, dtypes = [tensor.numel() for tensor in tensors], [tensor.dtype for tensor in tensors]
+    return (*map(id, tensors), *sizes, *dtypes, *[tensor.get_device() for tensor in tensors])
+
+
+def _stack(places: Sequence[_Place], of_gradients: bool, memory: Memory) -> Stacked:
     stacking, others = [], []
-    for i, (place, tensor) in enumerate(places):
+    for place, tensor in _found(places):
+        if of_gradients and tensor.grad is None:
+            continue
         if tensor.is_floating_point() and (tensor.grad is None or tensor.grad.layout is torch.strided):
             stacking.append((tensor, place.dim, place.segments))
         else:
-            others.append(i)
+            others.append((place, tensor))
     return stacks_of(stacking, memory), others

@@ -49,15 +49,12 @@ class Stack:
     """Tensors whose rows have one shape and layout, type and device, seen as one matrix [c, k].
 
     segments  the clusters of all rows
-    rows      [m] positions of those that share a cluster;  shared  the clusters of these
     bench     where several tensors are merged; those that are alone are merged where they are
     """
 
     tensors: list[Tensor]
     orders: list[RowOrder]
     segments: Segments
-    rows: Tensor
-    shared: Segments
     bench: _Bench | None
 
     @classmethod
@@ -72,8 +69,7 @@ class Stack:
             if where not in memory:
                 memory[where] = torch.empty(2 * STACKED, device=device, dtype=dtype)
             bench = _Bench.of(memory[where], orders)
-        rows, shared = Segments.of_shared(joint, device, dtype)
-        return cls(list(tensors), orders, Segments.of(joint, device, dtype), rows, shared, bench)
+        return cls(list(tensors), orders, Segments.of(joint, device, dtype), bench)
 
     @property
     def size(self) -> int:
@@ -91,10 +87,10 @@ class Stack:
         block = permuted(values[0], self.orders[0].dims)
         if len(values) == 1 and block.is_contiguous():
             rows = block.view(len(block), -1)
-            merged = self.shared.merge(rows)
             if left:
-                merged.lerp_(rows.index_select(0, self.rows), left)
-            rows.index_copy_(0, self.rows, merged)
+                torch.lerp(self.segments.merge(rows), rows, left, out=rows)
+            else:
+                self.segments.merge(rows, out=rows)
             return
         bench = self.bench or _Bench.of(values[0].new_empty(2 * self.size), self.orders)
         torch.cat(values, bench.dim, out=bench.whole)
