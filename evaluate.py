@@ -25,7 +25,7 @@ from csgd.build import build, call, judged, label, makes, off_the_path, within
 from csgd.checkpoint import load_weights
 from csgd.data import Data
 from csgd.errors import InputError, line_of
-from csgd.pipeline.device import check_fit, check_task, device_name, device_of, placed
+from csgd.pipeline.device import check_fit, check_task, device_name, device_of, place
 from csgd.pruned import describe, load_pruned
 from csgd.ranks import Share
 from csgd.reload import load_trimmed
@@ -85,7 +85,7 @@ def evaluate(network: Path, settings: list[str], allow: Sequence[str] = ()) -> s
     if not isinstance(data, Data):
         raise InputError(f"dataset._target_ must make a csgd.data.Data, got {type(data).__name__}")
     data = data.of_classes(described.get("class_names") or ())
-    model = placed(load_pruned(network, allow=allow) if described else _from_file(network, cfg, data), device)
+    model = place(load_pruned(network, allow=allow) if described else _from_file(network, cfg, data), device)
     check_fit(model, data)
     check_task(model, data)
     name = label(described.get("model", cfg.model))

@@ -13,7 +13,7 @@ from test_config import composed
 from csgd import InputError, data, folders
 from csgd.build import build
 from csgd.pipeline import run
-from csgd.pipeline.base import cached
+from csgd.pipeline.base import cache_path
 from csgd.pipeline.spec import RunSpec
 from csgd.ranks import Share
 from evaluate import evaluate
@@ -246,7 +246,7 @@ def test_a_base_network_belongs_to_the_images_it_was_trained_on(tmp_path):
 
     def kept(*more):
         spec = RunSpec.of(composed("dataset=imagefolder", f"dataset.root={tmp_path}/images", "model=resnet20", *more))
-        return cached(spec, build("model", spec.model, num_classes=2), image_folder(tmp_path / "images"))
+        return cache_path(spec, build("model", spec.model, num_classes=2), image_folder(tmp_path / "images"))
 
     paths = [kept(), kept()]
     assert paths[0] == paths[1] == kept("dataset.workers=0", "threads=3")

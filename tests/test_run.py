@@ -18,7 +18,7 @@ from csgd.build import build
 from csgd.checkpoint import load_weights, save_weights
 from csgd.data import synthetic
 from csgd.models import resnet20, vgg16
-from csgd.pipeline.base import cached
+from csgd.pipeline.base import cache_path
 from csgd.pipeline.spec import RunSpec
 
 ROOT = Path(__file__).parents[1]
@@ -246,13 +246,13 @@ def test_a_base_network_of_other_code_is_another_one(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     spec = RunSpec.of(composed("model._target_=nets_of_mine.net", "dataset._target_=pixels_of_mine.mine"))
     model, data = build("model", spec.model, num_classes=10), tiny_data()
-    paths = [cached(spec, model, data)]
-    assert cached(spec, model, data) == paths[0]
+    paths = [cache_path(spec, model, data)]
+    assert cache_path(spec, model, data) == paths[0]
     for name, source in sources.items():
         (tmp_path / f"{name}_of_mine.py").write_text(source + "# other code\n")
-        paths.append(cached(spec, model, data))
-    paths.append(cached(spec, build("model", spec.model, num_classes=11), data))
-    paths.append(cached(spec, model, tiny_data(train_size=9)))
+        paths.append(cache_path(spec, model, data))
+    paths.append(cache_path(spec, build("model", spec.model, num_classes=11), data))
+    paths.append(cache_path(spec, model, tiny_data(train_size=9)))
     assert len(set(paths)) == 7
 
 

@@ -204,13 +204,13 @@ def test_few_channels_of_a_strided_conv_of_one_pixel_do_not_corrupt_memory():
     code = """
 import torch
 from torch import nn
-from csgd.pipeline.device import placed
+from csgd.pipeline.device import place
 torch.set_num_threads(2)
 for inputs in (4, 8, 10, 15):
     net = nn.Sequential(nn.Conv2d(3, inputs, 3, padding=1), nn.Conv2d(inputs, 20, 1, stride=2, bias=False))
     twin = nn.Sequential(nn.Conv2d(3, inputs, 3, padding=1), nn.Conv2d(inputs, 20, 1, stride=2, bias=False)).double()
     twin.load_state_dict(net.state_dict())
-    net = placed(net, torch.device("cpu"))
+    net = place(net, torch.device("cpu"))
     for batch in (32, 29, 32, 29):
         images = torch.randn(batch, 3, 16, 16).contiguous(memory_format=torch.channels_last)
         net(images).square().mean().backward()

@@ -63,13 +63,13 @@ def weights_at_hand(setup: Setup) -> bool:
     """Loads the base network if that takes neither training nor a download; whether it did."""
     if setup.spec.base.weights:
         return not _published(setup.spec.base.weights) and has_weights(setup)
-    if (path := cached(setup.spec, setup.model, setup.data)).exists():
+    if (path := cache_path(setup.spec, setup.model, setup.data)).exists():
         setup.model.load_state_dict(load_weights(path))
         return True
     return False
 
 
-def cached(spec: RunSpec, model: nn.Module, data: Data) -> Path:
+def cache_path(spec: RunSpec, model: nn.Module, data: Data) -> Path:
     """Where a base network that was trained on these data is kept."""
     name = f"{label(spec.model)}-{label(spec.dataset)}-s{spec.seed}-{_key(spec, model, data)}.safetensors"
     return Path(spec.base.cache) / name
@@ -78,7 +78,7 @@ def cached(spec: RunSpec, model: nn.Module, data: Data) -> Path:
 def _cached_or_trained(setup: Setup, progress: Progress, watch: Watch) -> str:
     """The path in the cache, where the weights then are."""
     first = ranks.is_first()
-    path = ranks.from_first(cached(setup.spec, setup.model, setup.data) if first else None)
+    path = ranks.from_first(cache_path(setup.spec, setup.model, setup.data) if first else None)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(Path(f"{path}.lock")):  # the jobs of a parallel sweep wait for the first one
         if weights := ranks.from_first(load_weights(path) if first and path.exists() else None):

@@ -18,7 +18,7 @@ from csgd.train import logits_of, loss_of, score_of
 VECTOR = 16  # float32 entries of the largest vector register of a CPU
 
 
-def placed(model: nn.Module, device: torch.device, precision: torch.dtype = torch.float32) -> nn.Module:
+def place(model: nn.Module, device: torch.device, precision: torch.dtype = torch.float32) -> nn.Module:
     """`model` on its device, in the layout in which convs run fastest there."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model._target_ must make a torch.nn.Module, got {type(model).__name__}")

@@ -55,7 +55,7 @@ def check_ranks(machine: Machine) -> None:
 
 
 @contextmanager
-def joined(machine: Machine) -> Iterator[None]:
+def join_ranks(machine: Machine) -> Iterator[None]:
     """Within it this process is one of the ranks, if there are several; only rank 0 speaks."""
     if not started_outside():
         yield

@@ -12,7 +12,7 @@ from csgd.pipeline.console import console
 from csgd.pipeline.device import threads_of
 from csgd.pipeline.foresee import foresee
 from csgd.pipeline.header import tell_plan
-from csgd.pipeline.launch import check_ranks, joined, launch, started_first
+from csgd.pipeline.launch import check_ranks, join_ranks, launch, started_first
 from csgd.pipeline.leave import leave
 from csgd.pipeline.preview import preview
 from csgd.pipeline.progress import Part, begin_or_resume
@@ -43,7 +43,7 @@ def run(
 
 
 def _one_rank(spec: RunSpec, folder: RunFolder, command: str | None) -> Verdict | None:
-    with joined(spec.machine), console(spec.quiet):
+    with join_ranks(spec.machine), console(spec.quiet):
         setup = prepare(spec)
         plan = foresee(setup)
         if spec.plan_only:

@@ -17,7 +17,7 @@ from csgd.folders import listed
 from csgd.graph import ChannelSpace, Kind, conditions
 from csgd.graph.twin import keep_random_state, twin_of
 from csgd.optim import check_stability
-from csgd.pipeline.device import check_compiler, check_fit, check_task, device_name, device_of, placed
+from csgd.pipeline.device import check_compiler, check_fit, check_task, device_name, device_of, place
 from csgd.pipeline.launch import rank_count
 from csgd.pipeline.provenance import commit
 from csgd.pipeline.spec import RunSpec, timetable_of
@@ -85,7 +85,7 @@ def prepare(spec: RunSpec) -> Setup:
     data = dataset_of(spec, device)
     seed_all(spec.seed)
     model = build("model", spec.model, num_classes=data.num_classes, image_size=data.example.size(-1))
-    model = placed(model, device, spec.machine.precision)
+    model = place(model, device, spec.machine.precision)
     check_fit(model, data)
     tell_task(spec, model, data)
     check_task(model, data, spec.pull.train.label_smoothing)

@@ -10,7 +10,7 @@ from csgd.build import build
 from csgd.checkpoint import write_json
 from csgd.errors import line_of
 from csgd.folder import RunFolder
-from csgd.pipeline.device import device_name, placed
+from csgd.pipeline.device import device_name, place
 from csgd.pipeline.setup import Setup
 from csgd.pruned import load_pruned
 
@@ -52,7 +52,7 @@ def _exported(setup: Setup, kind: str, folder: RunFolder) -> dict[str, Any]:
             continue
         parts = folder.path.glob(f"{path.name}*")  # the weights of large networks lie in a file of their own
         files[path.name] = {"bytes": sum(part.stat().st_size for part in parts), "relative_change": change}
-    models = {"dense": placed(wide().eval(), example.device), "pruned": placed(pruned, example.device)}
+    models = {"dense": place(wide().eval(), example.device), "pruned": place(pruned, example.device)}
     images = {batch: example[[i % len(example) for i in range(batch)]] for batch in (1, setup.spec.batch_size)}
     return {
         "files": files,

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from conf.schema import register
 from csgd.build import build
 from csgd.checkpoint import load_weights
-from csgd.pipeline.device import placed
+from csgd.pipeline.device import place
 from csgd.pipeline.spec import RunSpec, timetable_of
 from csgd.train import Learner, accuracy, predict, train
 from csgd.verify import count_macs
@@ -79,7 +79,7 @@ def torch_pruning(settings: list[str], base: dict) -> dict:
     device = torch.device("cpu")
     data = build("dataset", spec.dataset, batch_size=spec.batch_size, seed=spec.seed, device=device)
     model = build("model", spec.model, num_classes=data.num_classes, image_size=data.example.size(-1))
-    model = placed(model, device)
+    model = place(model, device)
     model.load_state_dict(load_weights(ROOT / base["source"]))
     before = count_macs(model, data.example)
     started = time.perf_counter()
