@@ -1,6 +1,8 @@
 """The configuration as code: every option of every group composes, resolves and is checked."""
 
 import itertools
+import re
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -188,6 +190,26 @@ def test_a_configuration_is_left_as_plain_json():
         kinds.add(type(value))
         values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     assert kinds <= {dict, list, str, int, float, bool, type(None)}
+
+
+def documented() -> list[list[str]]:
+    """The overrides of every run.py in README.md, without flags, what follows on another line, and places of machines."""
+    text = re.sub(r"\\\n\s*", "", (CONF.parent / "README.md").read_text())
+    found = re.findall(r"run\.py((?: +(?:-m|'[^'\n]+'|[^\s'`,;:]+=[^\s`]*))+)", text)
+    words = [[word for word in shlex.split(line) if "=" in word and "…" not in word] for line in found]
+    return [line for line in words if line and not any("launcher" in word or "mynet" in word for word in line)]
+
+
+@pytest.mark.parametrize("overrides", documented(), ids=" ".join)
+def test_every_override_of_the_readme_composes(overrides):
+    swept = [word.partition("=")[::2] for word in overrides if not word.startswith(("hydra.", "--config-dir", "dataset=flowers"))]
+    first = [f"{key}={value if value[:1] in '[{' else value.split(',')[0]}" for key, value in swept]
+    composed(*(word.replace("range(3)", "0") for word in first))
+
+
+def test_the_readme_has_overrides():
+    assert len(documented()) >= 8
+    assert ["model=vgg16", "deps=5_8"] in documented()
 
 
 def test_the_documented_overrides_of_config_yaml_work():
