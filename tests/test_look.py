@@ -170,7 +170,15 @@ def test_the_page_holds_everything_and_needs_no_network(looked):
     shown = {base64.b64decode(image.split(",")[1]) for image in images}
     assert shown == {(out / "report" / f"{name}.png").read_bytes() for name in PICTURES}
     text = " ".join(page.text)
-    for told in ("resnet20 on digits", "LOSSLESS", "60.7% less than 10,203,776", "layer3.2.conv1", "network output"):
+    for told in (
+        "resnet20 on digits",
+        "LOSSLESS",
+        "after 1 epochs",
+        "after 2 more epochs, 50% of their",
+        "60.7% less than 10,203,776",
+        "layer3.2.conv1",
+        "network output",
+    ):
         assert told in text, told
     for line in ('_target_: "csgd.models.resnet20"', "collapse_by: null", 'method: "kmeans"'):
         assert line in text, line

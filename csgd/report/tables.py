@@ -50,14 +50,18 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return name, f"{after:,}", f"{1 - after / before:.1%} less than {before:,}"
 
     return [
-        (f"test {score}, base network", f"{base['accuracy']:.4f}", ""),
+        (f"test {score}, base network", f"{base['accuracy']:.4f}", _trained(summary)),
         (
             f"… before the {last}cut",
             f"{verdict['accuracy_before_trim']:.4f}",
             f"step {summary['collapse']['step']} of {of}",
         ),
         (f"… after the {last}cut", f"{verdict['accuracy_after_trim']:.4f}", "the same network, narrow"),
-        ("… at the end", f"{verdict['accuracy']:.4f}", f"{1 - fraction:.0%} of the steps were narrow"),
+        (
+            "… at the end",
+            f"{verdict['accuracy']:.4f}",
+            f"after {_epochs(summary, 'csgd') * stages} more epochs, {1 - fraction:.0%} of their steps narrow",
+        ),
         (
             "largest change of an output",
             f"{verdict['max_logit_change']:.1e}",
@@ -73,6 +77,16 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         _step_cost(summary["seconds_per_step"]),
         ("seconds", f"{seconds['total']:.0f}", _stages(seconds)),
     ]
+
+
+def _trained(summary: Mapping[str, Any]) -> str:
+    """What is behind the accuracy of the base network: what it gains later, it may have gained by being trained on."""
+    weights = summary["config"]["base"]["weights"]
+    return f"from {weights}" if weights else f"after {_epochs(summary, 'base')} epochs"
+
+
+def _epochs(summary: Mapping[str, Any], phase: str) -> int:
+    return summary["config"]["schedule"][phase]["epochs"]
 
 
 def _step_cost(seconds_per_step: Mapping[str, float]) -> tuple[str, str, str]:
