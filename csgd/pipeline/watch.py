@@ -16,7 +16,7 @@ from csgd.pipeline.album import Album
 from csgd.pipeline.foresee import RunPlan
 from csgd.pipeline.progress import Part, Progress
 from csgd.pipeline.setup import Setup
-from csgd.report import duration
+from csgd.report import duration, milliseconds
 from csgd.tracking import Tracker
 from csgd.train import Moment, measured
 from csgd.verify import worst_deviation
@@ -73,8 +73,8 @@ class Watch:
         self._bar.update(cost)
         self._steps += 1
         if self._steps == PACED:
-            pace = 1000 * progress.sums.seconds / progress.sums.steps if progress.sums.steps else 0.0
-            log.info("pace: %.3g ms a step, about %s to go", pace, duration(self.seconds_left))
+            pace = progress.sums.seconds / max(1, progress.sums.steps)
+            log.info("pace: %s a step, about %s to go", milliseconds(pace), duration(self.seconds_left))
         if tells:
             self._row(setup, progress, moment)
             progress.rows = self.tracker.rows
@@ -112,7 +112,7 @@ class Watch:
         row = {"epoch": moment.epoch} if part == "base" else _stage_row(setup, progress, moment)
         self.tracker.log({"phase": part, "step": moment.step} | {f"{part}/{k}": v for k, v in values.items()} | row)
         log.info(
-            "%s epoch %d: loss %.4f, test %s %.4f, lr %.2g%s, %.1f s (%.3g ms a step), %s to go",
+            "%s epoch %d: loss %.4f, test %s %.4f, lr %.2g%s, %.1f s (%s a step), %s to go",
             part,
             moment.epoch,
             sums.mean_loss,
@@ -121,7 +121,7 @@ class Watch:
             moment.lr,
             f", deviation {row['csgd/deviation']:.1e}" if "csgd/deviation" in row else "",
             sums.seconds,
-            1000 * sums.seconds_per_step,
+            milliseconds(sums.seconds_per_step),
             duration(self.seconds_left),
         )
 
@@ -157,8 +157,8 @@ def _where(setup: Setup, progress: Progress) -> str:
         return f"C-SGD{number}, step {progress.step} of {setup.csgd.steps}"
     pace, cut = "", progress.results[-1].cut_step
     if Part.NARROW in progress.pace and Part.WIDE in progress.pace:
-        wide, narrow = (1000 * progress.pace[part].seconds_per_step for part in (Part.WIDE, Part.NARROW))
-        pace = f": {wide:.3g} → {narrow:.3g} ms a step"
+        wide, narrow = (milliseconds(progress.pace[part].seconds_per_step) for part in (Part.WIDE, Part.NARROW))
+        pace = f": {wide} → {narrow} a step"
     return f"C-SGD{number}, step {progress.step} of {setup.csgd.steps}, cut at {cut}{pace}"
 
 

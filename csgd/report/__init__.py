@@ -2,7 +2,7 @@
 
 from csgd.report.page import write_page
 from csgd.report.pictures import draw_curves, draw_filters, draw_sizes, draw_widths
-from csgd.report.tables import LAYER_HEADER, duration, layer_rows, table, task_of, verdict_table
+from csgd.report.tables import LAYER_HEADER, duration, layer_rows, milliseconds, table, task_of, verdict_table
 
 __all__ = [
     "LAYER_HEADER",
@@ -12,6 +12,7 @@ __all__ = [
     "draw_widths",
     "duration",
     "layer_rows",
+    "milliseconds",
     "table",
     "task_of",
     "verdict_table",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from csgd.report.tables import task_of
+from csgd.report.tables import milliseconds, task_of
 
 BLUE, GRAY, RED = "tab:blue", "tab:gray", "tab:red"
 GROUPS = {"kernels": BLUE, "vectors": "tab:orange", "filters": BLUE}
@@ -59,7 +59,7 @@ def draw_curves(output_dir: Path) -> Path:
     cost.stairs(milliseconds, edges, color=BLUE)
     wide, trimmed = (summary["seconds_per_step"].get(phase) for phase in ("wide", "trimmed"))
     last = "last cut" if len(stages) > 1 else "cut"
-    saved = f"{1000 * wide:.3g} ms, {1000 * trimmed:.3g} ms after the {last}" if trimmed else f"{1000 * wide:.3g} ms"
+    saved = milliseconds(wide) + (f", {milliseconds(trimmed)} after the {last}" if trimmed else "")
     criterion_name, score_name = (task[key].replace("_", " ") for key in ("criterion", "score"))
     score.set(xlabel="epoch", ylabel=score_name, title=score_name[0].upper() + score_name[1:])
     loss.set(xlabel="epoch", ylabel=criterion_name, title="Training loss", ylim=(0, 1.05 * loss.dataLim.y1))

@@ -118,6 +118,12 @@ def layer_rows(
     ]
 
 
+def milliseconds(seconds: float) -> str:
+    """1.25 ms, 12.5 ms, 125 ms, 1254 ms"""
+    ms = 1000 * seconds
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+
+
 def duration(seconds: float) -> str:
     """45 s, 12 min, 3 h 20 min, 4 days 2 h"""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
