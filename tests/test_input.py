@@ -40,9 +40,10 @@ def faulty(tmp_path_factory):
         (["-m", "deps=5_8,0.5"], "deps='5_8',0.5: deps must be a name, such as 5_8; a fraction is deps.fraction=0.6"),
         (["deps=5_8,staged_5_8"], "Ambiguous value for argument 'deps='5_8',staged_5_8'"),
         (
-            ["experiment=bare", "hydra.searchpath=[file://${oc.env:PWD}/conf]"],
+            ["experiment=bare", "--config-dir=conf"],
             "Unsupported item value in defaults : int. Supported: string or list; a name of digits must be quoted",
         ),
+        (["experiment=smok"], "Could not find 'experiment/smok'"),
         (["deps=9_8"], "Could not find 'deps/9_8' Available options in 'deps': 11_16 13_16 1_2 1_4 3_4 3_8 5_8"),
         (["centri_strength=-1"], "centri_strength must be a number of 0 or more, auto, or null, got -1"),
         (["centri_strength=much"], "centri_strength must be a number of 0 or more, auto, or null, got 'much'"),
