@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,19 @@ def test_a_run_that_is_killed_in_either_part_ends_with_the_same_bytes(
     run(cfg, tmp_path / "killed")
     whole, resumed = (load_weights(tmp_path / name / "pruned.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_steps_that_a_scaler_leaves_out_come_later_or_are_told(tmp_path, base_cache, monkeypatch):
+    """The first steps overflow under a scaler that starts too high."""
+    monkeypatch.setattr("csgd.pipeline.learners.GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**24))
+    short = [*SMOKE, base_cache, "precision=fp16", "schedule.csgd.max_steps=20"]
+    verdict = run(composed(*short, "collapse_by=0.5"), tmp_path / "later")
+    assert verdict.relative_deviation == 0
+    collapse = summary_of(tmp_path / "later")["collapse"]
+    assert collapse["step"] == collapse["predicted_step"] + 10, "the next look"
+    verdict = run(composed(*short, "collapse_by=1"), tmp_path / "told")
+    assert not verdict.lossless
+    assert 0 < verdict.relative_deviation < 0.3
 
 
 class Frozen(nn.Module):

@@ -137,7 +137,9 @@ def cut_stage(setup: Setup, progress: Progress, watch: Watch) -> None:
     learner, spec = progress.learner, setup.spec
     with progress.seconds.spent("trim"):
         watch.keep_filters(setup, progress, "collapse")
-        if learner.collapse and learner.average:
+        if learner.collapse and not learner.collapse.done:
+            learner.collapse.detach()  # a scaler has left steps out, and there are no more: judged as it is
+        elif learner.collapse and learner.average:
             merge_average(learner.average.module, progress.spaces, progress.clusters)
         judged = cut(learner, setup.data, progress.spaces, progress.clusters, spec.cut)
         watch.keep_filters(setup, progress, "cut")

@@ -37,7 +37,7 @@ def draw_curves(output_dir: Path) -> Path:
                 if (key := f"{phase}/{on}_{task['score']}") in here[0]:  # of a score of the data's own the test alone
                     score.plot(epochs, [row[key] for row in here], line, color=color, label=f"{name}, {on}")
             loss.plot(epochs, [row[f"{phase}/loss"] for row in here], "o-", color=color, label=name)
-    first, lowest, edges, milliseconds = 0, 1.0, [0], []
+    first, lowest, edges, spent = 0, 1.0, [0], []
     for number, stage in enumerate(stages, 1):
         here = [row for row in rows if row.get("stage") == number]
         for group, curve in stage["forecast"]["curves"].items():
@@ -49,14 +49,14 @@ def draw_curves(output_dir: Path) -> Path:
             deviation.plot(*zip(*measured, strict=True), "o", color=color, label=names[1])
             lowest = min([lowest, *(value for _, value in measured if value > 0)])  # a Collapse ends at 0
         edges += [first + row["step"] for row in here]
-        milliseconds += [1000 * row["csgd/seconds_per_step"] for row in here]
+        spent += [1000 * row["csgd/seconds_per_step"] for row in here]
         cut_epoch = next(row["epoch"] for row in here if row["step"] == stage["collapse"]["step"])
         for axes in (score, loss, deviation, cost):
             position = cut_epoch if axes in (score, loss) else first + stage["collapse"]["step"]
             axes.axvline(position, color=RED, linestyle="--", linewidth=1, label="cut" if number == 1 else None)
         first += stage["forecast"]["steps"]
-    cost.stairs(milliseconds, edges, fill=True, color=PALE, label="with loading the images")
-    cost.stairs(milliseconds, edges, color=BLUE)
+    cost.stairs(spent, edges, fill=True, color=PALE, label="with loading the images")
+    cost.stairs(spent, edges, color=BLUE)
     wide, trimmed = (summary["seconds_per_step"].get(phase) for phase in ("wide", "trimmed"))
     last = "last cut" if len(stages) > 1 else "cut"
     saved = milliseconds(wide) + (f", {milliseconds(trimmed)} after the {last}" if trimmed else "")
@@ -66,7 +66,7 @@ def draw_curves(output_dir: Path) -> Path:
     title = "What is left of the deviation ‖W − ΓW‖"
     deviation.set(xlabel="C-SGD step", ylabel="of its start", title=title, yscale="log")
     deviation.set_ylim(bottom=lowest / 10)
-    cost.set(xlabel="C-SGD step", ylabel="milliseconds", title=f"A step: {saved}", ylim=(0, 1.15 * max(milliseconds)))
+    cost.set(xlabel="C-SGD step", ylabel="milliseconds", title=f"A step: {saved}", ylim=(0, 1.15 * max(spent)))
     for axes in (score, loss, deviation, cost):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3, frameon=False, fontsize=9)
         axes.grid(alpha=0.3)
