@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from csgd.report.tables import task_of
+from csgd.report.tables import milliseconds, task_of
 
 BLUE, GRAY, RED = "tab:blue", "tab:gray", "tab:red"
 GROUPS = {"kernels": BLUE, "vectors": "tab:orange", "filters": BLUE}
