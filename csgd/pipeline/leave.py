@@ -128,6 +128,6 @@ def _report(summary: dict[str, Any], tracker: Tracker, folder: RunFolder) -> Non
             why = f"the filters have not collapsed, or what follows them ({judged['relative_deviation']:.1e} is left)"
         log.warning("NOT LOSSLESS: %s; the cut cost %.4f of %s", why, lost, report.task_of(summary)["score"])
     log.info("files: %s", folder)
-    headline.info("report: %s", folder.page)
+    log.info("report: %s", folder.page)
     if offline := tracker.offline_dir:
         log.info("W&B, offline: look with `wandb beta leet %s`, upload with `wandb sync %s`", offline, offline)
