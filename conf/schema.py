@@ -120,7 +120,7 @@ class Phase:
 
     epochs: int = MISSING
     lr: float | None = MISSING  # null: USUAL_LR of the optimizer
-    optimizer: Optimizer = Optimizer.sgd
+    optimizer: Optimizer | None = None  # null: sgd, but adamw beside a Collapse
     warmup_epochs: float = 0.0
     decay: Decay = Decay.cosine
     milestones: list[float] = field(default_factory=list)  # of decay=step, in epochs
@@ -130,9 +130,7 @@ class Phase:
 
     def check(self, key: str) -> None:
         _require(self.epochs >= 1, f"{key}.epochs", "1 or more", self.epochs)
-        if self.lr is None:
-            self.lr = USUAL_LR[self.optimizer]
-        _require(_positive(self.lr), f"{key}.lr", "above 0, or null", self.lr)
+        _require(self.lr is None or _positive(self.lr), f"{key}.lr", "above 0, or null", self.lr)
         _require(
             0 <= self.warmup_epochs <= self.epochs, f"{key}.warmup_epochs", "within the epochs", self.warmup_epochs
         )
@@ -142,6 +140,11 @@ class Phase:
         _require(
             self.max_steps is None or self.max_steps >= 1, f"{key}.max_steps", "1 or more, or null", self.max_steps
         )
+
+    def settle(self, usual: Optimizer) -> None:
+        """Puts the optimizer and its usual learning rate in the place of null."""
+        self.optimizer = self.optimizer or usual
+        self.lr = USUAL_LR[self.optimizer] if self.lr is None else self.lr
 
     def _check_decay(self, key: str) -> None:
         """Milestones and gamma are of decay=step, which needs milestones that it comes to."""
@@ -187,6 +190,7 @@ class Schedule:
         fits = 1 <= parts <= self.batch_size // 2  # batch norm needs two images
         _require(fits, "schedule.accumulation", f"between 1 and {self.batch_size // 2}, half of the batch", parts)
         self.base.check("schedule.base")
+        self.base.settle(Optimizer.sgd)
         self.csgd.check("schedule.csgd")
 
 
@@ -301,7 +305,7 @@ class Config:
 
     def _check_pull(self) -> None:
         """Each pull has keys of its own: one that the others would not look at is refused."""
-        strength, by, ratio = self.centri_strength, self.collapse_by, self.vector_ratio
+        strength, by, ratio, csgd = self.centri_strength, self.collapse_by, self.vector_ratio, self.schedule.csgd
         number = isinstance(strength, int | float) and not isinstance(strength, bool) and _not_negative(strength)
         allowed = "a number of 0 or more, auto, or null"
         _require(number or strength in ("auto", None), "centri_strength", allowed, strength)
@@ -311,8 +315,12 @@ class Config:
         _require(ratio is None or number, "vector_ratio", f"null where centri_strength is {told}", ratio)
         if strength is None:
             _require(self.ramp is None, "ramp", "null where centri_strength is null (curve is its key)", str(self.ramp))
+            told = "given beside schedule.csgd.lr (sgd or adamw) where centri_strength is null"
+            _require(csgd.lr is None or csgd.optimizer is not None, "schedule.csgd.optimizer", told, None)
+            csgd.settle(Optimizer.adamw)
         else:
-            curve, optimizer = self.curve, self.schedule.csgd.optimizer
+            csgd.settle(Optimizer.sgd)
+            curve, optimizer = self.curve, csgd.optimizer
             _require(curve is None, "curve", f"null where centri_strength is {told} (ramp is its key)", str(curve))
             sgd = optimizer is Optimizer.sgd  # fact F9
             _require(sgd, "schedule.csgd.optimizer", f"sgd where centri_strength is {told}", str(optimizer))

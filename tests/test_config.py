@@ -244,6 +244,10 @@ def test_the_documented_overrides_of_config_yaml_work():
             ["clustering=even", "clustering.of=producers"],
             "clustering.of must be pacesetter where clustering",
         ),
+        (
+            ["schedule.csgd.lr=0.1"],
+            "schedule.csgd.optimizer must be given beside schedule.csgd.lr (sgd or adamw) where",
+        ),
         (["schedule=paper_cifar", "centri_strength=null"], "vector_ratio must be null where centri_strength is null"),
     ],
 )
@@ -277,9 +281,14 @@ def test_names_tell_data_and_widths_apart():
 
 
 def test_the_learning_rate_is_the_optimizers_usual_one_where_none_is_given():
-    assert composed().schedule.csgd.lr == 0.01
-    assert composed("schedule.csgd.optimizer=adamw").schedule.csgd.lr == 3e-4
-    assert composed("schedule.csgd.optimizer=adamw", "schedule.csgd.lr=0.1").schedule.csgd.lr == 0.1
+    def settled(*overrides) -> tuple[str, float]:
+        csgd = composed(*overrides).schedule.csgd
+        return str(csgd.optimizer), csgd.lr
+
+    assert settled() == ("adamw", 3e-4)
+    assert settled("schedule.csgd.optimizer=sgd") == ("sgd", 0.01)
+    assert settled("centri_strength=auto") == ("sgd", 0.01)
+    assert settled("schedule.csgd.optimizer=adamw", "schedule.csgd.lr=0.1") == ("adamw", 0.1)
 
 
 def test_sweeps_over_strengths_and_widths_compose():
