@@ -84,7 +84,7 @@ def test_a_dataset_of_chance_is_the_same_in_each_process_and_on_resume(tmp_path,
 
     def killed(self, setup):
         save(self, setup)
-        if self.part is Part.WIDE and self.step == 6:
+        if self.part is Part.WIDE and self.step == 3:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Progress, "save", killed)

@@ -118,7 +118,7 @@ def test_a_job_that_breaks_leaves_its_trace_and_the_others_go_on(tmp_path):
     path = os.pathsep.join([NETS, str(tmp_path)])
     arguments = ["model._target_=broken.Net,nets.Plain", *TINY[1:], "wandb=disabled"]
     done = launch(tmp_path, "-m", *arguments, status=2, PYTHONPATH=path)
-    assert [job.status for job in sweep.read_jobs(tmp_path / "sweep")] == ["failed", "not lossless"]
+    assert [job.status for job in sweep.read_jobs(tmp_path / "sweep")] == ["failed", "lossless"]
     told = "the network cannot run on its example: AttributeError: 'Net' object has no attribute 'missing'"
     assert (tmp_path / "sweep" / "0" / "failed.txt").read_text() == f"{told}\n"
     log = (tmp_path / "sweep" / "0" / "run.log").read_text()
