@@ -126,6 +126,22 @@ def test_steps_that_a_scaler_leaves_out_come_later_or_are_told(tmp_path, base_ca
     assert 0 < verdict.relative_deviation < 0.3
 
 
+class Answers(nn.Module):
+    """Says its logits in a dict."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.first, self.second, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, num_classes)
+
+    def forward(self, images):
+        return {"logits": self.fc(self.second(self.first(images).relu()).relu().mean((2, 3)))}
+
+
+def test_a_network_that_returns_a_dict_is_trained_cut_and_judged(tmp_path):
+    cfg = composed(*SMOKE, "model={_target_: test_pull.Answers}", f"base.cache={tmp_path / 'base'}")
+    assert run(cfg, tmp_path / "out").lossless
+
+
 class Frozen(nn.Module):
     """A convolution before a batch norm that is frozen."""
 
