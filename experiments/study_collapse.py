@@ -281,18 +281,20 @@ def _is_plain_pull(setting: Setting) -> bool:
 
 
 def accuracies(groups: list[tuple[Setting, list[dict]]]) -> str:
-    """A line a setting: the lowest accuracy on the way, at the cut, at the end, the last also by network and width."""
+    return accuracy_table([(name(setting), rows) for setting, rows in groups if all("end" in row for row in rows)])
+
+
+def accuracy_table(groups: list[tuple[str, list[dict]]]) -> str:
+    """A line a group: the lowest accuracy on the way, at the cut, at the end, the last also by network and width."""
     places = sorted({(row["key"]["network"], row["key"]["width"]) for _, members in groups for row in members})[::-1]
     header = ("", "at worst", "at the cut", "at the end", *(f"{n}, {w:g}" for n, w in places), "s", "n")
     lines = []
-    for setting, members in groups:
-        if not all("end" in row for row in members):
-            continue
+    for title, members in groups:
         each = [[r for r in members if (r["key"]["network"], r["key"]["width"]) == place] for place in places]
         error = statistics.stdev(row["end"] for row in members) / len(members) ** 0.5
         lines.append(
             (
-                name(setting),
+                title,
                 percent(mean(members, "lowest")),
                 percent(mean(members, "cut")),
                 f"{percent(mean(members, 'end'))} ± {100 * error:.1f}",

@@ -15,7 +15,6 @@ Settings differ in
 import argparse
 import copy
 import json
-import statistics
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,11 +22,10 @@ from pathlib import Path
 
 import study_collapse
 import torch
-from study_collapse import NETWORKS, STAGES, STEPS, advance, base, mean, parts, percent, rate
+from study_collapse import NETWORKS, STAGES, STEPS, accuracy_table, advance, base, mean, parts, rate
 
 import csgd
 from csgd.carry_over import unscale
-from csgd.report import table
 from csgd.train import accuracy, predict
 from csgd.verify import relative_change
 
@@ -125,30 +123,10 @@ def report() -> None:
         " per cent of 360 test images, mean over networks, widths and seeds (± standard error). `s`: CPU seconds of"
         " training, on a machine with other work; the published pull's were measured earlier.",
         "",
-        _table(sorted(groups.items(), key=lambda group: -mean(group[1], "end"))),
+        accuracy_table(sorted(groups.items(), key=lambda group: -mean(group[1], "end"))),
         "",
     ]
     (HERE / "study_curve.md").write_text("\n".join(text))
-
-
-def _table(groups: list[tuple[str, list[dict]]]) -> str:
-    header = ("", "at worst", "at the cut", "at the end", *(f"{n}, {w:g}" for n, w in PLACES), "s", "n")
-    lines = []
-    for name, members in groups:
-        each = [[r for r in members if (r["key"]["network"], r["key"]["width"]) == place] for place in PLACES]
-        error = statistics.stdev(row["end"] for row in members) / len(members) ** 0.5
-        lines.append(
-            (
-                name,
-                percent(mean(members, "lowest")),
-                percent(mean(members, "cut")),
-                f"{percent(mean(members, 'end'))} ± {100 * error:.1f}",
-                *(percent(mean(at, "end")) for at in each),
-                f"{mean(members, 'seconds'):.1f}",
-                len(members),
-            )
-        )
-    return table(header, lines)
 
 
 def main() -> None:
