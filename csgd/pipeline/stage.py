@@ -201,11 +201,14 @@ def cut(learner: Learner, data: Data, spaces: list[ChannelSpace], clusters: Clus
     if spec.then_plain and isinstance(optimizer, CSGD):  # steps of AdamW do not depend on the scale of gradients
         optimizer.unscale()
     how = dict(deviation_tolerance=spec.deviation, logit_tolerance=spec.logits, score=partial(score_of, data))
+    narrow = [predict(network, data) for network in networks]
+    if not ranks.is_first():
+        return ranks.from_first(None)
     verdicts = [
-        verdict(before, predict(network, data)[0], labels, **measures, **how)
-        for network, (before, labels), measures in zip(networks, wide, deviations, strict=True)
+        verdict(before, after, labels, **measures, **how)
+        for (before, labels), (after, _), measures in zip(wide, narrow, deviations, strict=True)
     ]
-    return worst(verdicts)
+    return ranks.from_first(worst(verdicts))
 
 
 def curves(progress: Progress, steps: int) -> dict[str, list[tuple[int, float]]]:
