@@ -185,8 +185,8 @@ def train(
     """Takes those steps of the timetable, and yields after each, so that the caller tests, logs, saves and leaves.
 
     Data and random state of an epoch are fixed by (seed, epoch of the run); `steps` that start within one go on with
-    the random state of now.  What the steps measure is added to `sums`, which the caller reads and clears.  DivergedError names
-    the step at which the loss stopped being a number; the weights are then lost.
+    the random state of now.  What the steps measure is added to `sums`, which the caller reads and clears.
+    DivergedError names the step at which the loss stopped being a number; the weights are then lost.
 
     A batch goes through the network in parts whose gradients add up to that of its mean loss.  A `scaler` has its
     factor out of the gradients before they are clipped and merged.
