@@ -105,8 +105,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes what says that an older run came to its end; its weights stay until this one's take their place."""
-        told = (self.summary, self.failure, self.card, self.page, *self.report.glob("*.png"), *self.report.glob("*.gif"))
-        for path in told:
+        pictures = (*self.report.glob("*.png"), *self.report.glob("*.gif"))
+        for path in (self.summary, self.failure, self.card, self.page, *pictures):
             if path.is_file():
                 path.unlink()
 

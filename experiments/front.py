@@ -128,7 +128,11 @@ def collapse(seed: int, folder: Path) -> tuple[dict, dict]:
     cut_stage(setup, progress, looks)
     go_on_narrow(setup, progress, looks)
     cut, widths = progress.results[-1], {name: int(width) for name, width in setup.widths[-1].items()}
-    around = {"step": cut.cut_step, "before": cut.verdict.accuracy_before_trim, "after": cut.verdict.accuracy_after_trim}
+    around = {
+        "step": cut.cut_step,
+        "before": cut.verdict.accuracy_before_trim,
+        "after": cut.verdict.accuracy_after_trim,
+    }
     told = {"way": "csgd", "accuracies": looks.accuracies, "cut": around, "widths": widths, "filters": looks.filters}
     return base, told | {"relative_logit_change": cut.verdict.relative_logit_change}
 

@@ -102,16 +102,19 @@ def latencies(models: Mapping[str, nn.Module], images: Tensor) -> dict[str, Any]
             if number >= LEAST_ROUNDS and time.perf_counter() - started > SECONDS:
                 break
             for name, model in models.items():
-                with _timed(model.eval(), images.is_cuda) as found:
+                with _timed(model.eval(), images.is_cuda, parts=False) as whole:  # as hooks take time too
                     model(images)
+                with _timed(model, images.is_cuda, parts=True) as found:
+                    model(images)
+                found |= whole
                 for path, milliseconds in found.items() if number >= 0 else ():
                     times[name][path].append(milliseconds)
     return {name: {path: statistics.median(one) for path, one in paths.items()} for name, paths in times.items()}
 
 
 @contextmanager
-def _timed(model: nn.Module, is_cuda: bool) -> Iterator[dict[str, float]]:
-    """What each module takes within, all its calls together."""
+def _timed(model: nn.Module, is_cuda: bool, parts: bool) -> Iterator[dict[str, float]]:
+    """What the model takes within, or each of its modules with parameters, all its calls together."""
     spent, began, hooks = defaultdict(float), {}, []
 
     def now() -> float:
@@ -129,7 +132,7 @@ def _timed(model: nn.Module, is_cuda: bool) -> Iterator[dict[str, float]]:
         hooks.extend((module.register_forward_pre_hook(starts), module.register_forward_hook(ends)))
 
     for path, module in model.named_modules():
-        if path == "" or next(module.parameters(recurse=False), None) is not None:
+        if next(module.parameters(recurse=False), None) is not None if parts else path == "":
             watch(path, module)
     try:
         yield spent

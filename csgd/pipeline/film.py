@@ -1,6 +1,7 @@
 """What the pictures of a stage show of its steps: the filters of a layer on their way, and what is left of the
 deviation."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ class Film:
         earlier = {key: value for key, value in kept.items() if int(key.split("/")[0]) <= stage}
         start = load_weights(album.path)[f"{album.prefix}/start"] if album else None
         axes = None if start is None else _plane(start.flatten(1))
-        film = cls(path, stage, album, max(1, due // FRAMES), due, axes, earlier=earlier)
+        film = cls(path, stage, album, math.ceil(due / FRAMES), due, axes, earlier=earlier)
         own = {key.removeprefix(film.prefix): value for key, value in kept.items() if key.startswith(film.prefix)}
         if own:
             film.frames = {key: list(value[own["steps"] <= step]) for key, value in own.items()}

@@ -152,7 +152,10 @@ def _report(summary: dict[str, Any], tracker: Tracker, folder: RunFolder) -> Non
     rows = report.layer_rows(summary["layers"], json.loads(folder.clusters.read_text()))
     tracker.log_table("report/layers", report.LAYER_HEADER, rows)
     started = time.perf_counter()
-    for draw in (report.draw_curves, report.draw_filters, report.draw_widths, report.draw_sizes):
+    with warn_instead_of_raising("report/collapse.gif"):
+        report.draw_collapse(folder.path)
+    pictures = (report.draw_curves, report.draw_outputs, report.draw_spaces, report.draw_filters, report.draw_widths)
+    for draw in (*pictures, report.draw_sizes):
         with warn_instead_of_raising(f"report/{draw.__name__.removeprefix('draw_')}.png"):
             if path := draw(folder.path):
                 tracker.log_image(f"report/{path.stem}", path)
