@@ -5,8 +5,8 @@
     python experiments/front.py                            draws front.png from it
 
 The main job is `run.py model=vgg16 deps=5_8`.  Its rival deletes the filters of least norm from the same base network,
-with Torch-Pruning, down to the same widths, and trains on for as many epochs with the same optimizer, rates and batches.
-Both are tested every nine steps, just before their cut and just after it.
+with Torch-Pruning, down to the same widths, and trains on for as many epochs with the same optimizer, rates and
+batches.  Both are tested every nine steps, just before their cut and just after it.
 """
 
 import json
@@ -16,16 +16,24 @@ from argparse import ArgumentParser
 from pathlib import Path
 from statistics import mean
 
-import numpy as np
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-ROWS = Path(__file__).with_name("front.jsonl")
+ROWS, PICTURE = (Path(__file__).with_name(f"front.{kind}") for kind in ("jsonl", "png"))
 SETTINGS = ["model=vgg16", "deps='5_8'"]
 EVERY = 9  # steps between two tests
 SHOWN = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way to the cut: where filters are kept
-CLUSTERS = 3  # whose filters are kept
+CLUSTERS, DRAWN = 3, 2  # whose filters are kept, and drawn
+WIDE, TALL = 1.75, 1.12  # from filter to filter, of the width of one
+WAYS = {
+    "base": ("base network", "tab:gray"),
+    "deletion": ("filters of least norm deleted", "tab:orange"),
+    "csgd": ("csgd", "tab:blue"),
+}
+PLACES = {  # of a note beside a point
+    "csgd": dict(xytext=(0, -24), textcoords="offset points", ha="center"),
+    "deletion": dict(xytext=(10, -6), textcoords="offset points"),
+}
 
 
 def main() -> None:
@@ -77,6 +85,9 @@ class Looks:
             print(progress.part, *self.accuracies[-1], flush=True)
         if progress.part is Part.WIDE and moment.step in [round(at * progress.plan.due) for at in SHOWN]:
             self.keep(setup, progress, moment.step)
+
+    def keep_outputs(self, progress, before, after) -> None:
+        pass
 
     def keep_filters(self, setup, progress, when) -> None:
         if when == "start":
@@ -165,7 +176,80 @@ def delete(seed: int, folder: Path) -> dict:
 
 
 def draw(rows: list[dict]) -> None:
-    """front.png"""
+    """front.png: on the left filters of seed 0, on the right all seeds, their mean as a line and what lies between as a
+    band."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3), wspace=0.03)
+    base_steps = rows[0]["accuracies"][-1][0]
+    _draw_filters(left, next(row for row in rows if row["way"] == "csgd"), base_steps)
+    _draw_accuracies(right.subplots(), rows, base_steps)
+    figure.savefig(PICTURE, dpi=130)
+
+
+def _draw_filters(figure, row: dict, base_steps: int) -> None:
+    """A line a filter, a column a step; the members of a cluster below each other."""
+    looks = [look | {"clusters": look["clusters"][:DRAWN]} for look in row["filters"]]
+    columns = [(f"step {base_steps + look['step']}", look["clusters"]) for look in looks]
+    columns.append(("the cut", [part[:1] for part in looks[-1]["clusters"]]))
+    sizes = [len(part) for part in looks[0]["clusters"]]
+    axes = figure.subplots()
+    for x, (_, clusters) in enumerate(columns):
+        top = 0.0
+        for part, size, whole in zip(clusters, sizes, looks[0]["clusters"], strict=True):
+            largest = max(abs(weight) for tile in whole for weight in tile)
+            for k, tile in enumerate(part):
+                side = round(len(tile) ** 0.5)
+                picture = [tile[side * r : side * (r + 1)] for r in range(side)]
+                left, y = WIDE * x, TALL * (top + k)
+                axes.imshow(picture, cmap="RdBu_r", vmin=-largest, vmax=largest, extent=(left, left + 1, y + 1, y))
+                frame = ([left, left + 1, left + 1, left, left], [y, y, y + 1, y + 1, y])
+                axes.plot(*frame, color="tab:gray", linewidth=0.5)
+            top += size + 0.4
+    axes.set(xlim=(-0.05, WIDE * len(columns)), ylim=(TALL * top, -0.05))
+    axes.set_xticks([WIDE * x + 0.5 for x in range(len(columns))], [name for name, _ in columns], fontsize=8.5)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    axes.set_title(f"{' and '.join(map(str, sizes))} filters of the first layer become one each", fontsize=11)
+
+
+def _draw_accuracies(axes, rows: list[dict], base_steps: int) -> None:
+    for way, (name, colour) in WAYS.items():
+        own = [row for row in rows if row["way"] == way]
+        starts = [base["accuracies"][-1][1] for base in rows if base["way"] == "base"]
+        lines = [_line(row | {"base": start}, base_steps) for row, start in zip(own, starts, strict=True)]
+        steps = [step for step, _ in lines[0]]
+        values = list(zip(*([value for _, value in line] for line in lines), strict=True))
+        axes.plot(steps, [mean(at) for at in values], color=colour, label=name, linewidth=1.6)
+        axes.fill_between(
+            steps, [min(at) for at in values], [max(at) for at in values], color=colour, alpha=0.2, linewidth=0
+        )
+        if way != "base":
+            cut = own[0]["cut"]["step"] + base_steps
+            after = mean(row["cut"]["after"] for row in own)
+            axes.plot([cut], [after], "o", color=colour, markersize=6, zorder=4)
+            before = mean(row["cut"]["before"] for row in own)
+            what = "cut" if way == "csgd" else "deleted"
+            axes.annotate(f"{what}: {before:.1%} → {after:.1%}", (cut, after), color=colour, **PLACES[way])
+    axes.set(xlabel="step of the run", ylabel="test accuracy", ylim=(0, 1.02))
+    axes.set_title(f"VGG-16 on the digits, 61% of the multiply-accumulates cut, {len(own)} seeds", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+
+
+def _line(row: dict, base_steps: int) -> list[tuple[int, float]]:
+    """(step of the run, accuracy), with those around the cut."""
+    if row["way"] == "base":
+        return row["accuracies"]
+    cut = row["cut"]
+    at_cut = [(cut["step"], cut["before"]), (cut["step"], cut["after"])]
+    at_cut += [(0, row["base"])] if cut["step"] else []
+    points = sorted([*row["accuracies"], *at_cut], key=lambda point: point[0])
+    return [(base_steps + step, value) for step, value in points]
 
 
 if __name__ == "__main__":
