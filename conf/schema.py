@@ -111,21 +111,21 @@ def _not_negative(value: float) -> bool:
 @dataclass
 class Base:
     weights: str | None = None  # a file, or the name of weights that torchvision publishes
-    cache: str = MISSING
+    cache: str = MISSING  # the folder in which trained base networks are kept
 
 
 @dataclass
 class Phase:
     """Length and learning rate of one training: the base network's, or C-SGD's."""
 
-    epochs: int = MISSING
-    lr: float | None = MISSING  # null: USUAL_LR of the optimizer
-    optimizer: Optimizer | None = None  # null: sgd, but adamw beside a Collapse
-    warmup_epochs: float = 0.0
-    decay: Decay = Decay.cosine
-    milestones: list[float] = field(default_factory=list)  # of decay=step, in epochs
-    gamma: float | None = None  # null: USUAL_GAMMA
-    clip_norm: float | None = None  # of the gradient of all parameters
+    epochs: int = MISSING  # its length
+    lr: float | None = MISSING  # learning rate at its highest; null: 0.01 of sgd, 0.0003 of adamw
+    optimizer: Optimizer | None = None  # null: sgd, but adamw beside a Collapse; the published pull needs sgd
+    warmup_epochs: float = 0.0  # in which the learning rate rises from 0
+    decay: Decay = Decay.cosine  # of the learning rate, after the warm-up
+    milestones: list[float] = field(default_factory=list)  # of decay=step: the epochs at which the learning rate falls
+    gamma: float | None = None  # of decay=step: the factor by which it falls; null: 0.1
+    clip_norm: float | None = None  # the largest norm of the gradient of all parameters; null: not clipped
     max_steps: int | None = None  # per epoch; null: all batches
 
     def check(self, key: str) -> None:
@@ -162,13 +162,13 @@ class Phase:
 
 @dataclass
 class Schedule:
-    batch_size: int = MISSING
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = MISSING
-    weight_decay_vectors: float | None = None  # null: 0 in C-SGD, weight_decay in the training of the base network
-    bias_lr_factor: float = 1.0  # in both trainings
-    label_smoothing: float = 0.0  # in both trainings
+    batch_size: int = MISSING  # images of a step, of all ranks together
+    momentum: float = 0.9  # of sgd, in both trainings
+    nesterov: bool = True  # whether that is Nesterov's
+    weight_decay: float = MISSING  # η of kernels, in both trainings
+    weight_decay_vectors: float | None = None  # of vectors; null: 0 in C-SGD, weight_decay in the base's training
+    bias_lr_factor: float = 1.0  # biases learn at lr times this, in both trainings
+    label_smoothing: float = 0.0  # the share of a label that is spread over all classes, in both trainings
     ema: float | None = None  # decay of a moving average of the weights, of C-SGD: what the run then ends with
     accumulation: int = 1  # parts in which a batch goes through the network: less memory, the same gradient
     base: Phase = MISSING
@@ -198,13 +198,13 @@ class Schedule:
 class Deps:
     """Target widths: `widths` if given, else `layers` with `fraction` for the rest, else `fraction` of every layer."""
 
-    fraction: float = MISSING
-    widths: list[int] | None = None
-    layers: Any = None  # {pattern: fraction or width}
+    fraction: float = MISSING  # of the channels of every space, that are left
+    widths: list[int] | None = None  # one for each layer that can be cut, or for each space, in place of fraction
+    layers: Any = None  # {pattern of layer names: fraction or width}; the last match wins, fraction is the rest's
     stages: list[float] | None = None  # fractions of the widths at the start, one cut after the other
-    min_width: int = 2
-    round_to: int = 1
-    keep: list[str] = field(default_factory=list)
+    min_width: int = 2  # no layer becomes narrower: one channel breaks squeeze()
+    round_to: int = 1  # fractions give multiples of it, which some devices are faster with
+    keep: list[str] = field(default_factory=list)  # patterns of layers that stay whole
 
     def __post_init__(self):
         _require(0 < self.fraction <= 1, "deps.fraction", "above 0 and at most 1", self.fraction)
@@ -222,8 +222,8 @@ class Deps:
 
 @dataclass
 class Clustering:
-    method: Method = MISSING
-    of: Of = Of.pacesetter  # k-means on its kernels, on those of all producers of a space, or on what they put out
+    method: Method = MISSING  # how filters are put into clusters
+    of: Of = Of.pacesetter  # k-means on its kernels, on those of all producers of a space, or on their outputs
 
     def __post_init__(self):
         reads = self.method is Method.kmeans or self.of is Of.pacesetter
@@ -242,11 +242,11 @@ class Tolerance:
 
 @dataclass
 class Wandb:
-    mode: Mode = MISSING
-    project: str = "${oc.env:WANDB_PROJECT,csgd}"
-    entity: str | None = None
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
+    mode: Mode = MISSING  # offline needs no account; also by WANDB_MODE
+    project: str = "${oc.env:WANDB_PROJECT,csgd}"  # that the run is shown in
+    entity: str | None = None  # user or team; null: your own
+    group: str | None = None  # of runs; null: that of the sweep
+    tags: list[str] = field(default_factory=list)  # of the run
 
 
 @dataclass
@@ -272,11 +272,11 @@ class Config:
     base: Base = MISSING
     tolerance: Tolerance = MISSING
     distributed: Distributed = MISSING
-    centri_strength: Any = None
-    curve: Curve | None = None
-    vector_ratio: float | None = None
-    ramp: Ramp | None = None
-    collapse_by: float | None = None
+    centri_strength: Any = None  # null: filters are made equal along a curve; ε, or auto: pulled by SGD, as published
+    curve: Curve | None = None  # along which they are made equal; null: cosine
+    vector_ratio: float | None = None  # of the published pull: the factor of ε on vectors; null: 1
+    ramp: Ramp | None = None  # of the published pull: how ε rises up to collapse_by; null: cosine
+    collapse_by: float | None = None  # the fraction of the run by which filters are equal; null: 0.5, as published 0.75
     trim_at: TrimAt = MISSING
     after_trim: AfterTrim = MISSING
     resume: Resume = MISSING

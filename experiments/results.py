@@ -1,0 +1,291 @@
+"""docs/results.md, from the rows that studies and benchmarks have left: python experiments/results.py
+
+The page holds nothing that is not in a committed file; `tests/test_docs.py` compares the two.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "results.md"
+sys.path.insert(0, str(HERE.parent))
+
+from csgd.report import table  # noqa: E402
+
+Row = dict[str, Any]
+
+MAIN_JOB = {
+    "": "Collapse beside AdamW, the default",
+    "schedule.csgd.optimizer=sgd": "Collapse beside SGD",
+    "centri_strength=auto": "as published, ε solved for",
+}
+OTHER_WAYS = {
+    "scratch": "narrow from scratch, twice the steps",
+    "one_shot": "one-shot merging, fine-tuning",
+    "staged": "three stages, constant by 50 %",
+}
+
+
+def page() -> str:
+    parts = (
+        main_job,
+        rivals,
+        curves,
+        ramps,
+        step,
+        step_beside,
+        training_step,
+        latency,
+        memory,
+        clusters,
+        spaces,
+        growth,
+    )
+    return "\n\n".join([HEAD, *(part() for part in (*parts, loading))]) + "\n"
+
+
+HEAD = """# Results
+
+<!-- Made by `python experiments/results.py` from committed rows; edits here are lost. -->
+
+Everything on this page was measured on a CPU of two cores, and is made from the rows that lie in `experiments/`. Each
+table says how often (n), how far apart (least … most, quartiles, or ± a standard error), with which commit and by which
+command. Data are scikit-learn's digits unless another is named: 1,437 images to train on and 360 to test, so that one
+image is 0.0028 of an accuracy. What is said here holds for small networks on a small dataset."""
+
+
+def main_job() -> str:
+    rows = lines(HERE / "main_job.jsonl")
+    body = []
+    for overrides, members in grouped(rows, lambda row: row["overrides"]).items():
+        (cut, of), (base,) = common(members, "cut_step", "steps"), common(members, "base_steps")
+        accuracies = [spread([row[key] for row in members], ".4f") for key in ("base", "after_cut", "end")]
+        worst = max(row["relative_logit_change"] for row in members)
+        lossless = f"{sum(row['lossless'] for row in members)} of {len(members)}"
+        body.append((MAIN_JOB[overrides], *accuracies, f"{worst:.1e}", lossless, f"{cut} of {of}", base))
+    header = ("pull", "base", "at the cut", "at the end", "logit change", "lossless", "cut at step", "base steps")
+    commit, torch, threads = common(rows, "commit", "torch", "threads")
+    overrides = ", ".join(f"`{one}`" for one in MAIN_JOB if one)
+    about = f"""`python run.py model=vgg16 deps=5_8 seed=0` … `4`, with {overrides} or nothing more. Mean (least …
+most) of n = {len(members)} seeds; the change is that of the worst image and seed, over the spread of that
+image's outputs. What the end gains over the base it gains by being trained on. Commit `{commit[:7]}`, torch {torch},
+{threads} thread."""
+    picture = "![accuracy, loss, deviation beside its forecast, and the cost of a step](../experiments/main_job.png)"
+    return section("The main job", table(header, body), about, picture)
+
+
+def rivals() -> str:
+    facts = bench("pruned_model")
+    body = []
+    for (network, way), members in grouped(facts["rows"], lambda row: (row["network"], row["way"])).items():
+        forms = (("seconds", ".0f"), ("after_cut", ".4f"), ("at_end", ".4f"))
+        told = [spread([row[key] for row in members], form) for key, form in forms]
+        body.append((network, way, *told, f"{members[0]['macs_share']:.1%}", len(members)))
+    about = f"""Mean (least … most) over seeds; all layers to 5/8, ten epochs of the same schedule from the same base
+network. On the digits fine-tuning ends as high, for less. What C-SGD gives is a cut that changes nothing, and is proven.
+{made(facts)}"""
+    header = ("network", "way", "seconds", "after the cut", "at the end", "of the MACs", "n")
+    return section("A whole pruned model", table(header, body), about)
+
+
+ABOUT_STUDIES = """Accuracy in per cent: mean over VGG-16 (an eighth as wide, without batch norm) and ResNet-20, each to
+5/8 and to 1/4, and five seeds; ± is a standard error over all of these. 270 steps of batch 32 each, one thread; seconds
+were taken on a machine with other work."""
+
+
+def curves() -> str:
+    def told(row: Row) -> str:
+        key = row["key"]
+        plain = ", plain after the cut" if key["after_trim"] == "plain" else ""
+        return f"{key['optimizer']}, {key['curve']} by {key['collapse_by']:.0%}{plain}"
+
+    about = f"""{ABOUT_STUDIES} Made by `python experiments/study_curve.py run`; by network and width in
+`experiments/study_curve.md`. Half of the run and a cosine are the defaults: the end is as high as later, and half of the
+steps are narrow."""
+    rows = lines(HERE / "study_curve.jsonl")
+    return section("When should the filters be equal?", study(rows, told), about)
+
+
+def ramps() -> str:
+    def told(row: Row) -> str:
+        key = row["key"]
+        return OTHER_WAYS.get(key["method"]) or f"as published, {key['ramp']} by {key['collapse_by']:.0%}"
+
+    usual = {"of": "pacesetter", "after_trim": "same_run", "wide_lr": 1.0}
+    rows = [row for row in lines(HERE / "study_collapse.jsonl") if usual.items() <= row["key"].items() and "end" in row]
+    about = f"""{ABOUT_STUDIES} Made by `python experiments/study_collapse.py run`; all settings, by network and width, in
+`experiments/study_collapse.md`. Most networks recover from an early collapse. The hard one, VGG-16 at 1/4 with two
+channels in its first layers, survives a late one only, and pulls the means down."""
+    alt = "accuracy at the cut against the time of the collapse, accuracy at the end against seconds"
+    picture = f"![{alt}](../experiments/study_collapse.png)"
+    return section("The pull as published, and other ways", study(rows, told), about, picture)
+
+
+def study(rows: Iterable[Row], told: Callable[[Row], str]) -> str:
+    """A line a setting, the best one at the end first."""
+    body = []
+    for setting, members in grouped(rows, told).items():
+        cuts = [100 * row["cut"] for row in members if row.get("cut") is not None]
+        ends = [100 * row["end"] for row in members]
+        end, error = statistics.fmean(ends), statistics.stdev(ends) / len(ends) ** 0.5
+        seconds = statistics.fmean(row["seconds"] for row in members)
+        cut = f"{statistics.fmean(cuts):.1f}" if cuts else ""
+        body.append((end, (setting, cut, f"{end:.1f} ± {error:.1f}", f"{seconds:.1f}", len(members))))
+    body.sort(key=lambda pair: -pair[0])
+    return table(("", "at the cut", "at the end", "s", "n"), [row for _, row in body])
+
+
+def step() -> str:
+    facts = bench("optimizer_step")
+    body = [(*place(row), row["contender"], *ms_and_n(row, f"{row['to_sgd']:.2f}")) for row in facts["rows"]]
+    about = f"""Median (quartiles) over {facts["rows"][0]["processes"]} processes. *dense* is the published form with
+c × c matrices. {made(facts)}"""
+    return section("What a step costs", table(("network", "threads", "", "ms", "to SGD", "n"), body), about)
+
+
+def step_beside() -> str:
+    facts = bench("collapse_step")
+    body = [
+        (row["network"], row["what"], row["threads"], row["optimizer"], *ms_and_n(row, f"{row['to_own']:.2f}"))
+        for row in facts["rows"]
+        if row["collapse"] == "with"
+    ]
+    header = ("network", "what", "threads", "optimizer", "ms", "to its own", "n")
+    about = f"*step*: the optimizer's part alone; *whole*: a training step. {made(facts)}"
+    return section("A step with a Collapse", table(header, body), about)
+
+
+def training_step() -> str:
+    facts = bench("training_step")
+    body = [
+        (*place(row), row["contender"], f"{row['optimizer_to_sgd']:.2f}", *ms_and_n(row, f"{row['to_sgd']:.3f}"))
+        for row in facts["rows"]
+    ]
+    header = ("network", "threads", "optimizer", "its part, to SGD's", "ms", "to SGD", "n")
+    return section("A whole training step", table(header, body), made(facts))
+
+
+def latency() -> str:
+    facts = bench("latency")
+    body = [
+        (row["network"], row["batch"], row["threads"], row["contender"], f"{row['macs_ratio']:.2f}",
+         *ms_and_n(row, f"{row['faster']:.2f}"))
+        for row in facts["rows"]
+    ]  # fmt: skip
+    header = ("network", "batch", "threads", "widths", "fewer MACs", "ms", "faster", "n")
+    return section("Latency of the narrow network", table(header, body), made(facts))
+
+
+def memory() -> str:
+    facts = bench("memory")
+    body = [
+        (row["network"], row["batch"], row["way"], *(f"{row[key] / 1e6:.0f}" for key in ("weights", "peak")))
+        for row in facts["rows"]
+    ]
+    about = f"Bytes that torch allocates, counted and not sampled: one measurement each. {made(facts)}"
+    return section("Memory of a training step", table(("network", "batch", "", "weights, MB", "peak, MB"), body), about)
+
+
+def clusters() -> str:
+    facts = bench("clusters")
+    body = [
+        (*place(row), row["contender"], quartiles(row["seconds"], 1, ".2f"), f"{row['faster']:.1f}",
+         f"{row['inertia']:.4f}", row["seconds"]["n"])
+        for row in facts["rows"]
+    ]  # fmt: skip
+    about = f"""*plain* is a loop over scikit-learn's k-means with one start a layer, csgd takes the best of three.
+*inertia* is relative to the plain loop's, of the worst layer. {made(facts)}"""
+    return section("Clusters", table(("network", "threads", "", "s", "faster", "inertia", "n"), body), about)
+
+
+def spaces() -> str:
+    facts = bench("analysis")
+    body = [
+        (row["network"], row["size"], row["contender"], quartiles(row["seconds"], 1, ".2f"),
+         f"{row['to_spaces']:.1f}", row["seconds"]["n"])
+        for row in facts["rows"]
+    ]  # fmt: skip
+    about = f"""*with trial* is what `find_spaces` does by default; *before* is an older commit. Torch-Pruning's
+dependency graph proves nothing. {made(facts)}"""
+    header = ("network", "size", "", "s", "to the spaces alone", "n")
+    return section("Finding the spaces", table(header, body), about)
+
+
+def growth() -> str:
+    facts = bench("growth")
+    body = [
+        (row["family"], row["size"], f"{row['parameters']:,}", quartiles(row["spaces"], 1, ".2f"),
+         quartiles(row["clusters"], 1, ".2f"), quartiles(row["step"], 1000, ".3g"), row["step"]["n"])
+        for row in facts["rows"]
+    ]  # fmt: skip
+    alt = "seconds and bytes of analysis, clusters and step against the number of parameters"
+    picture = f"![{alt}](../experiments/bench/results/growth.png)"
+    header = ("family", "size", "parameters", "spaces, s", "clusters, s", "step, ms", "n")
+    return section("What grows with the network", table(header, body), picture, made(facts))
+
+
+def loading() -> str:
+    facts = bench("loader")
+    body = [(row["data"], *place(row), *(f"{row[key]:,.0f}" for key in ("loader", "step"))) for row in facts["rows"]]
+    header = ("data", "network", "threads", "images a second loaded", "images a second trained")
+    return section("Loading images", table(header, body), f"One measurement each. {made(facts)}")
+
+
+def section(title: str, *parts: str) -> str:
+    return "\n\n".join([f"## {title}", *parts])
+
+
+def bench(name: str) -> Row:
+    return json.loads((HERE / "bench" / "results" / f"{name}.json").read_text())
+
+
+def lines(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def grouped(rows: Iterable[Row], by: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[by(row)].append(row)
+    return dict(groups)
+
+
+def common(rows: Sequence[Row], *keys: str) -> tuple:
+    """What all rows have in common under some keys; ValueError where they differ."""
+    (values,) = {tuple(row[key] for key in keys) for row in rows}
+    return values
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    return f"{statistics.fmean(values):{form}} ({min(values):{form}} … {max(values):{form}})"
+
+
+def quartiles(seconds: Row, scale: int, form: str) -> str:
+    median, low, high = (f"{scale * seconds[key]:{form}}" for key in ("median", "low", "high"))
+    return f"{median} ({low} … {high})"
+
+
+def ms_and_n(row: Row, ratio: str) -> tuple[str, str, int]:
+    """Milliseconds, their ratio to another's, and how often they were taken."""
+    return quartiles(row["seconds"], 1000, ".3g"), ratio, row["seconds"]["n"]
+
+
+def place(row: Row) -> tuple[str, int]:
+    return row["network"], row["threads"]
+
+
+def made(facts: Row) -> str:
+    """Where the numbers of a benchmark come from."""
+    command = re.sub(r" --output \S+", "", facts["command"])
+    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "torchvision", "scikit-learn"))
+    return f"Commit `{facts['commit'][:7]}`, {versions}, {facts['cores']} cores: `{command}`."
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
