@@ -150,7 +150,10 @@ def _line(axes, times: Sequence[int], values: Sequence[float], name: str) -> Any
 def _told(frame: Frame) -> str:
     if frame.is_cut:
         return "cut, one of each cluster is left"
-    return f"{frame.left:.0%} of their distance is left" if frame.left else "the filters of a cluster are equal"
+    if not frame.left:
+        return "the filters of a cluster are equal"
+    told = f"{frame.left:.0%}" if frame.left > 0.005 else f"{frame.left:.0e}"
+    return f"{told} of their distance is left"
 
 
 def _scores(summary: dict[str, Any], rows: Rows) -> tuple[list[int], list[float]]:
