@@ -50,6 +50,24 @@ class Method(StrEnum):
     imbalanced = auto()
 
 
+class Way(StrEnum):
+    csgd = auto()
+    merge = auto()
+    prune = auto()
+    scratch = auto()
+
+
+class Importance(StrEnum):
+    l1 = auto()
+    l2 = auto()
+    taylor = auto()
+
+
+class Cost(StrEnum):
+    equal = auto()
+    schedule = auto()
+
+
 class Of(StrEnum):
     pacesetter = auto()
     producers = auto()
@@ -272,6 +290,9 @@ class Config:
     base: Base = MISSING
     tolerance: Tolerance = MISSING
     distributed: Distributed = MISSING
+    method: Way = Way.csgd
+    importance: Importance | None = None  # of method=prune: what is deleted matters least by it; null: l1
+    cost: Cost | None = None  # of the other methods: as much as csgd's, or the steps of schedule.csgd; null: equal
     centri_strength: Any = None  # null: filters are made equal along a curve; ε, or auto: pulled by SGD, as published
     curve: Curve | None = None  # along which they are made equal; null: cosine
     vector_ratio: float | None = None  # of the published pull: the factor of ε on vectors; null: 1
@@ -293,6 +314,7 @@ class Config:
 
     def __post_init__(self):
         self._check_pull()
+        self._check_way()
         every = self.checkpoint_every
         _require(every is None or every >= 1, "checkpoint_every", "1 or more, or null", every)
         _require(0 <= self.seed < 2**31, "seed", "between 0 and 2147483647", self.seed)
@@ -302,6 +324,17 @@ class Config:
             _require(
                 isinstance(target, str) and "." in target, f"{group}._target_", "a dotted path to a callable", target
             )
+
+    def _check_way(self) -> None:
+        """Each way to prune has keys of its own: one that the others would not look at is refused."""
+        pulls, where = self.method is Way.csgd, f"where method is {self.method}"
+        _require(self.importance is None or self.method is Way.prune, "importance", f"null {where}", self.importance)
+        _require(self.cost is None or not pulls, "cost", f"null {where}", self.cost)
+        _require(pulls or self.trim_at is TrimAt.collapse, "trim_at", f"collapse {where}", self.trim_at)
+        _require(pulls or self.after_trim is AfterTrim.plain, "after_trim", f"plain {where}", self.after_trim)
+        if self.method is Way.scratch:
+            _require(self.deps.stages is None, "deps.stages", f"null {where}", self.deps.stages)
+            _require(self.base.weights is None, "base.weights", f"null {where}", self.base.weights)
 
     def _check_pull(self) -> None:
         """Each pull has keys of its own: one that the others would not look at is refused."""

@@ -103,9 +103,13 @@ class RunFolder:
         except Timeout:
             return True
 
-    def clear(self) -> None:
-        """Removes what says that an older run came to its end; its weights stay until this one's take their place."""
-        pictures = (*self.report.glob("*.png"), *self.report.glob("*.gif"))
+    def clear(self, anew: bool = True) -> None:
+        """Removes what says that an older run came to its end; its weights stay until this one's take their place.
+
+        anew  whether no stage has begun, so that what pictures are drawn from is an older run's too
+        """
+        pictures = [*self.report.glob("*.png"), *self.report.glob("*.gif")]
+        pictures += [self.filters, self.film, self.outputs] if anew else []
         for path in (self.summary, self.failure, self.card, self.page, *pictures):
             if path.is_file():
                 path.unlink()

@@ -85,6 +85,8 @@ class Plan:
         return None
 
     def describe(self) -> str:
+        if not self.factors:
+            return "nothing is pulled: the cut comes before the first step"
         if self.stop is not None:
             return f"the filters of a cluster will be equal, to the bit, at step {self.stop}"
         parts = ", ".join(f"{name} to {abs(factors[-1]):.1e}" for name, factors in self.factors.items())

@@ -23,12 +23,17 @@ class Timetable:
     def steps(self) -> int:
         return len(self.learning_rates)
 
+    @property
+    def epochs(self) -> int:
+        """The last of them may be cut short."""
+        return -(-self.steps // self.steps_per_epoch)
+
 
 def learning_rate(
     step: int,
     *,
     steps_per_epoch: int,
-    epochs: int,
+    epochs: float,
     lr: float,
     warmup_epochs: float = 0.0,
     decay: str = "cosine",

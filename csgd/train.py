@@ -216,7 +216,8 @@ def train(
             if done == last:
                 learner.share_buffers()
             sums.seconds += time.perf_counter() - began
-            yield Moment(done, epoch + 1, done == (epoch + 1) * per_epoch, timetable.learning_rates[done - 1])
+            ends = done == min((epoch + 1) * per_epoch, timetable.steps)
+            yield Moment(done, epoch + 1, ends, timetable.learning_rates[done - 1])
             began = time.perf_counter()
         if done < last:
             left = f"{done - epoch * per_epoch} batches of epoch {epoch + 1}, {per_epoch} were to come"

@@ -27,6 +27,7 @@ from csgd.pipeline.provenance import is_free, versions
 from csgd.pipeline.setup import Setup
 from csgd.pipeline.spec import RunSpec
 from csgd.pipeline.watch import Watch
+from csgd.pipeline.ways import WAYS
 from csgd.train import measured
 
 log = logging.getLogger("csgd")
@@ -40,9 +41,11 @@ OWN = (  # modules of csgd that a base network is trained by
 
 
 def base(setup: Setup, progress: Progress, watch: Watch) -> None:
-    """Loads the base network, from the file or the cache if it is there, or trains it."""
+    """Loads the base network, from the file or the cache if it is there, or trains it, if the run needs one."""
     with progress.seconds.spent("base"):
-        if has_weights(setup):
+        if not WAYS[setup.spec.cut.way].trained:
+            source = "not trained"
+        elif has_weights(setup):
             source = setup.spec.base.weights
             log.info("base network: from base.weights, so schedule.base is left out")
         else:

@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,8 @@ from csgd.errors import InputError
 from csgd.pipeline.by_layer import of_modules, params_by_space
 from csgd.pipeline.learners import csgd_optimizer, stop_of
 from csgd.pipeline.setup import Setup
+from csgd.pipeline.spec import timetable_of
+from csgd.pipeline.ways import WAYS
 from csgd.plan import Collapsed, Plan, plan, plan_of_curve, strengths_by
 from csgd.trim import cut, statistics_momentum
 from csgd.verify import count_params, macs_by_module
@@ -83,6 +85,17 @@ class RunPlan:
         return self.costs[cuts].macs / self.costs[0].macs
 
 
+def levelled(setup: Setup) -> Setup:
+    """With as many steps for a rival of csgd as cost what csgd does, its base network and its choice included."""
+    spec, way = setup.spec, WAYS[setup.spec.cut.way]
+    if way.pulls or not spec.cut.equal_cost:
+        return setup
+    pulled = foresee(replace(setup, spec=replace(spec, cut=replace(spec.cut, way="csgd"))))
+    work = pulled.work(trains_base=not way.trained) + WAYS["csgd"].passes(spec) - way.passes(spec)
+    steps = round(work / sum(pulled.weight(stage + 1) for stage in range(len(setup.widths))))
+    return replace(setup, csgd=timetable_of(spec.pull.rates, setup.data.steps_per_epoch, length=max(1, steps)))
+
+
 def foresee(setup: Setup) -> RunPlan:
     """InputError if a strength diverges, or if no stable one collapses the filters in time.
 
@@ -90,11 +103,12 @@ def foresee(setup: Setup) -> RunPlan:
     """
     model, spaces = setup.model, setup.spaces
     groups = []
-    if setup.spec.pull.published:
+    if setup.spec.pull.published and WAYS[setup.spec.cut.way].pulls:
         clusters = cluster(model, spaces, setup.widths[0], "even")
         groups = csgd_optimizer(setup.spec, model, spaces, clusters).clustered_groups()
     stage = stage_plan(setup, groups)
-    return RunPlan(_costs(setup), stage, setup.base.steps, setup.csgd.steps)
+    base_steps = setup.base.steps if WAYS[setup.spec.cut.way].trained else 0
+    return RunPlan(_costs(setup), stage, base_steps, setup.csgd.steps)
 
 
 def stage_plan(setup: Setup, groups: list[dict], solved: Mapping[str, float] | None = None) -> StagePlan:
@@ -103,6 +117,8 @@ def stage_plan(setup: Setup, groups: list[dict], solved: Mapping[str, float] | N
     solved  the strengths of an earlier stage, which do for all: a forecast knows neither weights nor clusters
     """
     cut_spec, pull, timetable = setup.spec.cut, setup.spec.pull, setup.csgd
+    if not WAYS[cut_spec.way].pulls:
+        return StagePlan({}, Plan({}, cut_spec.deviation, stop=0), 0)
     if pull.published is None:
         stop = stop_of(setup)
         forecast = plan_of_curve(pull.curve, stop, timetable.steps, cut_spec.deviation)

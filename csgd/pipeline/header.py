@@ -5,6 +5,7 @@ import logging
 from csgd.folders import listed
 from csgd.pipeline.foresee import Cost, RunPlan, tell_forecast
 from csgd.pipeline.setup import Setup
+from csgd.pipeline.ways import WAYS
 
 log = logging.getLogger("csgd")
 
@@ -20,12 +21,10 @@ def tell_plan(setup: Setup, plan: RunPlan) -> None:
         log.info("  %s: %s", listed(names), reason)
     before, after = plan.costs[0], plan.costs[-1]
     log.info("cut: %.1f%% of the multiply-accumulates, %.1f%% of the parameters", *_saved(before, after))
-    epochs, stages = setup.spec.pull.rates.epochs, len(setup.widths)
-    told = f"{epochs} epochs" if stages == 1 else f"{stages} times {epochs} epochs"
-    steps = f"{plan.base_steps} and {stages * plan.csgd_steps}"
-    log.info(
-        "training: %d epochs of the base network, %s of C-SGD: %s steps", setup.spec.base.rates.epochs, told, steps
-    )
+    way, stages = WAYS[setup.spec.cut.way], len(setup.widths)
+    told = f"{plan.csgd_steps} steps" if stages == 1 else f"{stages} times {plan.csgd_steps} steps"
+    kind = "of C-SGD" if way.pulls else f"of the narrow network ({way.told})"
+    log.info("training: %d steps of the base network, %s %s", plan.base_steps, told, kind)
     tell_forecast(plan.stage)
 
 

@@ -15,6 +15,7 @@ from csgd.optim import CSGD, param_groups
 from csgd.pipeline.device import as_trained
 from csgd.pipeline.setup import Setup
 from csgd.pipeline.spec import RunSpec
+from csgd.pipeline.ways import WAYS
 from csgd.train import Learner
 
 Groups = list[list[str]]  # the names of the parameters of each group of an optimizer
@@ -35,10 +36,15 @@ def pulled_learner(setup: Setup, spaces: list[ChannelSpace], clusters: Clusters)
     spec, model = setup.spec, setup.model
     if spec.pull.published:
         return _learner(setup, csgd_optimizer(spec, model, spaces, clusters), averages=True)
-    optimizer = csgd_optimizer(spec, model, [], {})
-    if spec.pull.optimizer == "adamw":
-        optimizer = _adamw(optimizer, spec)
-    return _collapsing(setup, _learner(setup, optimizer, averages=True), spaces, clusters)
+    return _collapsing(setup, free_learner(setup), spaces, clusters)
+
+
+def free_learner(setup: Setup) -> Learner:
+    """The network as it is, wide or narrow, by an optimizer that pulls nothing."""
+    optimizer = csgd_optimizer(setup.spec, setup.model, [], {})
+    if setup.spec.pull.optimizer == "adamw":
+        optimizer = _adamw(optimizer, setup.spec)
+    return _learner(setup, optimizer, averages=True)
 
 
 def saved_learner(
@@ -52,7 +58,7 @@ def saved_learner(
     if spaces is not None and spec.pull.published is None:
         learner = _collapsing(setup, learner, spaces, clusters)
     learner.load_state_dict(state)
-    if spaces is None and adamw:
+    if spaces is None and adamw and WAYS[spec.cut.way].pulls:
         scale_gradients(learner.optimizer)
     return learner
 

@@ -23,6 +23,7 @@ from csgd.pipeline.setup import Setup
 from csgd.pipeline.ship import ship
 from csgd.pipeline.spec import plain
 from csgd.pipeline.watch import warn_instead_of_raising
+from csgd.pipeline.ways import WAYS
 from csgd.pruned import save_pruned
 from csgd.tracking import Tracker
 from csgd.verify import Verdict, worst
@@ -68,7 +69,7 @@ def finished(config: "Config", path: Path) -> Verdict | None:
 def _summary(setup: Setup, plan: RunPlan, progress: Progress, judged: Verdict) -> dict[str, Any]:
     before, last = plan.costs[0], progress.results[-1]
     after = Cost.of(setup.model, setup, last.widths)
-    seconds, data = progress.seconds, setup.data
+    seconds, data, way = progress.seconds, setup.data, WAYS[setup.spec.cut.way]
     return {
         "date": datetime.now().astimezone().isoformat(timespec="minutes"),
         "data": {
@@ -80,6 +81,7 @@ def _summary(setup: Setup, plan: RunPlan, progress: Progress, judged: Verdict) -
             "mean": list(data.mean),
             "std": list(data.std),
         },
+        "way": {"pulls": way.pulls, "trained": way.trained, "told": way.told},
         "base": asdict(progress.base),
         "cost": {
             "macs_before": before.macs,
@@ -163,8 +165,10 @@ def _report(summary: dict[str, Any], tracker: Tracker, folder: RunFolder) -> Non
         report.write_page(folder.path)
     log.info("report: drawn in %.1f s", time.perf_counter() - started)
     log.info("layers\n\n%s\n", report.table(report.LAYER_HEADER, rows))
-    headline.info("%s\n\n%s\n", "LOSSLESS" if judged["lossless"] else "NOT LOSSLESS", report.verdict_table(summary))
-    if not judged["lossless"]:
+    way = summary["way"]
+    told = "LOSSLESS" if judged["lossless"] else "NOT LOSSLESS" if way["pulls"] else way["told"].upper()
+    headline.info("%s\n\n%s\n", told, report.verdict_table(summary))
+    if way["pulls"] and not judged["lossless"]:
         lost = judged["accuracy_before_trim"] - judged["accuracy_after_trim"]
         why = "the cut changed the outputs"
         if not judged["collapsed"]:

@@ -16,9 +16,10 @@ from csgd.pipeline.base import weights_at_hand
 from csgd.pipeline.console import headline
 from csgd.pipeline.device import device_name
 from csgd.pipeline.foresee import RunPlan, tell_forecast
-from csgd.pipeline.learners import pulled_learner
+from csgd.pipeline.learners import free_learner, pulled_learner
 from csgd.pipeline.setup import Setup
-from csgd.pipeline.stage import check_proof, clusters_of
+from csgd.pipeline.stage import check_proof
+from csgd.pipeline.ways import WAYS
 from csgd.report import duration
 
 log = logging.getLogger("csgd")
@@ -28,20 +29,20 @@ LONG_ENOUGH = 0.5  # seconds of a step that are measured well
 
 def preview(setup: Setup, plan: RunPlan, folder: RunFolder) -> None:
     """Tells the plan and writes it to plan.json; the model is spoilt."""
-    ready = weights_at_hand(setup)
+    ready, way = weights_at_hand(setup), WAYS[setup.spec.cut.way]
     found = _clusters(setup, ready)
     clusters = found or cluster(setup.model, setup.spaces, setup.widths[0], "even")
-    proof = check_proof(setup, setup.spaces, clusters)
-    optimizer = pulled_learner(setup, setup.spaces, clusters).optimizer
-    steps = plan.work(trains_base=not (ready or setup.spec.base.weights))
-    step_seconds, memory = _step(setup, optimizer)
+    proof = check_proof(setup, setup.spaces, clusters) if way.proven else None
+    learner = pulled_learner(setup, setup.spaces, clusters) if way.pulls else free_learner(setup)
+    steps = plan.work(trains_base=way.trained and not (ready or setup.spec.base.weights))
+    step_seconds, memory = _step(setup, learner.optimizer)
     forecast = plan.stage.forecast
     planned = {
         "layers": plan.layers(setup),
         "widths": setup.widths,
         "clusters": {name: [len(part) for part in parts] for name, parts in found.items()},
         "cost": [cost.whole() for cost in plan.costs],
-        "proof": {"changes": proof.changes, "control": proof.control},
+        "proof": proof and {"changes": proof.changes, "control": proof.control},
         "strengths": plan.stage.strengths,
         "forecast": {
             "steps": plan.csgd_steps,
@@ -85,10 +86,10 @@ def _tell(planned: dict[str, Any], plan: RunPlan, clusters: Clusters) -> None:
 
 
 def _clusters(setup: Setup, ready: bool) -> Clusters:
-    """The clusters of the first stage, empty if they are k-means of weights that are not there yet."""
-    if setup.spec.clustering.method == "kmeans" and not ready:
-        return {}
-    return clusters_of(setup, setup.spaces, setup.widths[0])
+    """The clusters of the first stage, empty if they are found from weights that are not there yet."""
+    way = WAYS[setup.spec.cut.way]
+    by_weights = way.trained and (not way.proven or setup.spec.clustering.method == "kmeans")
+    return {} if by_weights and not ready else way.choose(setup, setup.spaces, setup.widths[0])
 
 
 def _step(setup: Setup, optimizer: torch.optim.Optimizer) -> tuple[float, int]:

@@ -150,7 +150,7 @@ class Progress:
         """Takes the steps of its part that are left, and yields after each; saves once the caller has looked."""
         every, before = setup.spec.save_every, 0
         if self.part is not Part.BASE:
-            before = setup.spec.base.rates.epochs + self.stage * setup.spec.pull.rates.epochs
+            before = setup.spec.base.rates.epochs + self.stage * timetable.epochs
         timetable = replace(timetable, epochs_before=before)
         for moment in train(self.learner, setup.data, timetable, spec, range(self.step, timetable.steps), self.sums):
             self.step = moment.step

@@ -10,7 +10,7 @@ from csgd.folder import RunFolder
 from csgd.pipeline.base import base
 from csgd.pipeline.console import console
 from csgd.pipeline.device import threads_of
-from csgd.pipeline.foresee import foresee
+from csgd.pipeline.foresee import foresee, levelled
 from csgd.pipeline.header import tell_plan
 from csgd.pipeline.launch import check_ranks, join_ranks, launch, started_first
 from csgd.pipeline.leave import leave
@@ -44,14 +44,14 @@ def run(
 
 def _one_rank(spec: RunSpec, folder: RunFolder, command: str | None) -> Verdict | None:
     with join_ranks(spec.machine), console(spec.quiet):
-        setup = prepare(spec)
+        setup = levelled(prepare(spec))
         plan = foresee(setup)
         if spec.plan_only:
             return preview(setup, plan, folder) if ranks.is_first() else None
         progress = begin_or_resume(setup, folder, resume)
         with Watch(setup, plan, progress) as watch:
             if ranks.is_first():  # the folder is this run's from here on
-                folder.clear()
+                folder.clear(anew=progress.part is Part.BASE)
             tell_plan(setup, plan)
             if progress.part is Part.BASE:
                 base(setup, progress, watch)

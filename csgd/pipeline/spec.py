@@ -95,8 +95,16 @@ class PullSpec:
 
 @dataclass(frozen=True)
 class CutSpec:
-    """When a stage is cut, what it goes on as, and what is tolerated."""
+    """How a stage is cut and when, what it goes on as, and what is tolerated.
 
+    way         the name of one of `ways.WAYS`
+    importance  what prune judges channels by
+    equal_cost  whether a rival takes as many steps as cost what csgd does
+    """
+
+    way: str
+    importance: str
+    equal_cost: bool
     at_collapse: bool
     then_plain: bool
     deviation: float
@@ -150,7 +158,7 @@ class RunSpec:
             sgd=Sgd(s.momentum, s.nesterov, s.weight_decay, s.weight_decay_vectors, s.bias_lr_factor),
             base=BaseSpec(c.base.weights, c.base.cache, s.base.optimizer, s.base, train(s.base)),
             pull=pull_of(c, train(s.csgd)),
-            cut=CutSpec(c.trim_at == "collapse", c.after_trim == "plain", c.tolerance.deviation, c.tolerance.logits),
+            cut=cut_of(c),
             save_every=c.checkpoint_every,
             resume=c.resume == "auto",
             plan_only=c.plan_only,
@@ -172,6 +180,11 @@ def machine_of(c: "Config") -> Machine:
     return Machine(c.device, c.threads, ranks.nproc, ranks.sync_bn, PRECISIONS[c.precision], c.compile)
 
 
+def cut_of(c: "Config") -> CutSpec:
+    way = c.method, _or(c.importance, "l1"), _or(c.cost, "equal") == "equal"
+    return CutSpec(*way, c.trim_at == "collapse", c.after_trim == "plain", c.tolerance.deviation, c.tolerance.logits)
+
+
 def pull_of(c: "Config", train: TrainSpec) -> PullSpec:
     published, s = None, c.schedule
     if c.centri_strength is not None:
@@ -185,12 +198,17 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def timetable_of(rates: "Phase", batches: int, pull: PullSpec | None = None) -> Timetable:
-    """Every step of a training whose epochs have so many batches at most; with the ramp of its pull."""
+def timetable_of(rates: "Phase", batches: int, pull: PullSpec | None = None, *, length: int | None = None) -> Timetable:
+    """Every step of a training whose epochs have so many batches at most; with the ramp of its pull.
+
+    length  the number of steps, over which its learning rates are stretched; None: that of its epochs
+    """
     per_epoch = min(batches, rates.max_steps or batches)
-    steps = range(rates.epochs * per_epoch)
-    keys = ("epochs", "lr", "warmup_epochs", "decay", "milestones", "gamma")
-    how, ramps = {key: getattr(rates, key) for key in keys}, None
+    steps = range(length or rates.epochs * per_epoch)
+    stretch = len(steps) / (rates.epochs * per_epoch)
+    how, ramps = {key: getattr(rates, key) for key in ("lr", "decay", "gamma")}, None
+    how |= {key: stretch * getattr(rates, key) for key in ("epochs", "warmup_epochs")}
+    how["milestones"] = [stretch * milestone for milestone in rates.milestones]
     if pull and pull.published:
         length = round(pull.collapse_by * len(steps))
         ramps = [ramp(step, length=length, shape=pull.published.ramp) for step in steps]

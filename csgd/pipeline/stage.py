@@ -3,26 +3,25 @@
 import logging
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 
 from torch import Tensor, nn
 
 from csgd import ranks
 from csgd.checkpoint import write_json
-from csgd.clusters import Clusters, cluster
+from csgd.clusters import Clusters
 from csgd.data import Data
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
-from csgd.graph.twin import keep_random_state
 from csgd.optim import CSGD
 from csgd.pipeline.by_layer import deviations
 from csgd.pipeline.device import as_trained
 from csgd.pipeline.foresee import stage_plan
-from csgd.pipeline.learners import base_learner, pulled_learner, saved_learner
+from csgd.pipeline.learners import base_learner, free_learner, pulled_learner, saved_learner
 from csgd.pipeline.progress import Checkpoint, Part, Progress, StageResult
 from csgd.pipeline.setup import Setup, spaces_of
 from csgd.pipeline.spec import CutSpec
 from csgd.pipeline.watch import Watch
+from csgd.pipeline.ways import WAYS, Way
 from csgd.proof import Proof, prove
 from csgd.train import Learner, measured, predict, score_of
 from csgd.trim import merge_equal, trim
@@ -31,35 +30,31 @@ from csgd.verify import Verdict, deviation, statistics_spread, verdict, worst, w
 log = logging.getLogger("csgd")
 
 LOOK_EVERY = 10  # steps between two looks at the deviation, once the cut is due
-SEEN = 8  # batches on which outputs are measured
 FORECAST_POINTS = 400  # per stage and group, for the picture
 
 
 def begin(setup: Setup, progress: Progress, watch: Watch) -> None:
-    """Clusters the filters of the network as it is, proves their cut, and gives the network a new optimizer."""
+    """Clusters the filters of the network as it is, proves their cut, and gives the network a new optimizer.
+
+    A rival of the pull chooses its channels instead, and is cut at once.
+    """
+    way = WAYS[setup.spec.cut.way]
     with progress.seconds.spent("cluster"):
         progress.spaces = spaces_again(setup)
         found = None
         if ranks.is_first():
-            found = clusters_of(setup, progress.spaces, setup.widths[progress.stage])
+            found = way.choose(setup, progress.spaces, setup.widths[progress.stage])
         progress.clusters = ranks.from_first(found)
-        check_proof(setup, progress.spaces, progress.clusters)
-    progress.learner, progress.pace = pulled_learner(setup, progress.spaces, progress.clusters), {}
+        if way.proven:
+            check_proof(setup, progress.spaces, progress.clusters)
+    progress.pace = {}
+    progress.learner = pulled_learner(setup, progress.spaces, progress.clusters) if way.pulls else free_learner(setup)
     progress.plan = stage_plan(setup, groups_pulled(progress.learner), watch.plan.stage.strengths)
     progress.apart = deviations(setup.model, progress.spaces, progress.clusters)
     progress.start = {name: float(deviation) for name, deviation in progress.learner.deviations().items()}
     progress.part, progress.step = Part.WIDE, 0
     leave_clusters(progress)
     watch.keep_filters(setup, progress, "start")
-
-
-def clusters_of(setup: Setup, spaces: list[ChannelSpace], widths: dict[str, int]) -> Clusters:
-    """The clusters of the network as it is; by what filters put out on the first batches of an epoch, if so asked."""
-    how, data = setup.spec.clustering, None
-    with keep_random_state(setup.model):
-        if how.of == "outputs":
-            data = [images for images, _ in islice(setup.data.train_batches(0), SEEN)]
-        return cluster(setup.model, spaces, widths, how.method, setup.spec.seed, how.of, data=data)
 
 
 def resume(setup: Setup, progress: Progress, saved: Checkpoint) -> None:
@@ -103,6 +98,8 @@ def check_proof(setup: Setup, spaces: list[ChannelSpace], clusters: Clusters) ->
 
 def pull(setup: Setup, progress: Progress, watch: Watch) -> None:
     """Trains the wide network until its filters have collapsed, or to the end of the stage."""
+    if not WAYS[setup.spec.cut.way].pulls:
+        return
     watch.starts(setup, progress)
     with progress.seconds.spent("csgd_wide"):
         for moment in progress.train(setup, setup.csgd, setup.spec.pull.train):
@@ -136,7 +133,7 @@ def networks_of(learner: Learner) -> list:
 
 def cut_stage(setup: Setup, progress: Progress, watch: Watch) -> None:
     """The cut, its verdict, and the learner that goes on as the narrow network."""
-    learner, spec = progress.learner, setup.spec
+    learner, spec, way = progress.learner, setup.spec, WAYS[setup.spec.cut.way]
     with progress.seconds.spent("trim"):
         watch.keep_filters(setup, progress, "collapse")
         if learner.collapse and not learner.collapse.done:
@@ -159,14 +156,16 @@ def cut_stage(setup: Setup, progress: Progress, watch: Watch) -> None:
             apart={name: (progress.apart.get(name, left), left) for name, left in apart.items()},
         )
     )
-    tell_cut(judged, progress.step, setup.csgd.steps)
+    tell_cut(judged, way, progress.step, setup.csgd.steps)
     progress.part = Part.NARROW
+    if not way.pulls:
+        progress.learner = free_learner(setup)
     progress.save(setup)
-    learner.network = as_trained(setup.model, spec.machine.compile)
+    progress.learner.network = as_trained(setup.model, spec.machine.compile)
 
 
-def tell_cut(judged: Verdict, step: int, steps: int) -> None:
-    told = "lossless" if judged.lossless else "NOT lossless"
+def tell_cut(judged: Verdict, way: Way, step: int, steps: int) -> None:
+    told = way.told if not way.pulls else "lossless" if judged.lossless else "NOT lossless"
     accuracies = judged.accuracy_before_trim, judged.accuracy_after_trim
     change = f"outputs moved by at most {judged.relative_logit_change:.1e} of an image's spread"
     log.info("CUT at step %d of %d, %s: %s; test %.4f before, %.4f after", step, steps, told, change, *accuracies)
@@ -191,7 +190,7 @@ def cut(
     weights, it goes on as the average of a run that was narrow from its start.  The worse of the two cuts counts, and
     the accuracies are the average's.
     """
-    networks, optimizer = networks_of(learner), learner.optimizer
+    networks = networks_of(learner)
     wide = [predict(network, data) for network in networks]
     apart = [
         dict(
@@ -201,13 +200,11 @@ def cut(
         )
         for network in networks
     ]
-    trim(learner.model, spaces, clusters, optimizer, tolerance=None)
-    learner.collapse = None
-    for average in networks[1:]:
-        merge_equal(average, spaces, clusters)
-        trim(average, spaces, clusters, tolerance=None)
-    if spec.then_plain and isinstance(optimizer, CSGD):  # steps of AdamW do not depend on the scale of gradients
-        optimizer.unscale()
+    if narrows := WAYS[spec.way].narrows:
+        for network in networks:
+            narrows(network, spaces, clusters)
+    else:
+        trim_pulled(learner, spaces, clusters, spec)
     how = dict(deviation_tolerance=spec.deviation, logit_tolerance=spec.logits, score=partial(score_of, data))
     narrow = [predict(network, data) for network in networks]
     if not ranks.is_first():
@@ -217,6 +214,17 @@ def cut(
         for (before, labels), (after, _), measures in zip(wide, narrow, apart, strict=True)
     ]
     return ranks.from_first(worst(verdicts)), wide[0][0], narrow[0][0]
+
+
+def trim_pulled(learner: Learner, spaces: list[ChannelSpace], clusters: Clusters, spec: CutSpec) -> None:
+    model, optimizer = learner.model, learner.optimizer
+    trim(model, spaces, clusters, optimizer, tolerance=None)
+    learner.collapse = None
+    if learner.average:
+        merge_equal(learner.average.module, spaces, clusters)
+        trim(learner.average.module, spaces, clusters, tolerance=None)
+    if spec.then_plain and isinstance(optimizer, CSGD):  # steps of AdamW do not depend on the scale of gradients
+        optimizer.unscale()
 
 
 def curves(progress: Progress, steps: int) -> dict[str, list[tuple[int, float]]]:

@@ -18,6 +18,7 @@ from csgd.pipeline.film import Film
 from csgd.pipeline.foresee import RunPlan
 from csgd.pipeline.progress import Part, Progress
 from csgd.pipeline.setup import Setup
+from csgd.pipeline.ways import WAYS
 from csgd.report import duration, milliseconds
 from csgd.tracking import Tracker
 from csgd.train import Moment, measured
@@ -95,8 +96,11 @@ class Watch:
         return (bar["total"] - bar["n"]) * bar["elapsed"] / done if done else float("nan")
 
     def keep_filters(self, setup: Setup, progress: Progress, when: str) -> None:
-        """The filters of one layer for the picture of the run; when: start (of the stage) | collapse | cut."""
-        if not ranks.is_first():
+        """The filters of one layer for the picture of the run; when: start (of the stage) | collapse | cut.
+
+        There is none of a way without clusters.
+        """
+        if not ranks.is_first() or not WAYS[setup.spec.cut.way].proven:
             return
         with warn_instead_of_raising("the filters for their picture"):
             if when != "cut":  # of a stage that is wide, also where a resumed run comes into it

@@ -1,4 +1,4 @@
-"""The ways to a narrow network: which channels stay, and what becomes of the others.  A way is a function and a line."""
+"""The ways to a narrow network: which channels stay, what becomes of the others.  A way is a function and a line."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -46,7 +46,8 @@ def draw_curves(output_dir: Path) -> Path:
     _draw_deviation(deviation, output_dir, summary, rows)
     wide, trimmed = (summary["seconds_per_step"].get(phase) for phase in ("wide", "trimmed"))
     last = "last cut" if len(rows.cuts) > 1 else "cut"
-    saved = milliseconds(wide) + (f", {milliseconds(trimmed)} after the {last}" if trimmed else "")
+    paces = [milliseconds(wide), f"{milliseconds(trimmed)} after the {last}"] if wide and trimmed else []
+    saved = ", ".join(paces) or milliseconds(wide or trimmed)
     criterion_name, score_name = (task[key].replace("_", " ") for key in ("criterion", "score"))
     score.set(ylabel=score_name, title=score_name[0].upper() + score_name[1:])
     loss.set(ylabel=criterion_name, title="Training loss", ylim=(0, 1.05 * loss.dataLim.y1))

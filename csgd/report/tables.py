@@ -42,8 +42,14 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     base, verdict, cost = summary["base"], summary["verdict"], summary["cost"]
     fraction, seconds = summary["collapse"]["fraction"], summary["seconds"]
     score, stages = task_of(summary)["score"], len(summary["stages"])
-    tolerance = summary["config"]["tolerance"]
-    last, of = ("last ", f"stage {stages}") if stages > 1 else ("", "C-SGD")
+    tolerance, pulls = summary["config"]["tolerance"], summary["way"]["pulls"]
+    last, of = ("last ", f"stage {stages}") if stages > 1 else ("", "C-SGD" if pulls else f"{_steps(summary)}")
+    told, lossless, deviation = summary["way"]["told"], "", []
+    if pulls:
+        told, lossless = "the same network, narrow", f"; at most {tolerance['logits']:.0e} is lossless"
+        about = "before the cut: ‖W − ΓW‖ / ‖W‖, the largest of a tensor; "
+        about += f"at most {tolerance['deviation']:.0e} is collapsed"
+        deviation = [("deviation", f"{verdict['relative_deviation']:.1e}", about)]
 
     def cut(key: str) -> tuple[str, str, str]:
         before, after = cost[f"{key}_before"], cost[f"{key}_after"]
@@ -57,25 +63,19 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             f"{verdict['accuracy_before_trim']:.4f}",
             f"step {summary['collapse']['step']} of {of}",
         ),
-        (f"… after the {last}cut", f"{verdict['accuracy_after_trim']:.4f}", "the same network, narrow"),
+        (f"… after the {last}cut", f"{verdict['accuracy_after_trim']:.4f}", told),
         (
             "… at the end",
             f"{verdict['accuracy']:.4f}",
-            f"after {_epochs(summary, 'csgd') * stages} more epochs, {1 - fraction:.0%} of their steps narrow; "
+            f"after {_steps(summary) * stages} more steps, {1 - fraction:.0%} of them narrow; "
             "what training alone gains was not measured",
         ),
         (
             "largest change of an output",
             f"{verdict['max_logit_change']:.1e}",
-            f"{verdict['relative_logit_change']:.1e} of the spread of an image's outputs, at worst; "
-            f"at most {tolerance['logits']:.0e} is lossless",
+            f"{verdict['relative_logit_change']:.1e} of the spread of an image's outputs, at worst{lossless}",
         ),
-        (
-            "deviation",
-            f"{verdict['relative_deviation']:.1e}",
-            "before the cut: ‖W − ΓW‖ / ‖W‖, the largest of a tensor; "
-            f"at most {tolerance['deviation']:.0e} is collapsed",
-        ),
+        *deviation,
         cut("macs"),
         cut("params"),
         _step_cost(summary["seconds_per_step"]),
@@ -94,6 +94,11 @@ def baseline_note(summary: Mapping[str, Any]) -> str:
     )
 
 
+def _steps(summary: Mapping[str, Any]) -> int:
+    """Of a stage."""
+    return summary["stages"][-1]["forecast"]["steps"]
+
+
 def _counted(epochs: int) -> str:
     return "1 epoch" if epochs == 1 else f"{epochs} epochs"
 
@@ -101,7 +106,9 @@ def _counted(epochs: int) -> str:
 def _trained(summary: Mapping[str, Any]) -> str:
     """What is behind the accuracy of the base network: what it gains later, it may have gained by being trained on."""
     weights = summary["config"]["base"]["weights"]
-    return f"from {weights}" if weights else f"after {_epochs(summary, 'base')} epochs"
+    if not summary["way"]["trained"]:
+        return "not trained"
+    return f"from {weights}" if weights else f"after {_counted(_epochs(summary, 'base'))}"
 
 
 def _epochs(summary: Mapping[str, Any], phase: str) -> int:
@@ -109,7 +116,9 @@ def _epochs(summary: Mapping[str, Any], phase: str) -> int:
 
 
 def _step_cost(seconds_per_step: Mapping[str, float]) -> tuple[str, str, str]:
-    wide, trimmed = seconds_per_step["wide"], seconds_per_step.get("trimmed")
+    wide, trimmed = seconds_per_step.get("wide"), seconds_per_step.get("trimmed")
+    if wide is None:
+        return "milliseconds a step", f"{1000 * trimmed:.0f}", "the narrow network's"
     if trimmed is None:
         return "milliseconds a step", f"{1000 * wide:.0f}", "the wide network's, to the end"
     return "milliseconds a step", f"{1000 * trimmed:.0f}", f"{1000 * wide:.0f} before the cut"

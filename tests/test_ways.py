@@ -1,0 +1,143 @@
+"""Rivals of the pull, run as it is: the same clusters merged at once, deletion, and the narrow network from scratch."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_config import composed
+from test_pull import SMOKE, rows_of, summary_of
+
+import csgd
+from conf.schema import ConfigError, Importance, Way
+from csgd.drop import BY
+from csgd.pipeline import run
+from csgd.pipeline.foresee import foresee, levelled
+from csgd.pipeline.setup import prepare
+from csgd.pipeline.spec import RunSpec
+from csgd.pipeline.ways import WAYS, begin_anew
+
+RIVALS = ["merge", "prune", "scratch"]
+
+
+@pytest.fixture(scope="module")
+def base_cache(tmp_path_factory):
+    return f"base.cache={tmp_path_factory.mktemp('base')}"
+
+
+def planned(*overrides):
+    setup = levelled(prepare(RunSpec.of(composed(*SMOKE, *overrides))))
+    return foresee(setup), setup
+
+
+def test_the_words_of_the_configuration_are_those_of_the_tables():
+    assert [str(way) for way in Way] == list(WAYS)
+    assert [str(by) for by in Importance] == list(BY)
+
+
+@pytest.mark.parametrize("overrides", [[], ["deps.stages=[0.75,0.5]"], ["centri_strength=0.3"], ["trim_at=collapse"]])
+def test_each_way_costs_what_the_pull_does(overrides):
+    pulled, _ = planned(*overrides)
+    step = pulled.weight(len(pulled.costs) - 1)
+    for way in RIVALS[: 2 if "deps.stages=[0.75,0.5]" in overrides else 3]:
+        plan, _ = planned(*overrides, f"method={way}")
+        mine = plan.work(trains_base=True)  # of scratch, the narrow network's steps stand for the base's too
+        assert mine == pytest.approx(pulled.work(trains_base=True), abs=step * len(pulled.costs)), way
+        assert [cost.whole() for cost in plan.costs] == [cost.whole() for cost in pulled.costs]
+
+
+def test_what_choosing_takes_is_charged():
+    costs = {
+        way: planned(f"method={way}", *more)[0].work(trains_base=True)
+        for way, more in (("merge", ["clustering.of=outputs"]), ("prune", ["importance=taylor"]), ("scratch", []))
+    }
+    pulled = planned()[0].work(trains_base=True)
+    assert costs["merge"] == pytest.approx(pulled, abs=1), "csgd would measure the outputs too"
+    assert costs["prune"] == pytest.approx(pulled - 8, abs=1)
+
+
+def test_the_schedule_itself_where_it_is_asked_for_and_its_rates_stretched_where_not():
+    (pulled, of_pull), (short, _), (plan, setup) = (
+        planned(),
+        planned("method=prune", "cost=schedule"),
+        planned("method=prune"),
+    )
+    assert short.csgd_steps == pulled.csgd_steps < plan.csgd_steps
+    rates, wide = setup.csgd.learning_rates, of_pull.csgd.learning_rates
+    assert len(rates) == plan.csgd_steps
+    assert rates[-1] == pytest.approx(wide[-1], abs=0.01 * max(wide))
+    assert rates[len(rates) // 2] == pytest.approx(wide[len(wide) // 2], abs=0.03 * max(wide))
+
+
+@pytest.mark.parametrize("way", RIVALS)
+def test_a_rival_is_cut_before_its_first_step_and_trained_narrow(tmp_path, base_cache, way):
+    verdict = run(composed(*SMOKE, base_cache, f"method={way}"), tmp_path)
+    summary = summary_of(tmp_path)
+    assert summary["collapse"]["step"] == 0
+    assert not verdict.lossless
+    assert verdict.relative_logit_change > 0.1
+    assert verdict.accuracy > 0.6
+    rows = [row for row in rows_of(tmp_path) if row["phase"] == "csgd"]
+    assert rows[-1]["step"] == summary["stages"][0]["forecast"]["steps"] == planned(f"method={way}")[0].csgd_steps
+    assert (summary["base"]["source"] == "not trained") == (way == "scratch")
+    assert summary["way"]["told"] == WAYS[way].told
+    kept = json.loads((tmp_path / "clusters.json").read_text())
+    assert {name: len(parts) for name, parts in kept.items()} == summary["widths"]
+    assert WAYS[way].told in (tmp_path / "report.html").read_text()
+    model = csgd.load_pruned(tmp_path)
+    assert sum(p.numel() for p in model.parameters()) == summary["cost"]["params_after"]
+
+
+@pytest.mark.parametrize(
+    "overrides", [["schedule.csgd.optimizer=adamw", "schedule.csgd.lr=0.003"], ["schedule.ema=0.9"]]
+)
+def test_a_rival_that_is_killed_goes_on_to_the_same_bytes(tmp_path, base_cache, overrides, monkeypatch):
+    from csgd.pipeline.progress import Part, Progress
+
+    config = [*SMOKE, base_cache, *overrides, "method=prune", "importance=taylor"]
+    run(composed(*config), tmp_path / "whole")
+    save = Progress.save
+
+    def killed(self, setup):
+        save(self, setup)
+        if self.part is Part.NARROW and self.step > 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(composed(*config), tmp_path / "killed")
+    monkeypatch.setattr(Progress, "save", save)
+    run(composed(*config, "resume=auto"), tmp_path / "killed")
+    whole, resumed = ((tmp_path / name / "pruned.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == resumed
+
+
+def test_from_scratch_the_narrow_network_is_drawn_as_wide_ones_are():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(64, 512), torch.nn.ReLU(), torch.nn.Linear(512, 256), torch.nn.ReLU(), torch.nn.Linear(256, 8)
+    )
+    spaces = csgd.find_spaces(model, torch.randn(2, 64))
+    spreads = [layer.weight.std().item() for layer in model[::2]]
+    begin_anew(model, spaces, {"0": [[i] for i in range(128)], "2": [[i] for i in range(64)]})
+    assert [layer.weight.shape for layer in model[::2]] == [(128, 64), (64, 128), (8, 64)]
+    for layer, spread, factor in zip(model[::2], spreads, (1, 2, 2), strict=True):
+        assert layer.weight.std().item() == pytest.approx(spread * factor, rel=0.1)
+    assert math.isclose(spreads[1] * 2, (1 / 128 / 3) ** 0.5, rel_tol=0.05), "as torch draws a layer of 128 inputs"
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["importance=l2"], "importance must be null where method is csgd"),
+        (["cost=equal"], "cost must be null where method is csgd"),
+        (["method=merge", "importance=l2"], "importance must be null where method is merge"),
+        (["method=prune", "trim_at=end"], "trim_at must be collapse where method is prune"),
+        (["method=prune", "after_trim=same_run"], "after_trim must be plain where method is prune"),
+        (["method=scratch", "deps.stages=[0.75,0.5]"], "deps.stages must be null where method is scratch"),
+        (["method=scratch", "base.weights=x.pt"], "base.weights must be null where method is scratch"),
+    ],
+)
+def test_what_a_way_does_not_look_at_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        composed(*SMOKE, *overrides)
