@@ -88,8 +88,8 @@ def rivals() -> str:
         told = [spread([row[key] for row in members], form) for key, form in forms]
         body.append((network, way, *told, f"{members[0]['macs_share']:.1%}", len(members)))
     about = f"""Mean (least … most) over seeds; all layers to 5/8, ten epochs of the same schedule from the same base
-network. On the digits fine-tuning ends as high, for less. What C-SGD gives is a cut that changes nothing, and is proven.
-{made(facts)}"""
+network. On the digits fine-tuning ends as high, for less. What C-SGD gives is a cut that changes nothing, and is
+proven. {made(facts)}"""
     header = ("network", "way", "seconds", "after the cut", "at the end", "of the MACs", "n")
     return section("A whole pruned model", table(header, body), about)
 
@@ -106,8 +106,8 @@ def curves() -> str:
         return f"{key['optimizer']}, {key['curve']} by {key['collapse_by']:.0%}{plain}"
 
     about = f"""{ABOUT_STUDIES} Made by `python experiments/study_curve.py run`; by network and width in
-`experiments/study_curve.md`. Half of the run and a cosine are the defaults: the end is as high as later, and half of the
-steps are narrow."""
+`experiments/study_curve.md`. Half of the run and a cosine are the defaults: the end is as high as later, and half of
+the steps are narrow."""
     rows = lines(HERE / "study_curve.jsonl")
     return section("When should the filters be equal?", study(rows, told), about)
 
@@ -119,8 +119,8 @@ def ramps() -> str:
 
     usual = {"of": "pacesetter", "after_trim": "same_run", "wide_lr": 1.0}
     rows = [row for row in lines(HERE / "study_collapse.jsonl") if usual.items() <= row["key"].items() and "end" in row]
-    about = f"""{ABOUT_STUDIES} Made by `python experiments/study_collapse.py run`; all settings, by network and width, in
-`experiments/study_collapse.md`. Most networks recover from an early collapse. The hard one, VGG-16 at 1/4 with two
+    about = f"""{ABOUT_STUDIES} Made by `python experiments/study_collapse.py run`; all settings, by network and width,
+in `experiments/study_collapse.md`. Most networks recover from an early collapse. The hard one, VGG-16 at 1/4 with two
 channels in its first layers, survives a late one only, and pulls the means down."""
     alt = "accuracy at the cut against the time of the collapse, accuracy at the end against seconds"
     picture = f"![{alt}](../experiments/study_collapse.png)"
