@@ -57,13 +57,7 @@ def main() -> int:
         except Exception as error:
             if wants_trace or (not is_input(error) and HydraConfig.get().mode == RunMode.RUN):
                 raise
-            if not is_input(error) or (error.__cause__ and HydraConfig.get().mode == RunMode.MULTIRUN):
-                log.exception("the job failed")
-            elif error.__cause__ or isinstance(error, OSError):  # it may be a bug all the same
-                _keep_trace(error)
-            print(f"error: {one_line(error)}", file=sys.stderr)
-            if FIRST_RANK:
-                _leave_failure(output_dir, found, one_line(error))
+            _tell_failure(output_dir, found, error)
             status, accuracy = 2, float("nan")
         if HydraConfig.get().mode == RunMode.RUN:
             statuses.append(status)
@@ -133,6 +127,17 @@ def _begun(output_dir: Path) -> int | None:
     """What tells a run that began in the folder from an earlier one: it puts a new metrics.jsonl in its place."""
     rows = output_dir / "metrics.jsonl"
     return rows.stat().st_ino if rows.exists() else None
+
+
+def _tell_failure(output_dir: Path, found: int | None, error: Exception) -> None:
+    """One line on the console; the trace in the log where it may be a bug."""
+    if not is_input(error) or (error.__cause__ and HydraConfig.get().mode == RunMode.MULTIRUN):
+        log.error("the job failed", exc_info=error)
+    elif error.__cause__ or isinstance(error, OSError):  # it may be a bug all the same
+        _keep_trace(error)
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    if FIRST_RANK:
+        _leave_failure(output_dir, found, one_line(error))
 
 
 def _keep_trace(error: Exception) -> None:

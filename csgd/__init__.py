@@ -18,6 +18,7 @@ those of docs/method.md, in the repository and in the documentation.
 from csgd.centripetal import decay_matrix, forecast, merge_matrix
 from csgd.clusters import cluster, relative_deviation
 from csgd.collapse import Collapse
+from csgd.drop import drop, importance, most_important
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Condition, Inputs, Ref, describe
 from csgd.optim import CSGD, param_groups
@@ -40,12 +41,15 @@ __all__ = [
     "cluster",
     "decay_matrix",
     "describe",
+    "drop",
     "find_spaces",
     "forecast",
+    "importance",
     "load_pruned",
     "load_trimmed",
     "merge_equal",
     "merge_matrix",
+    "most_important",
     "param_groups",
     "pin_failures",
     "prove",

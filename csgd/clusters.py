@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from csgd.balanced import balanced
-from csgd.centripetal import one_of_each, representatives, segment_mean
+from csgd.centripetal import laid_out, memory_order, one_of_each, representatives, segment_mean
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Ref, conditions
 from csgd.graph.integers import Integers, at_place, replaced
@@ -210,6 +210,14 @@ class ClusteredTensor:
             if clustered:
                 tensor = one_of_each(tensor, *clustered, mean=mean)
         return tensor
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """`tensor`, of the same shape as this one, without all but the representatives: their rows and input slices."""
+        order = memory_order(tensor)
+        for clustered in filter(None, (self.merged, self.summed)):
+            dim, segments = clustered
+            tensor = tensor.index_select(dim, representatives(segments).to(tensor.device))
+        return laid_out(tensor, order)
 
     def after_cut(self, positions: Tensor) -> Tensor:
         """Where the rows of some positions are after the cut: the members of a cluster in one place."""

@@ -4,6 +4,7 @@ Small datasets live on the device as tensors and are augmented there, batch by b
 workers.  Of several ranks each makes its own share of every batch, and together they make the batches that one would.
 """
 
+import gzip
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -277,6 +278,25 @@ def synthetic(
     )
 
 
+def _of_torchvision(dataset: Callable, name: str, root: str, train: bool, download: bool) -> Dataset:
+    """One part of a dataset of torchvision, fetched into root where it is not there and `download` says so.
+
+    InputError if it is not there, or could not be fetched.
+    """
+    try:
+        try:
+            return dataset(root, train=train)
+        except RuntimeError:
+            if not download:
+                raise
+            Path(root).mkdir(parents=True, exist_ok=True)
+            with FileLock(Path(root) / ".lock"):  # of ranks, and of jobs side by side
+                return dataset(root, train=train, download=True)
+    except (RuntimeError, OSError) as error:
+        advice = "could not be downloaded" if download else "is not there; dataset.download=true fetches it"
+        raise InputError(f"dataset.root: {name} in '{root}' {advice} ({error})") from None
+
+
 CIFAR_STATISTICS = {  # per-channel mean and standard deviation of the training images
     10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -302,18 +322,7 @@ def cifar(
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in CIFAR_STATISTICS[classes])
 
     def split(train: bool) -> tuple[Tensor, Tensor, list[str]]:
-        try:
-            try:
-                part = dataset(root, train=train)
-            except RuntimeError:
-                if not download:
-                    raise
-                Path(root).mkdir(parents=True, exist_ok=True)
-                with FileLock(Path(root) / ".lock"):  # of ranks, and of jobs side by side
-                    part = dataset(root, train=train, download=True)
-        except (RuntimeError, OSError) as error:
-            advice = "could not be downloaded" if download else "is not there; dataset.download=true fetches it"
-            raise InputError(f"dataset.root: CIFAR-{classes} in '{root}' {advice} ({error})") from None
+        part = _of_torchvision(dataset, f"CIFAR-{classes}", root, train, download)
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2).float() / 255
         return (images - mean) / std, torch.tensor(part.targets), part.classes
 
@@ -331,6 +340,91 @@ def cifar(
         mean=CIFAR_STATISTICS[classes][0],
         std=CIFAR_STATISTICS[classes][1],
     )
+
+
+FASHION_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+FASHION_STATISTICS = 0.2860, 0.3530  # mean and standard deviation of the training images
+FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
+
+
+def fashion_mnist(
+    *,
+    root: str,
+    download: bool,
+    image_size: int,
+    train_size: int | None,
+    shift: int,
+    flip: bool,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    share: Share = WHOLE,
+) -> Data:
+    """Fashion-MNIST, 60,000 and 10,000 grey images (28×28) of ten kinds of clothes.
+
+    Through torchvision, or else from the files of Debian's package dataset-fashion-mnist.  image_size below 28 takes
+    means of areas; train_size only so many of the training images, as many of each class, the same for every seed.
+    InputError where there are no files.
+    """
+
+    def split(train: bool) -> tuple[Tensor, Tensor]:
+        images, labels = _fashion_images(root, train, download)
+        images = images.unsqueeze(1).float() / 255
+        if image_size != 28:
+            how = {"mode": "area"} if image_size < 28 else {"mode": "bilinear", "align_corners": False}
+            images = F.interpolate(images, size=(image_size, image_size), **how)
+        return ((images - FASHION_STATISTICS[0]) / FASHION_STATISTICS[1]).expand(-1, 3, -1, -1), labels.long()
+
+    images, labels = split(True)
+    if train_size is not None:
+        if not 0 < train_size <= len(labels):
+            raise InputError(f"dataset.train_size must lie between 1 and {len(labels)}, or be null, got {train_size}")
+        rows = _of_each_class(labels, train_size)
+        images, labels = images[rows], labels[rows]
+    return _in_memory(
+        (images, labels),
+        split(False),
+        num_classes=10,
+        batch_size=batch_size,
+        augmentation=Augmentation(shift=shift, flip=flip),
+        seed=seed,
+        device=device,
+        share=share,
+        names=FASHION_CLASSES,
+        mean=[FASHION_STATISTICS[0]] * 3,
+        std=[FASHION_STATISTICS[1]] * 3,
+    )
+
+
+def _fashion_images(root: str, train: bool, download: bool) -> tuple[Tensor, Tensor]:
+    """Images [n, 28, 28] and labels [n] of one part, in bytes."""
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        part = _of_torchvision(FashionMNIST, "Fashion-MNIST", root, train, download)
+        return part.data, part.targets
+    except InputError as error:
+        if not FASHION_PACKAGE.is_dir():
+            raise InputError(f"{error}; Debian's package dataset-fashion-mnist has it too") from None
+    name = FASHION_PACKAGE / ("train" if train else "t10k")
+    images, labels = (
+        np.frombuffer(bytearray(gzip.decompress(Path(f"{name}-{kind}-ubyte.gz").read_bytes())), np.uint8, offset=header)
+        for kind, header in (("images-idx3", 16), ("labels-idx1", 8))
+    )
+    return torch.from_numpy(images).view(-1, 28, 28), torch.from_numpy(labels)
+
+
+def _of_each_class(labels: Tensor, count: int) -> Tensor:
+    """Positions of `count` labels, as many of each class as can be, drawn the same way for every seed."""
+    order = torch.randperm(len(labels), generator=_generator(0, 0))
+    nth = torch.empty_like(order)  # how many of its class came before
+    for name in labels.unique():
+        of_class = order[labels[order] == name]
+        nth[of_class] = torch.arange(len(of_class))
+    return order[nth[order].argsort(stable=True)][:count]
 
 
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -45,6 +45,14 @@ class RunFolder:
         return self.path / "filters.safetensors"
 
     @property
+    def film(self) -> Path:
+        return self.path / "film.safetensors"
+
+    @property
+    def outputs(self) -> Path:
+        return self.path / "outputs.safetensors"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -97,8 +105,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes what says that an older run came to its end; its weights stay until this one's take their place."""
-        told = (self.summary, self.failure, self.card, self.page, *self.report.glob("*.png"))
-        for path in told:
+        pictures = (*self.report.glob("*.png"), *self.report.glob("*.gif"))
+        for path in (self.summary, self.failure, self.card, self.page, *pictures):
             if path.is_file():
                 path.unlink()
 

@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from csgd.errors import InputError
@@ -18,6 +19,7 @@ from csgd.graph.twin import keep_random_state, run
 log = logging.getLogger("csgd.outputs")
 
 LAYERS = {"linear", *(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3))}
+AFFINE = {"add", "add_", "sub", "sub_", "__rsub__", "mul", "mul_", "div", "div_"}  # and batch norm in eval mode
 AT_ONCE = 2**16  # values of each channel whose products are taken in one piece
 
 
@@ -25,13 +27,19 @@ AT_ONCE = 2**16  # values of each channel whose products are taken in one piece
 class _Moments:
     """Of the outputs y [c] of a layer with a 1 beside them: the sum of (y, 1)(y, 1)ᵀ over n positions and images.
 
-    scale, shift  [c] of the batch norm behind the layer, if one reads just these outputs
+    scale, shift  [c] of the norm, frozen norm or layer scale behind the layer, which reads just these outputs
     """
 
     total: Tensor
     groups: int
-    scale: Tensor | None = None
-    shift: Tensor | None = None
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, groups: int) -> "_Moments":
+        size = rows.size(1)
+        zeros = rows.new_zeros(size + 1, size + 1, dtype=torch.float64)
+        return cls(zeros, groups, torch.ones_like(zeros[0, :-1]), torch.zeros_like(zeros[0, :-1]))
 
     def add(self, rows: Tensor) -> None:
         for piece in rows.split(AT_ONCE):
@@ -39,12 +47,19 @@ class _Moments:
             self.total += (beside.T @ beside).double()
 
     def second(self) -> Tensor:
-        """E[yyᵀ] [c, c] of the outputs, behind the batch norm where there is one."""
-        moments = self.total / self.total[-1, -1]
-        if self.scale is None:
-            return moments[:-1, :-1]
+        """E[yyᵀ] [c, c] of the outputs, behind what scales and shifts them."""
         affine = torch.cat([self.scale.diag(), self.shift[:, None]], 1)
-        return affine @ moments @ affine.T
+        return affine @ (self.total / self.total[-1, -1]) @ affine.T
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A tensor that is scale · y + shift of the outputs y of a layer, whose channels lie in `dim`."""
+
+    weight: int
+    dim: int
+    scale: Tensor
+    shift: Tensor
 
 
 class _Watch(TorchFunctionMode):
@@ -53,37 +68,59 @@ class _Watch(TorchFunctionMode):
     def __init__(self, weights: Iterable[Tensor]):
         super().__init__()
         self.of_weight: dict[int, _Moments | None] = {id(weight): None for weight in weights}
-        self._made = WeakTensorKeyDictionary()  # output -> id of the weight
+        self._moving = WeakTensorKeyDictionary()  # what depends on the batch -> how it was made of a layer's outputs
+
+    def begin(self, batch: Inputs) -> None:
+        self._moving.clear()
+        self._moving.update((tensor, None) for tensor in batch.tensors())
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        given = {**dict(enumerate(args)), **kwargs}
+        given, made = {**dict(enumerate(args)), **kwargs}, None
         name = getattr(func, "__name__", "")
+        moving = [key for key, value in given.items() if isinstance(value, Tensor) and value in self._moving]
+        source = self._moving[given[moving[0]]] if len(moving) == 1 else None
+        if source and (name in AFFINE or (name == "batch_norm" and not given.get(5, given.get("training")))):
+            made = self._behind(source, func, args, kwargs, moving[0])
+        out = func(*args, **kwargs)
         if name in LAYERS and id(weight := given.get(1, given.get("weight"))) in self.of_weight:
             dim = -1 if name == "linear" else out.dim() - weight.dim() + 1
             groups = given.get(6, given.get("groups", 1)) if "transpose" in name else 1
-            self._add(id(weight), out.movedim(dim, -1).flatten(0, -2), groups)
-            self._made[out] = id(weight)
-        elif name == "batch_norm" and (made := self._made.get(given.get(0, given.get("input")))) is not None:
-            self._norm(self.of_weight[made], *(given.get(i, given.get(key)) for i, key in enumerate(
-                ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-            )))  # fmt: skip
+            made = self._outputs(id(weight), out, dim, groups)
+        if moving or made:
+            self._moving.update((part, made) for part in tree_leaves(out) if isinstance(part, Tensor))
         return out
 
-    def _add(self, weight: int, rows: Tensor, groups: int) -> None:
+    def _outputs(self, weight: int, out: Tensor, dim: int, groups: int) -> _Made:
+        rows = out.movedim(dim, -1).flatten(0, -2)
         rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
-        if self.of_weight[weight] is None:
-            size = rows.size(1) + 1
-            self.of_weight[weight] = _Moments(rows.new_zeros(size, size, dtype=torch.float64), groups)
-        self.of_weight[weight].add(rows)
+        if (moments := self.of_weight[weight]) is None:
+            moments = self.of_weight[weight] = _Moments.of(rows, groups)
+        moments.add(rows)
+        return _Made(weight, dim, torch.ones_like(moments.scale), torch.zeros_like(moments.shift))
 
-    def _norm(self, moments: _Moments, _, mean, variance, weight, bias, training, momentum, eps) -> None:
-        if training or mean is None:  # statistics of the batch itself
-            return
-        scale = (variance.double() + (1e-5 if eps is None else eps)).rsqrt()
-        scale = scale if weight is None else scale * weight.double()
-        moments.scale, moments.shift = scale, (0 if bias is None else bias.double()) - mean.double() * scale
+    def _behind(self, source: _Made, func: Callable, args: tuple, kwargs: dict, key: int | str) -> _Made | None:
+        """What an affine function makes of scaled outputs, read off what it makes of 0 and 1 in every channel.
+
+        None if it is not the same for all images and positions, whose sizes are 1 in what it is tried on.
+        """
+        whole = args[key] if isinstance(key, int) else kwargs[key]
+        shape = [1] * whole.dim()
+        shape[source.dim] = whole.size(source.dim)
+        zeros = whole.new_zeros(shape)
+        made = []
+        for probe in (zeros, torch.ones_like(zeros)):
+            tried = func(
+                *(probe if i == key else arg for i, arg in enumerate(args)),
+                **{name: probe if name == key else value for name, value in kwargs.items()},
+            )
+            if tried.shape != zeros.shape:
+                return None
+            made.append(tried.flatten().double().clone())
+        scale, shift = made[1] - made[0], made[0]
+        moments = self.of_weight[source.weight]
+        moments.scale, moments.shift = source.scale * scale, source.shift * scale + shift
+        return _Made(source.weight, source.dim, moments.scale, moments.shift)
 
 
 @torch.no_grad()
@@ -93,7 +130,8 @@ def output_rows(
     """Rows [slots, slots] of each space, whose squared distances are those of its channels' outputs, E (y_i − y_j)².
 
     Of all producers (their weights are `tensors`, as `space.producers`), summed, and of all lanes of a slot; behind the
-    batch norm that reads a producer's outputs, in eval mode, over all positions and images.
+    batch norm (frozen or not) and the layer scale that read a producer's outputs, in eval mode, over all positions and
+    images.
 
     With W̃ the kernel rows and biases beside them, and x̃ an input patch with a 1 beside it, y = W̃x̃, so that the rows of
     W̃ E[x̃x̃ᵀ]^½ and those of E[yyᵀ]^½ have the same distances and means; the second matrix is c × c, whatever the patch.
@@ -105,8 +143,9 @@ def output_rows(
         with keep_random_state(model):
             model.eval()
             for count, batch in enumerate(batches, 1):  # noqa: B007
+                watch.begin(inputs := Inputs.of(batch))
                 with watch:
-                    run(model, Inputs.of(batch))
+                    run(model, inputs)
     finally:
         for module, training in modes:
             module.training = training

@@ -82,6 +82,15 @@ def gathered(value: Any) -> list[Any]:
     return held
 
 
+def at_first(value: Any) -> list[Any] | None:
+    """The values of all ranks, in their order, on rank 0; None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    held = [None] * dist.get_world_size() if is_first() else None
+    dist.gather_object(value, held)
+    return held
+
+
 def parallel(model: nn.Module) -> nn.Module:
     """`model`, with gradients that are the mean over all ranks; to be made anew after a cut."""
     if not dist.is_initialized():

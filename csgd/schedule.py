@@ -11,11 +11,13 @@ class Timetable:
 
     learning_rates  τ of each step
     ramp            factor of ε at each step; None: 1 at all of them
+    epochs_before   those of the run that came before, whose order and augmentation of the images are not drawn again
     """
 
     steps_per_epoch: int
     learning_rates: Sequence[float]
     ramp: Sequence[float] | None = None
+    epochs_before: int = 0
 
     @property
     def steps(self) -> int:

@@ -111,11 +111,11 @@ def _job(folder: Path, settings: dict[str, str]) -> Job:
 def leave(sweep_dir: Path, jobs: list[Job]) -> str:
     """Writes sweep.csv, sweep.md and the pictures into the sweep's folder; the tables, as text for the terminal."""
     write_csv(sweep_dir / "sweep.csv", jobs)
-    tables = [jobs_table(jobs)]
+    tables = []
     if any("seed" in job.settings for job in finished(jobs)):
         tables.append(means_table(jobs))
     tables += [f"job {job.folder.name} {job.status}: {job.failure}" for job in jobs if job.failure]
-    text, drawn = "\n\n".join(tables), []
+    text, drawn = "\n\n".join([jobs_table(jobs), *tables]), []
     try:
         drawn = draw(sweep_dir, jobs)
     except Exception as error:  # a picture never loses a sweep
@@ -123,7 +123,8 @@ def leave(sweep_dir: Path, jobs: list[Job]) -> str:
     origin = {key: summary[key] for summary in (job.summary for job in finished(jobs)) for key in ("device", "commit")}
     facts = [f"{len(jobs)} jobs", *(str(fact) for fact in origin.values() if fact)]
     images = "".join(f"\n![{path.stem.replace('_', ' ')}]({path.name})\n" for path in drawn)
-    (sweep_dir / "sweep.md").write_text(f"# {sweep_dir.name}\n\n{', '.join(facts)}\n\n{text}\n{images}")
+    told = "\n\n".join([f"# {sweep_dir.name}", ", ".join(facts), jobs_table(jobs, linked=True), *tables])
+    (sweep_dir / "sweep.md").write_text(f"{told}\n{images}")
     return text
 
 
@@ -131,13 +132,13 @@ def finished(jobs: list[Job]) -> list[Job]:
     return [job for job in jobs if job.summary]
 
 
-def jobs_table(jobs: list[Job]) -> str:
-    """Every job with its cut, as a table."""
+def jobs_table(jobs: list[Job], linked: bool = False) -> str:
+    """Every job with its cut, as a table; linked  to its report, or else to its folder"""
     keys = dict.fromkeys(key for job in jobs for key in job.settings)
     header = ("job", *keys, "cut", "base", _score(jobs), "MACs", "saved", "change", "deviation", "seconds")
     rows = []
     for job in jobs:
-        row = [job.folder.name, *(job.settings.get(key, "-") for key in keys), job.status]
+        row = [_link(job) if linked else job.folder.name, *(job.settings.get(key, "-") for key in keys), job.status]
         if job.summary:
             verdict, cost = job.summary["verdict"], job.summary["cost"]
             row += [f"{job.summary['base']['accuracy']:.4f}", f"{verdict['accuracy']:.4f}", f"{cost['macs_after']:,}"]
@@ -145,6 +146,11 @@ def jobs_table(jobs: list[Job]) -> str:
             row += [f"{verdict['relative_deviation']:.1e}", f"{job.summary['seconds']['total']:.0f}"]
         rows.append(row + ["-"] * (len(header) - len(row)))
     return table(header, rows)
+
+
+def _link(job: Job) -> str:
+    name, page = job.folder.name, RunFolder(job.folder).page
+    return f"[{name}]({name}/{page.name if page.exists() else ''})"
 
 
 def means_table(jobs: list[Job]) -> str:
@@ -221,7 +227,9 @@ def _picture(path: Path, of: Callable, jobs: list[Job]) -> Path:
 
 def _accuracy_macs(axes: Any, jobs: list[Job]) -> None:
     _accuracies(axes, jobs, ("seed", "deps"), lambda job: job.summary["cost"]["macs_after"] / 1e6)
-    axes.set(xlabel="million multiply-accumulates after the cut", title=f"{_score(jobs).capitalize()} against cost")
+    dense = [(macs / 1e6, mean(accuracies)) for (_, macs), accuracies in _bases(jobs).items()]
+    axes.scatter(*zip(*dense, strict=True), marker="*", s=110, color="tab:gray", zorder=3, label="base, not cut")
+    axes.set(xlabel="million multiply-accumulates of what is left", title=f"{_score(jobs).capitalize()} against cost")
 
 
 def _accuracy_strength(axes: Any, jobs: list[Job]) -> None:
@@ -249,7 +257,7 @@ def _accuracies(axes: Any, jobs: list[Job], within: Sequence[str], at: Callable[
     """
     from matplotlib.transforms import ScaledTranslation
 
-    for number, (label, accuracies) in enumerate(_bases(jobs).items()):
+    for number, ((label, _), accuracies) in enumerate(_bases(jobs).items()):
         middle, spread = mean(accuracies), _std(accuracies)
         axes.axhline(middle, color="tab:gray", linestyle=("--", ":", "-.")[number % 3], label=label)
         axes.axhspan(middle - spread, middle + spread, color="tab:gray", alpha=0.12, linewidth=0)
@@ -276,16 +284,18 @@ def _accuracies(axes: Any, jobs: list[Job], within: Sequence[str], at: Callable[
     axes.set(ylabel=f"test {_score(jobs)}")
 
 
-def _bases(jobs: list[Job]) -> dict[str, list[float]]:
-    """The accuracies of the base networks over their seeds, under what all jobs on such a base have in common."""
+def _bases(jobs: list[Job]) -> dict[tuple[str, int], list[float]]:
+    """The accuracies of the base networks over their seeds, under what all jobs on such a base have in common, and its
+    MACs."""
     sources: dict[str, list[Job]] = {}
     for job in jobs:
         sources.setdefault(job.summary["base"]["source"], []).append(job)
-    accuracies: dict[str, list[float]] = {}
+    accuracies: dict[tuple[str, int], list[float]] = {}
     for first, *others in sources.values():
         common = [f"{k}={v}" for k, v in first.settings.items() if all(job.settings.get(k) == v for job in others)]
         label = ", ".join(["base", *(one for one in common if not one.startswith("seed="))])
-        accuracies.setdefault(label, []).append(first.summary["base"]["accuracy"])
+        macs = first.summary["cost"]["macs_before"]
+        accuracies.setdefault((label, macs), []).append(first.summary["base"]["accuracy"])
     return accuracies
 
 

@@ -184,9 +184,9 @@ def train(
 ) -> Iterator[Moment]:
     """Takes those steps of the timetable, and yields after each, so that the caller tests, logs, saves and leaves.
 
-    Data and random state of an epoch are fixed by (seed, epoch); `steps` that start within one go on with the random
-    state of now.  What the steps measure is added to `sums`, which the caller reads and clears.  DivergedError names
-    the step at which the loss stopped being a number; the weights are then lost.
+    Data and random state of an epoch are fixed by (seed, epoch of the run); `steps` that start within one go on with
+    the random state of now.  What the steps measure is added to `sums`, which the caller reads and clears.
+    DivergedError names the step at which the loss stopped being a number; the weights are then lost.
 
     A batch goes through the network in parts whose gradients add up to that of its mean loss.  A `scaler` has its
     factor out of the gradients before they are clipped and merged.
@@ -201,7 +201,8 @@ def train(
         first, last = max(steps.start, epoch * per_epoch), min(steps.stop, (epoch + 1) * per_epoch)
         began, done = time.perf_counter(), first
         learner.network.train()
-        for images, labels in islice(_batches(data, epoch, first - epoch * per_epoch, spec.seed), last - first):
+        drawn = epoch + timetable.epochs_before
+        for images, labels in islice(_batches(data, drawn, first - epoch * per_epoch, spec.seed), last - first):
             if not learner.model.training:  # the caller has tested it
                 learner.network.train()
             loss, hits = _passes(learner, data, (images, labels), spec)
@@ -305,14 +306,15 @@ def score_of(data: Data, outputs: list[Tensor], targets: Tensor) -> float:
 
 
 def measured(model: nn.Module, data: Data) -> float:
-    """The score of a network, over the whole test set."""
-    return score_of(data, *predict(model, data))
+    """The score of a network, over the whole test set; to be called on all ranks."""
+    found = predict(model, data)
+    return ranks.from_first(score_of(data, *found) if found else None)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: Data) -> tuple[list[Tensor], Tensor]:
+def predict(model: nn.Module, data: Data) -> tuple[list[Tensor], Tensor] | None:
     """What the network says of the test set, in eval mode and in the precision of the weights, and its targets, as
-    labels [n]; on the CPU, and those of all ranks on each.
+    labels [n]; on the CPU, those of all ranks on the first of them, and None on the others.
 
     Of each output tensor, as the logits [n, classes], the rows of all batches.  InputError without an image, or if an
     output has other tensors or other shapes from batch to batch.
@@ -322,7 +324,9 @@ def predict(model: nn.Module, data: Data) -> tuple[list[Tensor], Tensor]:
     for images, labels in data.test_batches():
         if len(images):
             own.append(([torch.atleast_1d(t).cpu() for t in tensors_in(model(images))], labels.cpu()))
-    batches = zip_longest(*ranks.gathered(own))  # the last one may be too small for every rank to have of it
+    if (gathered := ranks.at_first(own)) is None:
+        return None
+    batches = zip_longest(*gathered)  # the last one may be too small for every rank to have of it
     parts = [pair for shares in batches for pair in shares if pair is not None]
     if not parts:
         raise InputError("the test set holds no image, so there is nothing to judge")

@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,11 +109,18 @@ def _refuse_unequal(model: nn.Module, touched: list[ClusteredTensor], tolerance:
 
 @torch.no_grad()
 def cut(
-    model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters, optimizers: Sequence[Optimizer] = ()
+    model: nn.Module,
+    spaces: list[ChannelSpace],
+    clusters: Clusters,
+    optimizers: Sequence[Optimizer] = (),
+    narrowed: Callable[[ClusteredTensor, Tensor], Tensor] = ClusteredTensor.narrowed,
 ) -> list[str]:
-    """The cut of `trim`, whatever the members are; returns the attributes that may say an old width."""
+    """The cut of `trim`, whatever the members are; returns the attributes that may say an old width.
+
+    narrowed  what each tensor becomes
+    """
     touched, counted = clustered_tensors(model, spaces, clusters), counted_channels(model, spaces, clusters)
-    narrow = [t.narrowed(t.tensor.detach()) for t in touched]
+    narrow = [narrowed(t, t.tensor.detach()) for t in touched]
     carry_over(optimizers, touched)
     multipliers, widths = depthwise_multipliers(model), defaultdict(lambda: defaultdict(set))
     for t, data in zip(touched, narrow, strict=True):

@@ -218,16 +218,23 @@ def _largest(values: Iterable[float]) -> float:
     return max(values, key=lambda value: (math.isnan(value), value), default=0.0)
 
 
-@torch.no_grad()
 def count_macs(model: nn.Module, example: Tensor) -> int:
     """Multiply-accumulates of one image: what papers call FLOPs."""
+    return macs_by_module(model, example)[""]
+
+
+@torch.no_grad()
+def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """The same of each module by its path, what is in it included; of the whole network under ''."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     with FlopCounterMode(display=False) as counter:
         model(example[:1])
     for module, training in modes:
         module.training = training
-    return counter.get_total_flops() // 2
+    root, counts = f"{type(model).__name__}.", counter.get_flop_counts()
+    found = {name.removeprefix(root): sum(of.values()) // 2 for name, of in counts.items() if name.startswith(root)}
+    return found | {"": counter.get_total_flops() // 2}
 
 
 def count_params(model: nn.Module) -> int:

@@ -1,10 +1,12 @@
+import os
 import pickle
+import sys
 
 import pytest
 import torch
 
 from csgd import InputError
-from csgd.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
+from csgd.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights, write_json
 from tests import nets
 
 
@@ -121,3 +123,23 @@ def test_a_whole_module_and_a_truncated_file_are_refused(tmp_path):
             load_weights(tmp_path / "other.pt")
     with pytest.raises(InputError, match="is not a file"):
         load_weights(tmp_path / "missing.pt")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it asks /proc for the name of an open file")
+@pytest.mark.parametrize("write", [save_checkpoint, save_weights, write_json])
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, write):
+    """A loss of power may otherwise keep the new name and lose what it names."""
+    done, fsync, rename = [], os.fsync, os.replace
+
+    def synced(number):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}")))
+        fsync(number)
+
+    def renamed(source, target):
+        done.append((os.path.basename(source), os.path.basename(target)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write(tmp_path / "file.pt", {"weight": torch.ones(3)} if write is not write_json else {"weight": 3})
+    assert done == ["file.writing", ("file.writing", "file.pt")]

@@ -1,9 +1,11 @@
+import gzip
 from collections import deque
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
@@ -128,6 +130,63 @@ def test_missing_data_is_named(tmp_path):
         image_folder(tmp_path / "empty")
     with pytest.raises(InputError, match="CIFAR-10 in '.*' is not there; dataset.download=true fetches it"):
         data.cifar(classes=10, root=str(tmp_path), download=False, batch_size=4, seed=0, device=CPU)
+
+
+def fashion(root, **changes):
+    how = dict(image_size=28, train_size=None, shift=2, flip=True, batch_size=64, seed=0, device=CPU) | changes
+    return data.fashion_mnist(root=str(root), download=False, **how)
+
+
+def write_idx(folder, name, array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.gz").write_bytes(gzip.compress(header + array.tobytes()))
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The four files of the package, with ten images of each class to train on and three to test on."""
+    drawn = np.random.default_rng(0)
+    for part, count in (("train", 100), ("t10k", 30)):
+        write_idx(tmp_path, f"{part}-images-idx3-ubyte", drawn.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        write_idx(tmp_path, f"{part}-labels-idx1-ubyte", (np.arange(count) % 10).astype(np.uint8))
+    monkeypatch.setattr(data, "FASHION_PACKAGE", tmp_path)
+    return tmp_path
+
+
+def test_fashion_mnist_is_read_from_the_files_of_the_package_as_torchvision_reads_its_own(package, tmp_path):
+    raw = tmp_path / "mine" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    of_package = fashion(tmp_path / "nowhere")
+    for file in package.glob("*.gz"):
+        (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+        file.unlink()
+    of_torchvision = fashion(tmp_path / "mine")
+    for one, other in zip(of_package.test_batches(), of_torchvision.test_batches(), strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+    assert of_package.class_names[9] == "Ankle boot"
+    assert (of_package.train_size, of_package.test_size) == (100, 30)
+
+
+def test_fashion_mnist_smaller_and_with_fewer_images(package, tmp_path):
+    few = fashion(tmp_path, train_size=25, image_size=14, shift=0, flip=False)
+    images, labels = map(torch.cat, zip(*few.train_batches(0), strict=True))
+    assert sorted(labels.bincount().tolist()) == [2] * 5 + [3] * 5
+    again, _ = map(
+        torch.cat, zip(*fashion(tmp_path, train_size=25, shift=0, flip=False, seed=1).train_batches(0), strict=True)
+    )
+    means = F.avg_pool2d(again, 2).flatten(1)
+    nearest = (means[:, None] - images.flatten(1)).abs().amax(-1).amin(1)
+    assert nearest.max() < 1e-5, "the same images for every seed, each pixel the mean of four"
+    with pytest.raises(InputError, match="dataset.train_size must lie between 1 and 100, or be null, got 101"):
+        fashion(tmp_path, train_size=101)
+
+
+def test_where_fashion_mnist_is_missing_both_ways_to_it_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FASHION_PACKAGE", tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"Fashion-MNIST in .* dataset.download=true .*Debian's package dataset-fash"):
+        fashion(tmp_path)
 
 
 class Pictures(Dataset):

@@ -16,15 +16,37 @@ import evaluate
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "experiments" / "examples"
 
+# Loops of other packages: what a test of one needs installed, how long it is, and at which step it is cut.
+LOOPS = {
+    "lightning_loop": (["lightning"], 60, 60),
+    "hugging_face_trainer": (["transformers", "accelerate"], 60, 60),
+    "accelerate_loop": (["accelerate"], 4, 112),
+    "timm_train": (["timm"], 60, 30),
+}
+
 
 def run_main(name, *arguments):
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](*arguments)
 
 
+def lines(path):
+    """Its lines without the marks round what the documentation quotes, and the quoted ones."""
+    every = [line.strip() for line in path.read_text().splitlines()]
+    start, end = (every.index(mark) if mark in every else 0 for mark in ("# [start]", "# [end]"))
+    return [line for line in every if line not in ("# [start]", "# [end]")], every[start + 1 : end]
+
+
 def test_an_example_fits_a_screen():
-    lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert len(lengths) == 8
-    assert max(lengths.values()) < 60, lengths
+    lengths = {path.stem: len(lines(path)[0]) for path in EXAMPLES.glob("*.py")}
+    assert len(lengths) == 12
+    assert max(length for name, length in lengths.items() if name not in LOOPS) < 60, lengths
+    assert max(lengths.values()) < 85, lengths
+
+
+def test_what_the_documentation_quotes_fits_a_screen():
+    lengths = {path.stem: len(quoted) for path in EXAMPLES.glob("*.py") if (quoted := lines(path)[1])}
+    assert set(lengths) == {*LOOPS, "plain_loop", "any_optimizer", "data_parallel"}
+    assert max(lengths.values()) < 40, lengths
 
 
 @pytest.mark.parametrize(
@@ -97,6 +119,18 @@ def test_ranks_of_ones_own():
     assert [line.split(":")[0] for line in lines] == ["rank 0", "rank 1"]
     assert lines[0].split(": ")[1] == lines[1].split(": ")[1], "the same network on both"
     assert float(lines[0].split("changed by ")[1].split(",")[0]) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning", "ignore:.*`weights_only`:UserWarning")
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_of_another_package(name, monkeypatch, capsys):
+    """Three of them are interrupted and resume, so that they are cut at the step that was named before."""
+    packages, length, step = LOOPS[name]
+    for package in packages:
+        pytest.importorskip(package)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert 0 <= run_main(name, length) < 1e-5
+    assert f", cut at step {step}: logits changed by" in capsys.readouterr().out
 
 
 def test_a_network_of_timm():

@@ -9,25 +9,37 @@ import shutil
 import subprocess
 import sys
 import threading
+from datetime import date
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from torchvision import models
 
-from csgd import cluster, find_spaces, report, trim
+from csgd import cluster, find_spaces, report, target_widths, trim
 from csgd.checkpoint import load_weights, save_weights
 from csgd.clusters import tensor_of
-from csgd.pipeline.album import Album
+from csgd.models import resnet56, vgg16
+from csgd.pipeline.album import Album, keep_outputs
+from csgd.pipeline.by_layer import deviations, latencies, of_modules, params_by_space, relations
+from csgd.pipeline.film import Film
 from csgd.pipeline.foresee import Cost, RunPlan, StagePlan
 from csgd.pipeline.progress import Part, Progress
 from csgd.pipeline.watch import work_left
+from csgd.report import collapse
+from csgd.report.curves import film_of
+from csgd.report.spaces import GAP, placed
+from csgd.verify import count_macs, count_params, macs_by_module
 
 ROOT = Path(__file__).parents[1]
+KEPT = ("filters", "film", "outputs")  # .safetensors
 SMOKE = ["experiment=smoke", "dataset.image_size=16", "hydra.run.dir=out", "base.cache=base"]
-PICTURES = ("curves", "filters", "sizes", "widths")
+PICTURES = ("curves", "filters", "outputs", "sizes", "spaces", "widths")
 
 
 def run(folder, *arguments, status=0, **streams):
@@ -96,15 +108,174 @@ def test_every_picture_is_there_on_white_paper_with_something_on_it(looked):
 
 def test_pictures_are_drawn_from_the_files_alone(looked, tmp_path):
     out = looked[0] / "out"
-    for name in ("metrics.jsonl", "summary.json", "clusters.json", "filters.safetensors"):
+    for name in ("metrics.jsonl", "summary.json", "clusters.json", *(f"{of}.safetensors" for of in KEPT)):
         shutil.copy(out / name, tmp_path)
-    for draw in (report.draw_curves, report.draw_filters, report.draw_sizes, report.draw_widths):
+    for name in ("collapse", *PICTURES):
+        draw = getattr(report, f"draw_{name}")
         path = draw(tmp_path)
         assert path.read_bytes() == (out / "report" / path.name).read_bytes()
 
 
 def test_a_run_of_which_no_filters_are_kept_has_no_picture_of_them(tmp_path):
-    assert report.draw_filters(tmp_path) is None
+    for draw in (report.draw_filters, report.draw_collapse, report.draw_outputs):
+        assert draw(tmp_path) is None
+
+
+def test_the_animation_shows_the_filters_on_their_way_the_cut_and_what_follows(looked):
+    out = looked[0] / "out"
+    film, summary = load_weights(out / "film.safetensors"), read_json(out / "summary.json")
+    steps = film["1/steps"].tolist()
+    assert steps == [*range(0, 65, 2), 65]
+    assert film["1/left/filters"][[0, -1]].tolist() == [1, 0]
+    places, clusters = film["1/places"], read_json(out / "clusters.json")["conv1"]
+    together = next(members for members in clusters if len(members) > 1)
+    apart = [float((places[k, together] - places[k, together].mean(0)).norm()) for k in (0, -1)]
+    assert apart[0] > 0.01
+    assert apart[1] < 1e-5
+    path = out / "report" / "collapse.gif"
+    assert path.stat().st_size < 2e6
+    with Image.open(path) as animation:
+        frames = []
+        for number in range(animation.n_frames):
+            animation.seek(number)
+            frames.append(np.asarray(animation.convert("RGB")))
+            assert animation.info["duration"] >= 90
+    assert (frames[0][0, 0] == 255).all(), "white paper"
+    assert len(frames) > len(steps), "the narrow network goes on"
+    different = [(one != other).any() for one, other in zip(frames, frames[1:], strict=False)]
+    assert all(different), "every frame says its step"
+    told = "the filters of a cluster are equal"
+    assert told in {collapse._told(frame) for frame in collapse._frames(film_of(out), 65, 130)}
+    assert summary["collapse"]["step"] == 65
+
+
+def test_a_resumed_run_goes_on_with_its_film(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten())
+    spaces = find_spaces(model, torch.randn(2, 3, 8, 8))
+    clusters = cluster(model, spaces, {"0": 4})
+    album = Album.of(tmp_path / "filters.safetensors", 0, model, spaces, clusters)
+    album.keep(model, "start")
+
+    def film(step):
+        return Film.of(tmp_path / "film.safetensors", 0, album, 72, step, {"filters": 1.0})
+
+    first = film(0)
+    for step in (2, 4, 6):
+        assert first.is_due(step)
+        first.take(model, step, {"filters": 1 - step / 72})
+    assert not first.is_due(7)
+    assert first.is_due(72)
+    second = film(5)  # the checkpoint was of step 5
+    second.take(model, 6, {"filters": 0.5})
+    kept = load_weights(tmp_path / "film.safetensors")
+    assert kept["1/steps"].tolist() == [0, 2, 4, 6]
+    assert kept["1/left/filters"].tolist()[-1] == 0.5
+    torch.testing.assert_close(kept["1/places"][0], kept["1/places"][2], msg="the plane is the same")
+    film(0).take(model, 2, {"filters": 0.9})
+    assert load_weights(tmp_path / "film.safetensors")["1/steps"].tolist() == [0, 2], "a new run in an old folder"
+
+
+def test_of_the_outputs_those_of_the_image_are_kept_that_changed_most(tmp_path):
+    before = torch.randn(2000, 10)
+    after = before.clone()
+    after[1234, 3] += 7
+    keep_outputs(tmp_path / "outputs.safetensors", 0, [before], [after])
+    kept = load_weights(tmp_path / "outputs.safetensors")
+    assert kept["1/change"].shape == (2000,)
+    assert kept["1/change"].argmax() == 1234
+    assert kept["1/before"].numel() <= 4000
+    assert (kept["1/after"] - kept["1/before"]).max() == pytest.approx(7)
+
+
+def boxes_of(model, example):
+    spaces = find_spaces(model, example, trial=False)
+    widths = target_widths(spaces, 5 / 8)
+    layers = {
+        s.name: {"name": s.name, "before": s.size, "after": widths.get(s.name, s.size), **related}
+        for s, related in zip(spaces, relations(spaces), strict=True)
+    }
+    return layers, *placed(layers)
+
+
+@pytest.mark.parametrize(
+    "net, size",
+    [
+        (lambda: vgg16(10, 32), 32),
+        (lambda: resnet56(10), 32),
+        (lambda: models.mobilenet_v3_large(num_classes=10), 64),
+        (lambda: models.googlenet(num_classes=10, init_weights=False), 64),
+    ],
+)
+def test_the_picture_of_the_spaces_has_room_for_each(net, size):
+    layers, boxes, arrows = boxes_of(net(), torch.randn(2, 3, size, size))
+    assert boxes.keys() == layers.keys()
+    for one, other in combinations(boxes.values(), 2):
+        apart = one.right <= other.left or other.right <= one.left or one.bottom <= other.top or other.bottom <= one.top
+        assert apart, (one, other)
+    assert max(box.right for box in boxes.values()) < 16, "inches"
+    joined = {name for arrow in arrows for name in arrow[:2]}
+    assert joined == layers.keys()
+    for source, target, both in arrows:
+        assert target in layers[source]["read_by"]
+        assert both == (source in layers[target]["read_by"])
+
+
+def test_a_residual_stream_stands_beside_what_is_within_its_blocks():
+    layers, boxes, arrows = boxes_of(resnet56(10), torch.randn(2, 3, 32, 32))
+    assert layers["conv1"]["together"] == [f"layer1.{k}.conv2" for k in range(9)]
+    assert layers["layer1.3.conv1"]["read_by"] == ["conv1"]
+    inner = [boxes[f"layer1.{k}.conv1"] for k in range(9)]
+    assert {box.left for box in inner} == {boxes["conv1"].right + GAP}
+    assert (inner[0].top, inner[-1].bottom) == (boxes["conv1"].top, pytest.approx(boxes["conv1"].bottom))
+    assert ("conv1", "layer1.3.conv1", True) in arrows
+    assert ("conv1", "layer2.0.conv1", False) in arrows
+    assert ("conv1", "layer2.0.conv2", False) not in arrows, "by the downsampling, which follows from another way"
+
+
+def test_what_layers_cost_adds_up_also_where_they_share_tensors():
+    """A dense network: one batch norm has channels of several spaces."""
+    torch.manual_seed(0)
+
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1, bias=False)
+            self.norm, self.three = nn.BatchNorm2d(10), nn.Conv2d(10, 5, 1)
+            self.head = nn.Linear(5, 2)
+
+        def forward(self, x):
+            x = self.one(x)
+            x = self.three(self.norm(torch.cat([x, self.two(x)], 1)))
+            return self.head(x.mean((2, 3)))
+
+    model, example = Dense(), torch.randn(2, 3, 4, 4)
+    spaces = find_spaces(model, example)
+    clusters = cluster(model, spaces, {"one": 3, "two": 2, "three": 5})
+    params = params_by_space(model, spaces, {})
+    assert params == {"one": 27 * 6 + 6 + 2 * 6, "two": 54 * 4 + 2 * 4, "three": 50 + 5, "head": 12}
+    assert sum(params.values()) == count_params(model)
+    macs = of_modules(model, spaces, {}, macs_by_module(model, example))
+    assert macs == {"one": 16 * 162, "two": 16 * 216, "three": 16 * 50, "head": 10}
+    assert sum(macs.values()) == count_macs(model, example)
+    milliseconds = of_modules(model, spaces, {}, {"norm": 1.0, "one": 2.0})
+    assert milliseconds == pytest.approx({"one": 2.6, "two": 0.4, "three": 0, "head": 0})
+    apart = deviations(model, spaces, clusters)
+    assert apart.keys() == clusters.keys()
+    assert apart["one"] == pytest.approx(max(apart.values()), rel=0.5)
+    assert apart["three"] == 0, "it keeps its width"
+    trim(model, spaces, clusters, tolerance=None)
+    widths = {"one": 3, "two": 2, "three": 5, "head": 2}
+    assert params_by_space(model, spaces, widths)["two"] == 27 * 2 + 2 * 2
+    assert of_modules(model, spaces, widths, {"norm": 1.0})["one"] == pytest.approx(3 / 5)
+
+
+def test_latencies_are_of_modules_with_parameters_and_leave_no_hook():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 4, 3)))
+    taken = latencies({"dense": model}, torch.randn(2, 3, 16, 16))["dense"]
+    assert taken.keys() == {"", "0", "2.0"}
+    assert min(taken.values()) > 0
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
 
 
 def test_the_filters_of_the_first_layer_collapse_and_are_cut(looked):
@@ -166,15 +337,29 @@ def test_the_page_holds_everything_and_needs_no_network(looked):
     assert page.open == []
     assert "://" not in html
     images = [value for key, value in page.attributes if key == "src"]
-    assert all(image.startswith("data:image/png;base64,") for image in images)
+    assert all(image.startswith(("data:image/png;base64,", "data:image/gif;base64,")) for image in images)
     shown = {base64.b64decode(image.split(",")[1]) for image in images}
-    assert shown == {(out / "report" / f"{name}.png").read_bytes() for name in PICTURES}
+    assert shown == {path.read_bytes() for path in (out / "report").iterdir()}
     text = " ".join(page.text)
     for told in (
         "resnet20 on digits",
         "LOSSLESS",
         "after 1 epochs",
         "after 2 more epochs, 50% of their",
+        "what training alone gains was not measured",
+        "The base network had 1 epoch of training, and this run trained it for 2 epochs more.",
+        "at most 1e-04 is lossless",
+        "at most 1e-05 is collapsed",
+        "python run.py experiment=smoke dataset.image_size=16",
+        "digits: 1,437 images to train on and 360 to test, each 3×16×16",
+        "10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
+        "mean 0.305, 0.305, 0.305, std 0.319, 0.319, 0.319",
+        date.today().strftime("%B %Y"),
+        "layer1.0.conv2, layer1.1.conv2, layer1.2.conv2",
+        "1.88 M → 760 k",
+        "7.47 k → 3.05 k",
+        "10.2 M → 4.01 M",
+        " → 0",
         "60.7% less than 10,203,776",
         "layer3.2.conv1",
         "network output",
@@ -190,6 +375,8 @@ def test_the_page_escapes_what_it_is_given(looked, tmp_path):
     summary["config"]["model"]["name"] = "<script>alert(1)</script>"
     summary["layers"][0]["pinned"] = ["a < b & c"]
     summary["verdict"] |= {"lossless": False, "collapsed": False}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    summary["latency"] = None
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     shutil.copy(out / "clusters.json", tmp_path)
     html = report.write_page(tmp_path).read_text(encoding="utf-8")
@@ -254,7 +441,8 @@ def test_pictures_that_fail_are_reported_and_lose_nothing(looked, tmp_path):
     (tmp_path / "out" / "filters.safetensors").mkdir()
     stdout = run(tmp_path, cached, "quiet=true", "wandb=disabled", "centri_strength=0.5", status=1)
     warnings = [line for line in stdout.splitlines() if "[WARNING]" in line]
-    for name in ("report/curves.png", "report/widths.png", "report/sizes.png", "the filters for their picture"):
+    pictures = ("report/curves.png", "report/widths.png", "report/sizes.png", "report/outputs.png")
+    for name in (*pictures, "the filters for their picture", "the steps of the animation"):
         assert any(f"{name} could not be drawn: " in line for line in warnings), name
     assert any("the filters will not collapse" in line for line in warnings)
     assert "[INFO] - NOT LOSSLESS" in stdout

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import csgd
 from csgd import InputError
@@ -41,6 +42,7 @@ NORMS = {  # the batch norms that read the outputs of one layer
     nets.ThreeD: {"conv1": "bn"},
     nets.Mlp: {"layers.1": "layers.2"},
 }
+SCALES = {nets.Residual: {"outer": "gamma"}, nets.ConvNext: {"down": "scale"}}  # the layer scales
 
 
 @torch.no_grad()
@@ -63,10 +65,37 @@ def test_the_rows_lie_as_far_apart_as_the_outputs_of_their_channels(net):
             norm = next((n for n, m in model.named_modules() if m is behind.get(path)), path)
             dim = -1 if isinstance(layer, nn.Linear) else 1
             outputs = torch.cat([out.movedim(dim, -1).flatten(0, -2) for out in seen[norm]])
+            if scale := SCALES.get(net, {}).get(path):
+                outputs = outputs * model.get_parameter(scale).flatten()
             if getattr(layer, "transposed", False) and layer.groups > 1:  # its weight names the first group only
                 index = torch.cat([index + group * ref.extent for group in range(layer.groups)], 1)
             wanted = wanted + measured(outputs[:, index])
         assert torch.allclose(distances(rows[space.name]), wanted, rtol=1e-9, atol=1e-9 * float(wanted.max()))
+
+
+class Frozen(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), norm(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return self.fc((x * torch.sigmoid(x.mean((2, 3), keepdim=True))).mean((2, 3)))
+
+
+@torch.no_grad()
+def test_a_frozen_batch_norm_counts_as_an_ordinary_one_in_eval_mode_and_a_gate_of_one_image_does_not():
+    models = [Frozen(norm).double().eval() for norm in (nn.BatchNorm2d, FrozenBatchNorm2d, nn.Identity)]
+    randomise(models[0])
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict(), strict=False)
+    batches = [torch.randn(1, 3, 8, 8, dtype=torch.float64) for _ in range(3)]
+    spaces = csgd.find_spaces(models[0], torch.cat(batches))
+    whole, frozen, raw = (distances(rows_of(model, spaces, batches)["conv"]) for model in models)
+    outputs = torch.cat([models[0].norm(models[0].conv(batch)).movedim(1, -1).flatten(0, -2) for batch in batches])
+    assert torch.allclose(whole, measured(outputs[:, :, None]), rtol=1e-9)
+    assert torch.allclose(frozen, whole, rtol=1e-9)
+    assert not torch.allclose(raw, whole, rtol=0.1)
 
 
 def test_it_is_the_distance_of_kernels_in_the_metric_of_their_input_patches():

@@ -1,7 +1,9 @@
 """The pull of a run: a Collapse by default, equal to the bit at the step named before the first batch (fact F11)."""
 
+import gc
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import csgd
 from csgd.checkpoint import load_weights
 from csgd.clusters import cluster
 from csgd.collapse import Collapse
-from csgd.data import Data
+from csgd.data import Data, digits
 from csgd.pipeline import run
 from csgd.pipeline.foresee import foresee, stage_plan
 from csgd.pipeline.learners import csgd_optimizer
@@ -276,3 +278,32 @@ def test_a_network_of_one_dimension_is_planned_trained_and_proved(tmp_path, base
     mine += ["model._target_=test_pull.Signals", "schedule=smoke", "wandb=disabled", "quiet=true", base_cache]
     assert run(composed(*mine, "plan_only=true"), tmp_path / "plan") is None
     assert run(composed(*mine), tmp_path / "run").lossless
+
+
+SEEN: list[tuple[int, list[int], int]] = []  # of each epoch that data were asked for: its number, labels, wide kernels
+KERNEL = (64, 64, 3, 3)
+
+
+def watched_digits(batch_size, seed, device):
+    data = digits(image_size=16, shift=0, batch_size=batch_size, seed=seed, device=device)
+
+    def train_batches(epoch):
+        batches = list(data.train_batches(epoch))
+        wide = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.shape == KERNEL]
+        SEEN.append((epoch, torch.cat([labels for _, labels in batches]).tolist(), len(wide)))
+        return iter(batches)
+
+    return replace(data, train_batches=train_batches)
+
+
+def test_every_epoch_of_a_run_has_its_own_order_and_wide_weights_are_gone_after_the_cut(tmp_path, base_cache):
+    SEEN.clear()
+    watched = ["dataset._target_=test_pull.watched_digits", "~dataset.image_size", "~dataset.shift"]
+    stages = ["deps.stages=[0.75,0.5]", "schedule.csgd.epochs=2", "collapse_by=0.5", "schedule.csgd.max_steps=null"]
+    lengths = ["schedule.base.epochs=2", "schedule.base.max_steps=null"]
+    run(composed("experiment=smoke", *SMOKE[2:], base_cache, *watched, *stages, *lengths), tmp_path)
+    epochs, orders, wide = zip(*SEEN, strict=True)
+    assert list(dict.fromkeys(epochs)) == [0, 1, 2, 3, 4, 5], "two of the base network, two of each stage"
+    assert len({tuple(order) for order in orders}) == 6
+    assert min(wide[:3]) > 0
+    assert wide[3:] == (0,) * len(wide[3:])

@@ -21,7 +21,7 @@ from csgd.pipeline.spec import RunSpec
 from csgd.ranks import Share
 from csgd.reload import load_trimmed
 from csgd.schedule import Timetable
-from csgd.train import Learner, Sums, TrainSpec, predict, train
+from csgd.train import Learner, Sums, TrainSpec, measured, predict, train
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ class Plain(nn.Module):
 
 
 def fifty_steps(accumulation: int = 1):
-    """25 steps wide, the cut, and 25 steps narrow, in float64: logits of the test set, on every rank."""
+    """25 steps wide, the cut, and 25 steps narrow, in float64: logits of the test set, which rank 0 alone holds."""
     torch.set_default_dtype(torch.float64)
     sizes = dict(num_classes=3, image_size=8, train_size=67, test_size=261)  # shares of unequal sizes
     d = data.synthetic(**sizes, batch_size=17, seed=0, device=CPU, share=ranks.own_share())
@@ -63,7 +63,13 @@ def fifty_steps(accumulation: int = 1):
         if steps.start == 0:
             csgd.trim(net, spaces, clusters, optimizer, tolerance=None)
     torch.set_default_dtype(torch.float32)
-    (logits,), labels = predict(net, d)
+    found, score = predict(net, d), measured(net, d)
+    holding, scores = ranks.gathered(found is not None), ranks.gathered(score)
+    assert holding == [True] + [False] * (len(holding) - 1)
+    assert scores == [score] * len(scores)
+    if found is None:
+        return None
+    (logits,), labels = found
     return logits, labels, told, net.features[0].out_channels
 
 

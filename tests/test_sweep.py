@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -72,7 +73,10 @@ def test_a_sweep_tells_what_came_out(swept):
     assert int(rows[2]["macs_after"]) == summary["cost"]["macs_after"]
     assert "Traceback" not in done.stderr
     text = (folder / "sweep" / "sweep.md").read_text()
-    assert sweep.jobs_table(sweep.read_jobs(folder / "sweep")) in text
+    assert sweep.jobs_table(sweep.read_jobs(folder / "sweep"), linked=True) in text
+    assert "[0](0/report.html)" in text
+    assert "[1](1/)" in text, "it left no report"
+    assert all((folder / "sweep" / target).exists() for target in re.findall(r"\]\(([^)]*)\)", text))
     for name in ("accuracy_macs", "deviation"):
         assert f"({name}.png)" in text
         assert (folder / "sweep" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
@@ -308,6 +312,9 @@ def test_the_picture_shows_means_spread_and_base(jobs):
     assert spreads == pytest.approx([0.1414, 0.0707], abs=1e-4)
     (base,) = [one for one in axes.get_lines() if one.get_label() == "base"]
     assert base.get_ydata()[0] == pytest.approx(0.91)
+    (dense,) = [one for one in axes.collections if one.get_label() == "base, not cut"]
+    macs = jobs[0].summary["cost"]["macs_before"] / 1e6
+    assert dense.get_offsets().tolist() == [[macs, pytest.approx(0.91)]]
     hollow = [one.get_facecolors() for one in axes.collections if len(one.get_offsets()) == 2][-1]
     assert hollow[0, :3].tolist() == [1, 1, 1], "one of its seeds is not lossless"
     assert hollow[1, :3].tolist() != [1, 1, 1]

@@ -3,29 +3,42 @@
 import copy
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from csgd.clusters import cluster
 from csgd.errors import InputError
+from csgd.pipeline.by_layer import of_modules, params_by_space
 from csgd.pipeline.learners import csgd_optimizer, stop_of
 from csgd.pipeline.setup import Setup
 from csgd.plan import Collapsed, Plan, plan, plan_of_curve, strengths_by
 from csgd.trim import cut, statistics_momentum
-from csgd.verify import count_macs, count_params
+from csgd.verify import count_params, macs_by_module
 
 log = logging.getLogger("csgd")
 
 
 @dataclass(frozen=True)
 class Cost:
+    """layers  {space name: (MACs, parameters)} of the layers whose filters it holds; the whole network has more"""
+
     macs: int
     params: int
+    layers: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, setup: Setup) -> "Cost":
-        return cls(count_macs(model, setup.data.example), count_params(model))
+    def of(cls, model: nn.Module, setup: Setup, widths: Mapping[str, int]) -> "Cost":
+        """widths  {space name: now}"""
+        by_module, spaces = macs_by_module(model, setup.data.example), setup.spaces
+        macs = of_modules(model, spaces, widths, by_module)
+        params = params_by_space(model, spaces, widths)
+        layers = {name: (round(macs[name]), params[name]) for name in params}
+        return cls(by_module[""], count_params(model), layers)
+
+    def whole(self) -> dict[str, int]:
+        return {"macs": self.macs, "params": self.params}
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,13 @@ class RunPlan:
     stage: StagePlan
     base_steps: int
     csgd_steps: int
+
+    def layers(self, setup: Setup) -> list[dict[str, Any]]:
+        """Every channel space with its MACs and parameters before the run and after it, as plain JSON."""
+        before, after = self.costs[0].layers, self.costs[-1].layers
+        pairs = [zip(before[layer["name"]], after[layer["name"]], strict=True) for layer in setup.layers]
+        costs = (dict(zip(("macs", "params"), map(list, pair), strict=True)) for pair in pairs)
+        return [layer | cost for layer, cost in zip(setup.layers, costs, strict=True)]
 
     def work(self, trains_base: bool) -> float:
         """What all steps cost together, in steps of the wide network."""
@@ -113,11 +133,11 @@ def _solved(setup: Setup, groups: list[dict], collapsed: Collapsed) -> dict[str,
 
 def _costs(setup: Setup) -> list[Cost]:
     """Which filters are in which cluster does not matter for them."""
-    costs = [Cost.of(setup.model, setup)]
+    costs = [Cost.of(setup.model, setup, {})]
     for widths in setup.widths:
         twin = copy.deepcopy(setup.model)
         cut(twin, setup.spaces, cluster(twin, setup.spaces, widths, "even"))
-        costs.append(Cost.of(twin, setup))
+        costs.append(Cost.of(twin, setup, widths))
     return costs
 
 

@@ -4,14 +4,18 @@ import json
 import logging
 import time
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csgd import ranks, report
+from csgd.build import build
 from csgd.checkpoint import write_json
+from csgd.errors import line_of
 from csgd.folder import RunFolder
+from csgd.pipeline.by_layer import IMAGES, latencies, of_modules
 from csgd.pipeline.console import headline
-from csgd.pipeline.device import device_name
+from csgd.pipeline.device import device_name, place
 from csgd.pipeline.foresee import Cost, RunPlan
 from csgd.pipeline.progress import Part, Progress, StageResult
 from csgd.pipeline.provenance import identity, refuse_other, versions
@@ -38,6 +42,7 @@ def leave(setup: Setup, plan: RunPlan, progress: Progress, tracker: Tracker, com
     progress.tick()
     summary = _summary(setup, plan, progress, judged) | {"command": command}
     if ranks.is_first():
+        summary["latency"] = _latency(setup)
         facts = {key: summary[key] for key in ("widths", "verdict", "cost", "command", "seed", "versions", "commit")}
         facts["dataset"] = setup.spec.dataset
         folder, data = progress.folder, setup.data
@@ -61,9 +66,20 @@ def finished(config: "Config", path: Path) -> Verdict | None:
 
 
 def _summary(setup: Setup, plan: RunPlan, progress: Progress, judged: Verdict) -> dict[str, Any]:
-    before, after, last = plan.costs[0], Cost.of(setup.model, setup), progress.results[-1]
-    seconds = progress.seconds
+    before, last = plan.costs[0], progress.results[-1]
+    after = Cost.of(setup.model, setup, last.widths)
+    seconds, data = progress.seconds, setup.data
     return {
+        "date": datetime.now().astimezone().isoformat(timespec="minutes"),
+        "data": {
+            "train": data.train_size,
+            "test": data.test_size,
+            "image": list(data.example.shape[1:]),
+            "classes": data.num_classes,
+            "class_names": list(data.class_names),
+            "mean": list(data.mean),
+            "std": list(data.std),
+        },
         "base": asdict(progress.base),
         "cost": {
             "macs_before": before.macs,
@@ -78,7 +94,7 @@ def _summary(setup: Setup, plan: RunPlan, progress: Progress, judged: Verdict) -
         "strengths": last.strengths,
         "widths": last.widths,
         "verdict": asdict(judged),
-        "layers": setup.layers,
+        "layers": plan.layers(setup),
         "seconds_per_step": {PACES[part]: pace.seconds_per_step for part, pace in progress.pace.items()},
         "seed": setup.spec.seed,
         "device": device_name(setup.data.example.device),
@@ -95,6 +111,30 @@ def _stage(result: StageResult) -> dict[str, Any]:
         "collapse": _collapse(result),
         "verdict": asdict(result.verdict),
         "forecast": {"steps": result.steps, "curves": result.curves},
+        "apart": {name: list(pair) for name, pair in result.apart.items()},
+    }
+
+
+def _latency(setup: Setup) -> dict[str, Any] | None:
+    """Milliseconds of each space's layers and of the whole network, dense and pruned; None where a dense network cannot
+    be built anew, as it was before the run: latency does not depend on the weights."""
+    spec, data, example = setup.spec, setup.data, setup.data.example
+    images, widths = example[[i % len(example) for i in range(IMAGES)]], setup.widths[-1]
+    try:
+        dense = build("model", spec.model, num_classes=data.num_classes, image_size=example.size(-1))
+        models = {"dense": place(dense, example.device, spec.machine.precision), "pruned": setup.model}
+        taken = latencies(models, images)
+    except Exception as error:  # whatever a network of the user's raises when it is built anew
+        log.warning("the latency of the layers could not be measured: %s", line_of(error))
+        return None
+    of_spaces = {
+        name: of_modules(model, setup.spaces, widths if name == "pruned" else {}, taken[name])
+        for name, model in models.items()
+    }
+    return {
+        "images": IMAGES,
+        "whole": [taken[name][""] for name in models],
+        "layers": {space.name: [of_spaces[name][space.name] for name in models] for space in setup.spaces},
     }
 
 
@@ -112,7 +152,10 @@ def _report(summary: dict[str, Any], tracker: Tracker, folder: RunFolder) -> Non
     rows = report.layer_rows(summary["layers"], json.loads(folder.clusters.read_text()))
     tracker.log_table("report/layers", report.LAYER_HEADER, rows)
     started = time.perf_counter()
-    for draw in (report.draw_curves, report.draw_filters, report.draw_widths, report.draw_sizes):
+    with warn_instead_of_raising("report/collapse.gif"):
+        report.draw_collapse(folder.path)
+    pictures = (report.draw_curves, report.draw_outputs, report.draw_spaces, report.draw_filters, report.draw_widths)
+    for draw in (*pictures, report.draw_sizes):
         with warn_instead_of_raising(f"report/{draw.__name__.removeprefix('draw_')}.png"):
             if path := draw(folder.path):
                 tracker.log_image(f"report/{path.stem}", path)

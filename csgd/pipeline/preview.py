@@ -2,7 +2,6 @@
 
 import logging
 import time
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -38,10 +37,10 @@ def preview(setup: Setup, plan: RunPlan, folder: RunFolder) -> None:
     step_seconds, memory = _step(setup, optimizer)
     forecast = plan.stage.forecast
     planned = {
-        "layers": setup.layers,
+        "layers": plan.layers(setup),
         "widths": setup.widths,
         "clusters": {name: [len(part) for part in parts] for name, parts in found.items()},
-        "cost": [asdict(cost) for cost in plan.costs],
+        "cost": [cost.whole() for cost in plan.costs],
         "proof": {"changes": proof.changes, "control": proof.control},
         "strengths": plan.stage.strengths,
         "forecast": {

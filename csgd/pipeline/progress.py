@@ -53,6 +53,7 @@ class StageResult:
     cut_step  of `steps`, and foreseen_step the one that was forecast
     verdict   of the cut; its `accuracy` is that at the end of the stage
     curves    what was forecast to be left of the deviation of each group, as (step, fraction)
+    apart     ‖W − ΓW‖ / ‖W‖ of each space, the largest of its tensors, at the start of the stage and at its cut
     """
 
     widths: dict[str, int]
@@ -62,6 +63,7 @@ class StageResult:
     foreseen_step: int | None
     verdict: Verdict
     curves: dict[str, list[tuple[int, float]]]
+    apart: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -121,6 +123,7 @@ class Progress:
 
     step   within the part; of a stage, wide and narrow
     start  Σ‖W − ΓW‖² of each group before the first step of the stage
+    apart  ‖W − ΓW‖ / ‖W‖ of each space, then
     sums   of the steps since the last row of metrics;  rows  of those there are
     pace   of the steps of the stage, wide and narrow
     """
@@ -132,6 +135,7 @@ class Progress:
     base: BaseResult | None = None
     clusters: Clusters = field(default_factory=dict)
     start: dict[str, float] = field(default_factory=dict)
+    apart: dict[str, float] = field(default_factory=dict)
     results: list[StageResult] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
     pace: dict[Part, Pace] = field(default_factory=dict)
@@ -144,7 +148,10 @@ class Progress:
 
     def train(self, setup: Setup, timetable: Timetable, spec: TrainSpec) -> Iterator[Moment]:
         """Takes the steps of its part that are left, and yields after each; saves once the caller has looked."""
-        every = setup.spec.save_every
+        every, before = setup.spec.save_every, 0
+        if self.part is not Part.BASE:
+            before = setup.spec.base.rates.epochs + self.stage * setup.spec.pull.rates.epochs
+        timetable = replace(timetable, epochs_before=before)
         for moment in train(self.learner, setup.data, timetable, spec, range(self.step, timetable.steps), self.sums):
             self.step = moment.step
             yield moment

@@ -17,6 +17,7 @@ from csgd.folders import listed
 from csgd.graph import ChannelSpace, Kind, conditions
 from csgd.graph.twin import keep_random_state, twin_of
 from csgd.optim import check_stability
+from csgd.pipeline.by_layer import relations
 from csgd.pipeline.device import check_compiler, check_fit, check_task, device_name, device_of, place
 from csgd.pipeline.launch import rank_count
 from csgd.pipeline.provenance import commit
@@ -59,7 +60,8 @@ class Setup:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """Every channel space with its width before the run and after it, as plain JSON."""
+        """Every channel space with its width before the run and after it, the layers that move together in it and the
+        spaces that read it, as plain JSON."""
         after = self.widths[-1]
         return [
             {
@@ -69,7 +71,8 @@ class Setup:
                 "pinned": list(s.pinned),
                 "conditions": [] if s.pinned else [str(condition) for condition in s.conditions],
             }
-            for s in self.spaces
+            | related
+            for s, related in zip(self.spaces, relations(self.spaces), strict=True)
         ]
 
 

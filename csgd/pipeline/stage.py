@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 
-from torch import nn
+from torch import Tensor, nn
 
 from csgd import ranks
 from csgd.checkpoint import write_json
@@ -15,6 +15,7 @@ from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 from csgd.graph.twin import keep_random_state
 from csgd.optim import CSGD
+from csgd.pipeline.by_layer import deviations
 from csgd.pipeline.device import as_trained
 from csgd.pipeline.foresee import stage_plan
 from csgd.pipeline.learners import base_learner, pulled_learner, saved_learner
@@ -45,6 +46,7 @@ def begin(setup: Setup, progress: Progress, watch: Watch) -> None:
         check_proof(setup, progress.spaces, progress.clusters)
     progress.learner, progress.pace = pulled_learner(setup, progress.spaces, progress.clusters), {}
     progress.plan = stage_plan(setup, groups_pulled(progress.learner), watch.plan.stage.strengths)
+    progress.apart = deviations(setup.model, progress.spaces, progress.clusters)
     progress.start = {name: float(deviation) for name, deviation in progress.learner.deviations().items()}
     progress.part, progress.step = Part.WIDE, 0
     leave_clusters(progress)
@@ -141,8 +143,10 @@ def cut_stage(setup: Setup, progress: Progress, watch: Watch) -> None:
             learner.collapse.detach()  # a scaler has left steps out, and there are no more: judged as it is
         elif learner.collapse and learner.average:
             merge_average(learner.average.module, progress.spaces, progress.clusters)
-        judged = cut(learner, setup.data, progress.spaces, progress.clusters, spec.cut)
+        apart = deviations(setup.model, progress.spaces, progress.clusters)
+        judged, before, after = cut(learner, setup.data, progress.spaces, progress.clusters, spec.cut)
         watch.keep_filters(setup, progress, "cut")
+        watch.keep_outputs(progress, before, after)
     progress.results.append(
         StageResult(
             widths=setup.widths[progress.stage],
@@ -152,6 +156,7 @@ def cut_stage(setup: Setup, progress: Progress, watch: Watch) -> None:
             foreseen_step=progress.plan.forecast.collapse_step,
             verdict=judged,
             curves=curves(progress, setup.csgd.steps),
+            apart={name: (progress.apart.get(name, left), left) for name, left in apart.items()},
         )
     )
     tell_cut(judged, progress.step, setup.csgd.steps)
@@ -176,8 +181,11 @@ def merge_average(average: nn.Module, spaces: list[ChannelSpace], clusters: Clus
     merge_equal(average, spaces, clusters)
 
 
-def cut(learner: Learner, data: Data, spaces: list[ChannelSpace], clusters: Clusters, spec: CutSpec) -> Verdict:
-    """Trims the model and the optimizer in place, and judges what that did to the outputs.
+def cut(
+    learner: Learner, data: Data, spaces: list[ChannelSpace], clusters: Clusters, spec: CutSpec
+) -> tuple[Verdict, list[Tensor], list[Tensor]]:
+    """Trims the model and the optimizer in place, and judges what that did to the outputs, which are those of the model
+    on the test set before and after, on rank 0.
 
     The average of the weights is what ships, if there is one.  It is trimmed too, by its means: as it is linear in the
     weights, it goes on as the average of a run that was narrow from its start.  The worse of the two cuts counts, and
@@ -185,7 +193,7 @@ def cut(learner: Learner, data: Data, spaces: list[ChannelSpace], clusters: Clus
     """
     networks, optimizer = networks_of(learner), learner.optimizer
     wide = [predict(network, data) for network in networks]
-    deviations = [
+    apart = [
         dict(
             deviation=deviation(network, spaces, clusters),
             relative_deviation=worst_deviation(network, spaces, clusters),
@@ -201,11 +209,14 @@ def cut(learner: Learner, data: Data, spaces: list[ChannelSpace], clusters: Clus
     if spec.then_plain and isinstance(optimizer, CSGD):  # steps of AdamW do not depend on the scale of gradients
         optimizer.unscale()
     how = dict(deviation_tolerance=spec.deviation, logit_tolerance=spec.logits, score=partial(score_of, data))
+    narrow = [predict(network, data) for network in networks]
+    if not ranks.is_first():
+        return ranks.from_first(None), [], []
     verdicts = [
-        verdict(before, predict(network, data)[0], labels, **measures, **how)
-        for network, (before, labels), measures in zip(networks, wide, deviations, strict=True)
+        verdict(before, after, labels, **measures, **how)
+        for (before, labels), (after, _), measures in zip(wide, narrow, apart, strict=True)
     ]
-    return worst(verdicts)
+    return ranks.from_first(worst(verdicts)), wide[0][0], narrow[0][0]
 
 
 def curves(progress: Progress, steps: int) -> dict[str, list[tuple[int, float]]]:

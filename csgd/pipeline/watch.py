@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from tqdm import tqdm
 
 from csgd import ranks
 from csgd.build import label
 from csgd.errors import line_of
-from csgd.pipeline.album import Album
+from csgd.pipeline.album import Album, keep_outputs
+from csgd.pipeline.film import Film
 from csgd.pipeline.foresee import RunPlan
 from csgd.pipeline.progress import Part, Progress
 from csgd.pipeline.setup import Setup
@@ -41,7 +43,8 @@ class Watch:
         settings = dict(project=wandb.project, entity=wandb.entity, group=wandb.group, tags=wandb.tags, name=name)
         where = progress.folder.path if first else None
         self.tracker = Tracker(where, mode=str(wandb.mode), config=spec.config, settings=settings, rows=progress.rows)
-        self.plan, self._album, self._opened, self._steps = plan, None, ExitStack(), 0
+        self.plan, self._album, self._film, self._opened, self._steps = plan, None, None, ExitStack(), 0
+        self._looks = True
         self._opened.push(self.tracker)
         self._shows = spec.shows_bar and first and sys.stderr.isatty()
         where = sys.stderr if self._shows else self._opened.enter_context(open(os.devnull, "w"))  # noqa: SIM115
@@ -75,6 +78,11 @@ class Watch:
         if self._steps == PACED:
             pace = progress.sums.seconds / max(1, progress.sums.steps)
             log.info("pace: %s a step, about %s to go", milliseconds(pace), duration(self.seconds_left))
+        if progress.part is Part.WIDE and ranks.is_first() and self._looks:
+            self._looks = False  # unless this one comes to its end: what fails is told once
+            with warn_instead_of_raising("the steps of the animation"):
+                self._look(setup, progress)
+                self._looks = True
         if tells:
             self._row(setup, progress, moment)
             progress.rows = self.tracker.rows
@@ -97,6 +105,22 @@ class Watch:
                 self._album = Album.of(*where, setup.model, progress.spaces, progress.clusters)
             if self._album:
                 self._album.keep(setup.model, when)
+
+    def keep_outputs(self, progress: Progress, before: list[Tensor], after: list[Tensor]) -> None:
+        """What the network says of the test set before a cut and after it, for their picture."""
+        if ranks.is_first():
+            with warn_instead_of_raising("the outputs around the cut"):
+                keep_outputs(progress.folder.outputs, progress.stage, before, after)
+
+    def _look(self, setup: Setup, progress: Progress) -> None:
+        """Takes a frame of the animation where one is due, of a stage from its start or where a resumed run goes on."""
+        stage, step = progress.stage, progress.step
+        if self._film is None or self._film.stage != stage:
+            album = Album.of(progress.folder.filters, stage, setup.model, progress.spaces, progress.clusters)
+            left = dict.fromkeys(progress.start, 1.0)
+            self._film = Film.of(progress.folder.film, stage, album, progress.plan.due, step - 1, left)
+        if self._film.is_due(step):
+            self._film.take(setup.model, step, progress.left())
 
     def _row(self, setup: Setup, progress: Progress, moment: Moment) -> None:
         sums, tested, score = progress.take_sums(), measured(setup.model, setup.data), setup.data.task["score"]

@@ -3,21 +3,35 @@
 import base64
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from csgd.report.tables import LAYER_HEADER, layer_rows, numeric, verdict_rows
+from csgd.report.tables import baseline_note, cost_header, cost_rows, numeric, verdict_rows
 
 CAPTIONS = {
-    "curves": "Score and loss over the whole run; the deviation beside what was forecast before the first batch; "
-    "the cost of a step. The cut is marked.",
+    "collapse": "The first layer that was cut, over the first stage: its filters as pictures, those of one cluster on "
+    "one field, and as points in the plane in which they differ most at the start, with threads to the mean of their "
+    "cluster.",
+    "curves": "Score and loss over the steps of the run; the deviation beside what was forecast before the first "
+    "batch; the cost of a step. Below the red dotted line filters count as collapsed, whether the deviation is told in "
+    "units of its start or of the weights. The gray one is how finely float32 can tell weights apart: the published "
+    "pull comes to rest about there, while a Collapse makes members equal and ends at exactly 0.",
+    "outputs": "What the network says of images of the test set before the cut and after it, the worst image among "
+    "them; and of every image how much its outputs changed, divided by their own spread (max − min).",
+    "spaces": "Layers whose filters must move together share a box (a residual stream is one, however many layers add "
+    "to it). An arrow is a layer that reads one box and writes another; those that follow from others are left out. "
+    "Blue boxes were cut.",
     "filters": "The filters of the first layer that was cut, those of one cluster on one field. At the collapse they "
     "are equal, so that one of each cluster is enough. Each picture in the scale of its own largest weight.",
     "widths": "The width of every layer before and after.",
     "sizes": "How many filters were trained into one.",
 }
+KINDS = {"collapse": "gif"}  # the others are PNG
+PLAIN = ("collapse", "filters")  # whose black and white mean something, so that they stay as they are in the dark
+NAMED = 100  # classes
 PAGE = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -32,14 +46,18 @@ def write_page(output_dir: Path) -> Path:
     """Writes report.html from summary.json, clusters.json and the pictures that are in report/."""
     summary = json.loads((output_dir / "summary.json").read_text())
     clusters = json.loads((output_dir / "clusters.json").read_text())
-    pictures = {name: output_dir / "report" / f"{name}.png" for name in CAPTIONS}
+    pictures = {name: output_dir / "report" / f"{name}.{KINDS.get(name, 'png')}" for name in CAPTIONS}
     page = PAGE.get_template("page.html.j2").render(
         name=_name(summary["config"]),
         summary=summary,
         verdict_rows=verdict_rows(summary),
+        note=baseline_note(summary),
         figures=[(name, _encoded(path), CAPTIONS[name]) for name, path in pictures.items() if path.exists()],
-        layer_header=LAYER_HEADER,
-        layer_rows=layer_rows(summary["layers"], clusters),
+        kinds=KINDS,
+        plain=PLAIN,
+        layer_header=cost_header(summary),
+        layer_rows=cost_rows(summary, clusters),
+        run=_run(summary),
         origin=_origin(summary),
         configuration="\n".join(_lines(summary["config"])),
         numeric=numeric,
@@ -54,6 +72,24 @@ def _name(config: Mapping[str, Any]) -> str:
     return f"{model.rsplit('.', 1)[-1]} on {dataset.rsplit('.', 1)[-1]}, seed {config['seed']}"
 
 
+def _run(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    data, config = summary["data"], summary["config"]["dataset"]
+    name = (config.get("name") or config["_target_"]).rsplit(".", 1)[-1]
+    size = "×".join(map(str, data["image"]))
+    rows = [
+        ("command", summary["command"] or "from Python, with the configuration below"),
+        ("date", datetime.fromisoformat(summary["date"]).strftime("%d %B %Y, %H:%M %z")),
+        ("data", f"{name}: {data['train']:,} images to train on and {data['test']:,} to test, each {size}"),
+    ]
+    if data["classes"]:
+        names = ", ".join(data["class_names"][:NAMED]) + (", …" if len(data["class_names"]) > NAMED else "")
+        rows.append(("classes", f"{data['classes']}" + (f": {names}" if names else "")))
+    if data["mean"]:
+        mean, std = (", ".join(f"{value:.3f}" for value in data[key]) for key in ("mean", "std"))
+        rows.append(("normalised", f"(image − mean) / std of each channel, mean {mean}, std {std}"))
+    return [*rows, ("device", summary["device"])]
+
+
 def _encoded(picture: Path) -> str:
     return base64.b64encode(picture.read_bytes()).decode()
 
@@ -63,7 +99,6 @@ def _origin(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     commit = summary["commit"] or "outside of a checkout"
     return [
         ("base network", summary["base"]["source"]),
-        ("device", summary["device"]),
         ("versions", versions),
         ("commit", commit),
     ]

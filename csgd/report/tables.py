@@ -1,6 +1,6 @@
 """Tables of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 CLASSIFICATION = {"criterion": "cross_entropy", "score": "accuracy"}
@@ -42,6 +42,7 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     base, verdict, cost = summary["base"], summary["verdict"], summary["cost"]
     fraction, seconds = summary["collapse"]["fraction"], summary["seconds"]
     score, stages = task_of(summary)["score"], len(summary["stages"])
+    tolerance = summary["config"]["tolerance"]
     last, of = ("last ", f"stage {stages}") if stages > 1 else ("", "C-SGD")
 
     def cut(key: str) -> tuple[str, str, str]:
@@ -60,23 +61,41 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "… at the end",
             f"{verdict['accuracy']:.4f}",
-            f"after {_epochs(summary, 'csgd') * stages} more epochs, {1 - fraction:.0%} of their steps narrow",
+            f"after {_epochs(summary, 'csgd') * stages} more epochs, {1 - fraction:.0%} of their steps narrow; "
+            "what training alone gains was not measured",
         ),
         (
             "largest change of an output",
             f"{verdict['max_logit_change']:.1e}",
-            f"{verdict['relative_logit_change']:.1e} of the spread of an image's outputs, at worst",
+            f"{verdict['relative_logit_change']:.1e} of the spread of an image's outputs, at worst; "
+            f"at most {tolerance['logits']:.0e} is lossless",
         ),
         (
             "deviation",
             f"{verdict['relative_deviation']:.1e}",
-            "before the cut: ‖W − ΓW‖ / ‖W‖, the largest of a tensor",
+            "before the cut: ‖W − ΓW‖ / ‖W‖, the largest of a tensor; "
+            f"at most {tolerance['deviation']:.0e} is collapsed",
         ),
         cut("macs"),
         cut("params"),
         _step_cost(summary["seconds_per_step"]),
         ("seconds", f"{seconds['total']:.0f}", _stages(seconds)),
     ]
+
+
+def baseline_note(summary: Mapping[str, Any]) -> str:
+    """What the scores before and after a run can't tell of the method."""
+    weights, stages = summary["config"]["base"]["weights"], len(summary["stages"])
+    base = f"came from {weights}" if weights else f"had {_counted(_epochs(summary, 'base'))} of training"
+    return (
+        f"The base network {base}, and this run trained it for {_counted(_epochs(summary, 'csgd') * stages)} more. "
+        "More training gains by itself, and how much was not measured: the gain from the first line to the fourth is "
+        "not the method's alone. What the cut does is between the second line and the third."
+    )
+
+
+def _counted(epochs: int) -> str:
+    return "1 epoch" if epochs == 1 else f"{epochs} epochs"
 
 
 def _trained(summary: Mapping[str, Any]) -> str:
@@ -116,6 +135,76 @@ def layer_rows(
         )
         for layer in layers
     ]
+
+
+def cost_header(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of a table with what each layer costs; without latencies where these could not be measured."""
+    latency = summary["latency"]
+    timed = (f"ms, {latency['images']} images",) if latency else ()
+    costs = ("width", "clusters of", "MACs", "parameters", *timed, "deviation")
+    return ("layer", "moves together with", *costs, LAYER_HEADER[-1])
+
+
+def cost_rows(summary: Mapping[str, Any], clusters: Mapping[str, Sequence[Sequence[int]]]) -> list[tuple[str, ...]]:
+    """The rows under `cost_header`: a channel space each, then what is in none of them, then the whole network.
+
+    Costs are before and after the run; deviations at the start and at the cut of the last stage that cut the space.
+    """
+    latency, layers = summary["latency"], summary["layers"]
+    apart = {name: pair for stage in summary["stages"] for name, pair in stage["apart"].items()}
+    of_layers = {key: [layer[key] for layer in layers] for key in ("macs", "params")}
+    of_all = {key: [summary["cost"][f"{key}_{when}"] for when in ("before", "after")] for key in of_layers}
+    told = {"macs": short, "params": short}
+    if latency:
+        of_layers["ms"] = [latency["layers"][layer["name"]] for layer in layers]
+        of_all["ms"], told["ms"] = latency["whole"], _ms
+    rows = []
+    for number, layer in enumerate(layers):
+        name, sizes = layer["name"], [len(part) for part in clusters.get(layer["name"], ())]
+        rows.append(
+            (
+                name,
+                ", ".join(layer["together"]) or "-",
+                _change(layer["before"], layer["after"], str),
+                _range(sizes),
+                *(_change(*pairs[number], told[key]) for key, pairs in of_layers.items()),
+                f"{apart[name][0]:.2f} → {_small(apart[name][1])}" if name in apart else "-",
+                "; ".join(layer["pinned"] or layer["conditions"]),
+            )
+        )
+    rest = {
+        key: [whole - sum(pair[when] for pair in of_layers[key]) for when, whole in enumerate(pair_of_all)]
+        for key, pair_of_all in of_all.items()
+    }
+    for name, costs in (("everything else", rest), ("the network", of_all)):
+        rows.append((name, "", "-", "-", *(_change(*pair, told[key]) for key, pair in costs.items()), "-", ""))
+    return rows
+
+
+def _range(sizes: Sequence[int]) -> str:
+    if not sizes:
+        return "-"
+    return f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
+
+
+def _change(before: float, after: float, told: Callable[[float], str]) -> str:
+    return told(before) if told(before) == told(after) else f"{told(before)} → {told(after)}"
+
+
+def _small(value: float) -> str:
+    return f"{value:.0e}" if value else "0"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def short(count: float) -> str:
+    """950, 2.34 k, 23.4 k, 234 k, 2.34 M"""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}" if count < 999.5 * size else f"{count / size:.0f}{unit}"
+    return f"{count:.0f}"
 
 
 def milliseconds(seconds: float) -> str:

@@ -20,6 +20,7 @@ def main(steps: int) -> float:
         nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 32, 3, stride=2), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10),
     )  # fmt: skip
+    # [start]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
     spaces = csgd.find_spaces(model, images[:2])
@@ -40,6 +41,7 @@ def main(steps: int) -> float:
             csgd.trim(model, spaces, clusters, optimizer)
             change = float(relative_change(before, model(images).detach()).max())
             model.train()
+    # [end]
 
     hits = (model.eval()(images).argmax(1) == labels).double().mean()
     print(f"{model[0]}: cut, the logits changed by at most {change:.1e} of an image's spread; {hits:.1%} are right")

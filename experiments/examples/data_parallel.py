@@ -31,6 +31,7 @@ def main(steps: int) -> float:
     images, labels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
     torch.manual_seed(0)  # the same network on every rank; rank 0's clusters are the ones that count
     model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3, 2), nn.Flatten(), nn.Linear(128, 10))
+    # [start]
     spaces = csgd.find_spaces(model, images[:2])
     found = [csgd.cluster(model, spaces, csgd.target_widths(spaces, 1 / 2))]
     dist.broadcast_object_list(found)
@@ -47,6 +48,7 @@ def main(steps: int) -> float:
     csgd.merge_equal(average.module, spaces, clusters)  # its members lag behind those of the model
     csgd.trim(average.module, spaces, clusters)
     train(DistributedDataParallel(model), optimizer, average, images, labels, steps)
+    # [end]
 
     hits = (average(images).argmax(1) == labels).double().mean()
     print(f"rank {dist.get_rank()}: changed by {change:.1e}, the average hits {hits:.1%} of the digits")

@@ -32,6 +32,7 @@ def main(epochs: int) -> float:
     batches = DataLoader(TensorDataset(images, torch.tensor(labels)), batch_size=64, shuffle=True, drop_last=True)
     model = Net()  # or a trained one
 
+    # [start]
     spaces = csgd.find_spaces(model, images[:2])
     clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 5 / 8))
     print(csgd.prove(model, spaces, clusters, images[:2]))
@@ -51,6 +52,7 @@ def main(epochs: int) -> float:
         before = model(images)
         csgd.trim(model, spaces, clusters)
         change = float(relative_change(before, model(images)).max())
+    # [end]
     print(f"{model.stem[0]}: cut, and the logits changed by at most {change:.1e} of an image's spread")
     return change
 

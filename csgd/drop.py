@@ -1,0 +1,115 @@
+"""Deletion: which channels matter least, and a network without them; its function changes, unlike that of `trim`."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from csgd.clusters import ClusteredTensor, Clusters, tensor_of
+from csgd.errors import InputError
+from csgd.graph import ChannelSpace, Ref, conditions
+from csgd.trim import cut
+
+Kept = Mapping[str, Sequence[int]]
+BY = ("l1", "l2", "taylor")
+
+
+@torch.no_grad()
+def importance(model: nn.Module, spaces: Sequence[ChannelSpace], by: str = "l1") -> dict[str, Tensor]:
+    """How much each channel of the trimmable spaces matters, {space name: [slots]}, in float64 on the CPU.
+
+    l1      Σ |w| over its filters, one of each producer (Li et al., ICLR 2017)
+    l2      √Σ w² over everything that would go with it: filters, entries of vectors, input slices (Fang et al., CVPR
+            2023, without the normalisation)
+    taylor  |Σ w ∂L/∂w| over its filters, what the loss would change by to first order (Molchanov et al., ICLR 2017);
+            of the gradients that the parameters hold, as `backward` over some batches leaves them
+
+    InputError for another criterion, and for taylor where a producer has no gradient.
+    """
+    if by not in BY:
+        raise InputError(f"importance must be by one of {', '.join(BY)}, got {by!r}")
+    return {space.name: _importance(model, space, by) for space in spaces if space.trimmable}
+
+
+def _importance(model: nn.Module, space: ChannelSpace, by: str) -> Tensor:
+    def rows(tensor: Tensor, ref: Ref) -> Tensor:
+        index = ref.index.reshape(-1).to(tensor.device)
+        of_slots = tensor.detach().index_select(ref.dim, index).movedim(ref.dim, 0).reshape(space.size, -1)
+        return of_slots.to("cpu", torch.float64)
+
+    if by == "l2":
+        held = [(tensor_of(model, ref), ref) for ref in space.refs if ref.role != "size"]
+        return sum(rows(p, ref).square().sum(1) for p, ref in held if isinstance(p, nn.Parameter)).sqrt()
+    total = torch.zeros(space.size, dtype=torch.float64)
+    for ref in space.producers:
+        weight = tensor_of(model, ref)
+        if by == "l1":
+            total += rows(weight, ref).abs().sum(1)
+        elif weight.grad is None:
+            raise InputError(f"importance by taylor needs gradients: {'.'.join(ref.owners[0])} has none")
+        else:
+            total += (rows(weight, ref) * rows(weight.grad, ref)).sum(1)
+    return total.abs()
+
+
+def most_important(
+    spaces: Sequence[ChannelSpace], scores: Mapping[str, Tensor], widths: Mapping[str, int]
+) -> dict[str, list[int]]:
+    """The `widths[name]` slots of each space that score highest, in ascending order; of equal scores the first.
+
+    Where a condition asks for clusters of one size within groups, as many of each group.  InputError where a space has
+    no score, or its width cannot be kept to.
+    """
+    by_name, kept = {space.name: space for space in spaces}, {}
+    for name, width in widths.items():
+        if name not in by_name or name not in scores:
+            raise InputError(f"widths.{name}: there is no space, or no score, of this name")
+        space = by_name[name]
+        if not 1 <= width <= space.size:
+            raise InputError(f"widths.{name} must be between 1 and {space.size}, got {width}")
+        kept[name] = []
+        for part in _parts(space):
+            best = scores[name][torch.tensor(part)].argsort(descending=True, stable=True)
+            kept[name] += [part[i] for i in best[: len(part) * width // space.size].tolist()]
+        kept[name].sort()
+        if len(kept[name]) != width:
+            raise InputError(f"widths.{name}={width} is not the same share of each of {len(_parts(space))} groups")
+    return kept
+
+
+def drop(model: nn.Module, spaces: list[ChannelSpace], kept: Kept) -> None:
+    """Deletes every channel that is not `kept` {space name: slots}, in place: its filters, its entries of vectors and
+    statistics, and the input slices of the layers that read it; spaces that `kept` does not name stay whole.
+
+    The same surgery as `trim`, without its sums: each output changes by what the channel gave to it.  Parameters stay
+    the objects that they are; optimizers must be made anew.  InputError as for clusters, and where a condition of a
+    space is not kept to.
+    """
+    cut(model, spaces, _dealt(spaces, kept), narrowed=ClusteredTensor.kept)
+
+
+def _dealt(spaces: Sequence[ChannelSpace], kept: Kept) -> Clusters:
+    """Clusters whose first members are the slots that are kept, with the deleted ones of their group dealt out."""
+    by_name, clusters = {space.name: space for space in spaces}, {}
+    for name, slots in kept.items():
+        if name not in by_name:
+            raise InputError(f"kept: there is no channel space '{name}'")
+        chosen = sorted(int(slot) for slot in slots)
+        if not chosen or len(set(chosen)) < len(chosen) or not 0 <= chosen[0] <= chosen[-1] < by_name[name].size:
+            raise InputError(f"kept.{name} must name some of the slots 0 … {by_name[name].size - 1}, each once")
+        clusters[name] = []
+        for part in _parts(by_name[name]):
+            stay = [slot for slot in part if slot in set(chosen)]
+            if not stay:
+                raise InputError(f"kept.{name} leaves none of slots {part[0]} … {part[-1]}, which are a group")
+            members = [[slot] for slot in stay]
+            for turn, slot in enumerate(slot for slot in part if slot not in set(chosen)):
+                members[turn % len(stay)].append(slot)
+            clusters[name] += members
+    return clusters
+
+
+def _parts(space: ChannelSpace) -> Sequence[Sequence[int]]:
+    """The groups of slots each of which must keep the same share."""
+    condition = conditions.one_size(space)
+    return condition.parts if condition else (tuple(range(space.size)),)
