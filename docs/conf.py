@@ -22,6 +22,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False
 html_theme_options = {"top_of_page_buttons": []}
 mathjax_path = "mathjax/tex-svg.js"  # MathJax 3.2.2, one file: nothing is fetched from elsewhere
 

@@ -33,21 +33,9 @@ OTHER_WAYS = {
 
 
 def page() -> str:
-    parts = (
-        main_job,
-        rivals,
-        curves,
-        ramps,
-        step,
-        step_beside,
-        training_step,
-        latency,
-        memory,
-        clusters,
-        spaces,
-        growth,
-    )
-    return "\n\n".join([HEAD, *(part() for part in (*parts, loading))]) + "\n"
+    runs = (main_job, front, rivals, curves, ramps, one_stroke)
+    costs = (step, step_beside, training_step, latency, memory, clusters, spaces, growth, loading)
+    return "\n\n".join([HEAD, *(part() for part in (*runs, *costs))]) + "\n"
 
 
 HEAD = """# Results
@@ -78,6 +66,23 @@ image's outputs. What the end gains over the base it gains by being trained on. 
 {threads} thread."""
     picture = "![accuracy, loss, deviation beside its forecast, and the cost of a step](../experiments/main_job.png)"
     return section("The main job", table(header, body), about, picture)
+
+
+def front() -> str:
+    rows = lines(HERE / "front.jsonl")
+    of = grouped(rows, lambda row: row["way"])
+    end = {way: spread([row["accuracies"][-1][1] for row in members], ".4f") for way, members in of.items()}
+    body = [("the base network of both", "", "", end["base"], len(of["base"]))]
+    for way, told in (("csgd", "csgd"), ("deletion", "filters of least norm deleted")):
+        around = [spread([row["cut"][key] for row in of[way]], ".4f") for key in ("before", "after")]
+        body.append((told, *around, end[way], len(of[way])))
+    command, commit, torch, threads = common(rows, "command", "commit", "torch", "threads")
+    about = f"""Mean (least … most) over seeds. Both have the same base networks, widths, epochs, optimizer, rates and
+batches; the deletion is at the first step, csgd's cut in the middle. Commit `{commit[:7]}`, torch {torch}, {threads}
+thread: `{command}`."""
+    picture = "![filters that become one, and both accuracies from step to step](../experiments/front.png)"
+    header = ("way", "before the cut", "after the cut", "at the end", "n")
+    return section("The main job beside a deletion", table(header, body), about, picture)
 
 
 def rivals() -> str:
@@ -125,6 +130,23 @@ channels in its first layers, survives a late one only, and pulls the means down
     alt = "accuracy at the cut against the time of the collapse, accuracy at the end against seconds"
     picture = f"![{alt}](../experiments/study_collapse.png)"
     return section("The pull as published, and other ways", study(rows, told), about, picture)
+
+
+def one_stroke() -> str:
+    rows = lines(HERE / "study_one_shot.jsonl")
+    looks = [look for row in rows for look in row["after"]]
+    fractions = sorted({look["fraction"] for look in looks}, reverse=True)
+    body = []
+    for of, members in grouped(looks, lambda look: look["of"]).items():
+        at = grouped(members, lambda look: look["fraction"])
+        body.append((f"`of={of}`", *(spread([look["accuracy"] for look in at[one]], ".3f") for one in fractions)))
+    (commit,) = common(rows, "commit")
+    bases = spread([row["base"] for row in rows], ".3f")
+    about = f"""Accuracy right after filters were merged in one stroke, with no training behind it; mean (least …
+most) of n = {len(rows)} seeds. ResNet-20 on Fashion-MNIST, 14×14, three epochs: {bases} before. Commit `{commit[:7]}`:
+`python experiments/study_one_shot.py run`."""
+    header = ("clustered by", *(f"{fraction:g} of the widths" for fraction in fractions))
+    return section("What to cluster by, in one stroke", table(header, body), about)
 
 
 def study(rows: Iterable[Row], told: Callable[[Row], str]) -> str:
