@@ -14,7 +14,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE / "bench")]
+
+from ratios import sentence  # noqa: E402
 
 from csgd.report import table  # noqa: E402
 
@@ -168,7 +170,7 @@ def step() -> str:
     body = [(*place(row), row["contender"], *ms_and_n(row, f"{row['to_sgd']:.2f}")) for row in facts["rows"]]
     about = f"""Median (quartiles) over {facts["rows"][0]["processes"]} processes. *dense* is the published form with
 c × c matrices. {made(facts)}"""
-    return section("What a step costs", table(("network", "threads", "", "ms", "to SGD", "n"), body), about)
+    return section("What a step costs", sentence(), table(("network", "threads", "", "ms", "to SGD", "n"), body), about)
 
 
 def step_beside() -> str:

@@ -99,7 +99,7 @@ def test_every_public_name_is_documented_and_runs_in_an_example(site):
     assert [name for name in csgd.__all__ if not re.search(rf"\bcsgd\.{name}\b", code)] == []
 
 
-def test_every_page_of_the_brief_is_there(site):
+def test_every_page_is_built_and_cells_have_run(site):
     pages = {path.stem for path in site}
     assert pages >= {path.stem for path in DOCS.rglob("*.md")}
     assert sum(bool(page.cells) for page in site.values()) >= 7
