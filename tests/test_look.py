@@ -10,9 +10,11 @@ import subprocess
 import sys
 import threading
 from datetime import date
+from html import escape, unescape
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
+from shutil import which
 
 import numpy as np
 import pytest
@@ -39,6 +41,7 @@ from csgd.verify import count_macs, count_params, macs_by_module
 ROOT = Path(__file__).parents[1]
 KEPT = ("filters", "film", "outputs")  # .safetensors
 SMOKE = ["experiment=smoke", "dataset.image_size=16", "hydra.run.dir=out", "base.cache=base"]
+CHROMIUM = which("chromium") or which("chromium-browser") or which("google-chrome")
 PICTURES = ("curves", "filters", "outputs", "sizes", "spaces", "widths")
 
 
@@ -385,6 +388,49 @@ def test_the_page_escapes_what_it_is_given(looked, tmp_path):
     assert "a &lt; b &amp; c" in html
     assert "NOT LOSSLESS: the filters had not collapsed" in " ".join(page.text)
     assert "<img" not in html, "pictures that are not there are left out"
+
+
+# A window of Chromium is never narrower than 500 pixels, a frame in one is; what is in it tells the page round it.
+FRAME = """<iframe width="{width}" height="800" srcdoc="{page}"></iframe>"""
+BEFORE = "<script>const errors = []; addEventListener('error', e => errors.push(e.message), true)</script>"
+AFTER = """<script>addEventListener('load', () => {
+  const root = document.documentElement, wider = box => box.scrollWidth > box.clientWidth
+  parent.document.title += JSON.stringify({
+    width: innerWidth, overflow: root.scrollWidth - root.clientWidth, errors,
+    images: [...document.images].map(image => image.complete && image.naturalWidth > 0),
+    requests: performance.getEntriesByType('resource').map(e => e.name).filter(name => !name.startsWith('data:')),
+    scrolling: [...document.querySelectorAll('.wide')].filter(wider).length,
+    cut: [...document.querySelectorAll('.facts td')].filter(wider).length,
+  }) + ','
+})</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, as in apt-get install chromium")
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_in_a_browser_wide_and_narrow_light_and_dark(looked, tmp_path, dark):
+    path, watched, shot = looked[0] / "out" / "report.html", tmp_path / "watched.html", tmp_path / "shot.png"
+    page = escape(path.read_text(encoding="utf-8").replace("<head>", f"<head>{BEFORE}") + AFTER)
+    frames = [FRAME.format(width=width, page=page) for width in (1280, 390)]
+    watched.write_text(f"<!doctype html><title></title>{''.join(frames)}", encoding="utf-8")
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr",
+        "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--window-size=1400,2500", f"--blink-settings=preferredColorScheme={int(not dark)}",
+    ]  # fmt: skip
+    told = subprocess.run([*command, "--dump-dom", watched.as_uri()], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in told.stderr, told.stderr[-2000:]
+    seen = json.loads(f"[{unescape(re.search('<title>(.*?),</title>', told.stdout).group(1))}]")
+    narrow, wide = sorted(seen, key=lambda of: of["width"])
+    assert (narrow["width"], wide["width"]) == (390, 1280)
+    for seen in (narrow, wide):
+        assert seen["overflow"] == 0, "what is wide scrolls in a box of its own"
+        assert seen["images"] == [True] * (len(PICTURES) + 1)
+        assert (seen["requests"], seen["errors"], seen["cut"]) == ([], [], 0)
+    assert narrow["scrolling"] > 0
+    assert wide["scrolling"] == 0
+    subprocess.run([*command, f"--screenshot={shot}", path.as_uri()], capture_output=True, timeout=120, check=True)
+    brightness = picture(shot).mean()
+    assert brightness < 0.4 if dark else brightness > 0.7, "charts are dark in the dark"
 
 
 def test_the_dashboard_tells_the_story_in_order(looked):

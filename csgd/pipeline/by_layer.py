@@ -1,6 +1,5 @@
 """What a network costs layer by layer, and how far the members of each channel space are apart."""
 
-import logging
 import statistics
 import time
 from collections import defaultdict
@@ -14,27 +13,25 @@ from torch import Tensor, nn
 from csgd.clusters import Clusters, clustered_tensors
 from csgd.graph import ChannelSpace, Ref
 
-log = logging.getLogger("csgd")
-
 ROUNDS, LEAST_ROUNDS, SECONDS = 31, 3, 1.0  # of a latency: at most, at least, and after which it is enough
 IMAGES = 8
 
 
 def relations(spaces: Sequence[ChannelSpace]) -> Iterator[dict[str, list[str]]]:
-    """Of each space the layers whose filters move together with its pacesetter's, and the spaces that read it."""
-    written = [{path for path, _ in _owners(space, "out")} for space in spaces]
-    for space, own in zip(spaces, written, strict=True):
-        readers = {path for path, _ in _owners(space, "in")}
+    """Of each space the layers whose filters move together with its pacesetter's, and the spaces that are made of it:
+    those with the filters of a layer that reads it."""
+    written = {space.name: dict.fromkeys(_layers(space, "out")) for space in spaces}
+    for space in spaces:
+        readers = set(_layers(space, "in"))
         yield {
-            "together": [path for path in dict.fromkeys(p for p, _ in _owners(space, "out")) if path != space.name],
-            "read_by": [
-                other.name for other, filters in zip(spaces, written, strict=True) if readers & (filters - own)
-            ] + ([space.name] if readers & own else []),
-        }  # fmt: skip
+            "together": [layer for layer in written[space.name] if layer != space.name],
+            "read_by": [name for name, layers in written.items() if not readers.isdisjoint(layers)],
+        }
 
 
-def _owners(space: ChannelSpace, role: str) -> list[tuple[str, str]]:
-    return [owner for ref in space.refs if ref.role == role for owner in ref.owners]
+def _layers(space: ChannelSpace, role: str) -> list[str]:
+    """Paths of modules; a parameter of the network itself has its own name."""
+    return [path or attribute for ref in space.refs if ref.role == role for path, attribute in ref.owners]
 
 
 def params_by_space(model: nn.Module, spaces: Sequence[ChannelSpace], widths: Mapping[str, int]) -> dict[str, int]:
@@ -49,8 +46,8 @@ def params_by_space(model: nn.Module, spaces: Sequence[ChannelSpace], widths: Ma
 def of_modules(
     model: nn.Module, spaces: Sequence[ChannelSpace], widths: Mapping[str, int], values: Mapping[str, float]
 ) -> dict[str, float]:
-    """What modules cost, {module path: value}, as what spaces cost: a module's belongs to the space of its filters, or
-    to several by the number of theirs."""
+    """What spaces cost, where modules cost {path: value}: a module's is that of the space of its filters, or parted
+    among several by the number of theirs."""
     parts: dict[str, dict[tuple, list[tuple[str, float]]]] = defaultdict(lambda: defaultdict(list))
     for space, ref, share in _shares(model, spaces, widths):
         parts[ref.owners[0][0]][ref.owners[0][1], ref.dim].append((space.name, share))

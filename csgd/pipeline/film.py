@@ -22,8 +22,8 @@ class Film:
     album   says whose filters they show; None where no layer that is cut has filters of more than one pixel
     every   steps between two of them;  due  the step at which the last is expected
     axes    [weights of a filter, 2] the plane in which the filters differ most at the start of the stage
-    frames  {what: of each frame}: 'steps', 'left/<group>'; of the layer 'tiles' [c, i, h, w], its filters (of more than
-            three inputs their sum), and 'places' [c, 2], where these lie in the plane
+    frames  {what: of each frame}: 'steps', 'left/<group>'; of the layer 'tiles' [c, h, w], its filters summed over
+            their inputs, and 'places' [c, 2], where they lie in the plane
     """
 
     path: Path
@@ -69,8 +69,7 @@ class Film:
     def _add(self, step: int, filters: Tensor | None, left: Mapping[str, float]) -> None:
         frame = {"steps": torch.tensor(step)} | {f"left/{group}": torch.tensor(value) for group, value in left.items()}
         if filters is not None:
-            shown = filters if filters.size(1) <= 3 else filters.sum(1, keepdim=True)
-            frame |= {"tiles": shown, "places": filters.flatten(1) @ self.axes}
+            frame |= {"tiles": filters.sum(1), "places": filters.flatten(1) @ self.axes}
         for key, value in frame.items():
             self.frames.setdefault(key, []).append(value)
 

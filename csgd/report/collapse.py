@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from csgd.report.curves import film_of, rows_of
+from csgd.report.curves import Rows, film_of, rows_of
 from csgd.report.paper import BLUE, GRAY, RED, figure_of, summary_of
-from csgd.report.pictures import arranged, tiles_of
+from csgd.report.pictures import arranged, enlarged
 from csgd.report.tables import task_of
 
 PALETTE = 8  # frames that the colours of all are taken from
@@ -20,8 +20,12 @@ GOING_ON = 8  # frames of the narrow network
 
 @dataclass(frozen=True)
 class Frame:
-    """What a frame shows: the step of the stage, filters [c, i, h, w] and their places [c, 2] by slot, what is left of
-    their distance, whether they are cut, and for how many milliseconds."""
+    """What a frame shows, and for how many milliseconds.
+
+    step     of the stage
+    filters  [c, h, w] by slot, summed over their inputs;  places  [c, 2] of them in the plane
+    left     of the distance between members at the start of the stage
+    """
 
     step: int
     filters: NDArray
@@ -43,12 +47,14 @@ def draw_collapse(output_dir: Path) -> Path | None:
     if "1/tiles" not in film:
         return None
     drawn, lasts = zip(*_pictures(output_dir, film), strict=True)
-    some = drawn[:: max(1, len(drawn) // PALETTE)]
-    colours = Image.fromarray(np.concatenate([*some, drawn[-1]])).quantize(256, dither=Image.Dither.NONE)
-    palette = np.array(colours.getpalette()).reshape(-1, 3)
-    palette[palette.min(1) > 250] = 255  # the paper stays white
-    colours.putpalette(palette.flatten().tolist())
-    pictures = [Image.fromarray(pixels).quantize(palette=colours, dither=Image.Dither.NONE) for pixels in drawn]
+    some = [*drawn[:: max(1, len(drawn) // PALETTE)], drawn[-1]]
+    common = Image.fromarray(np.concatenate(some)).quantize(256, dither=Image.Dither.NONE)
+    pictures = [Image.fromarray(pixels).quantize(palette=common, dither=Image.Dither.NONE) for pixels in drawn]
+    palette = common.getpalette()
+    paper = 3 * pictures[0].getpixel((0, 0))
+    palette[paper : paper + 3] = 255, 255, 255  # which was the mean of what is nearly white
+    for picture in pictures:
+        picture.putpalette(palette)
     path = output_dir / "report" / "collapse.gif"
     path.parent.mkdir(exist_ok=True)
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=list(lasts), loop=0, optimize=False)
@@ -68,69 +74,89 @@ def _frames(film: dict[str, NDArray], cut: int, steps: int) -> Iterator[Frame]:
 
 def _pictures(output_dir: Path, film: dict[str, NDArray]) -> Iterator[tuple[NDArray, int]]:
     """Each frame [height, width, 3] and its milliseconds; what does not move is drawn once."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.collections import LineCollection
     from safetensors.numpy import load_file
 
     kept = load_file(output_dir / "filters.safetensors")
     (layer,) = (key.split("/")[1] for key in kept if key.startswith("1/") and key.endswith("/cluster"))
     of, summary, rows = kept[f"1/{layer}/cluster"], summary_of(output_dir), rows_of(output_dir)
     clusters = [np.flatnonzero(of == c).tolist() for c in range(of.max() + 1)]
-    spots, canvas = arranged(sorted(clusters, key=len, reverse=True), film["1/tiles"].shape[3:])
-    first, stage = rows.firsts[0], summary["stages"][0]
-    frames = list(_frames(film, stage["collapse"]["step"], stage["forecast"]["steps"]))
+    several = sorted((part for part in clusters if len(part) > 1), key=len, reverse=True)
+    spots, canvas = arranged(several, film["1/tiles"].shape[2:])
     largest = np.abs(film["1/tiles"][0]).max()
+    times, values = _scores(summary, rows)
+    first, stage = rows.firsts[0], summary["stages"][0]
 
     figure = figure_of(7.8, 4.2)
     figure.set_dpi(100)
     figure.get_layout_engine().set(h_pad=0.08)
     agg = FigureCanvasAgg(figure)
     left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
-    pictures, (plane, score) = left.subplots(), right.subplots(2, 1, height_ratios=(1.5, 1))
-    image = pictures.imshow(canvas, interpolation="nearest", animated=True)
-    pictures.set_axis_off()
-    pictures.set_title(f"{layer}: {len(of)} filters, {len(clusters)} clusters", fontsize=10)
-    colours = _colours(clusters)
-    points = plane.scatter(*film["1/places"][0].T, s=22, c=colours, animated=True, zorder=3, edgecolors="none")
-    threads = LineCollection([], colors=colours, linewidths=0.8, alpha=0.6, animated=True)
-    plane.add_collection(threads)
-    plane.set(xticks=[], yticks=[])
-    plane.margins(0.08)
-    plane.set_title("the same filters, as points", fontsize=10)
-    times, values = _scores(summary, rows)
-    score.plot(times, values, "-", color=BLUE, linewidth=1.3)
-    score.axvline(first + stage["collapse"]["step"], color=RED, linestyle="--", linewidth=1)
-    (now,) = score.plot([first], [values[0]], "o", color=BLUE, animated=True)
-    score.set_xlabel("step of the run; the cut is marked", fontsize=8)
-    score.set_title(f"test {task_of(summary)['score'].replace('_', ' ')}", fontsize=10)
-    score.tick_params(labelsize=8)
-    score.grid(alpha=0.3)
-    for axes in (plane, score):
-        axes.spines[["top", "right"]].set_visible(False)
+    tiles, (plane, score) = left.subplots(), right.subplots(2, 1, height_ratios=(1.5, 1))
+    tiles.set_title(f"{layer}: {len(several)} clusters of several filters", fontsize=10)
+    image = tiles.imshow(canvas, interpolation="nearest", animated=True)
+    tiles.set_axis_off()
     told = left.supxlabel("step", fontsize=10, animated=True)
+    points, threads = _points(plane, film["1/places"][0], clusters)
+    score.axvline(first + stage["collapse"]["step"], color=RED, linestyle="--", linewidth=1)
+    now = _line(score, times, values, task_of(summary)["score"])
     agg.draw()
     paper = agg.copy_from_bbox(figure.bbox)
-    for frame in frames:
+    for frame in _frames(film, stage["collapse"]["step"], stage["forecast"]["steps"]):
         agg.restore_region(paper)
-        slots = [part[0] for part in clusters] if frame.is_cut else range(len(of))
-        image.set_data(_laid(canvas, tiles_of(frame.filters, largest), spots, slots))
+        slots = [part[0] for part in several] if frame.is_cut else list(spots)
+        colours = colormaps["RdBu_r"](0.5 + 0.5 * frame.filters / largest)[..., :3]
+        image.set_data(_laid(canvas, enlarged(colours), spots, slots))
         points.set_offsets(frame.places)
         threads.set_segments(_to_the_middle(frame.places, clusters))
         now.set_data([first + frame.step], [np.interp(first + frame.step, times, values)])
         told.set_text(f"step {first + frame.step}: {_told(frame)}")
-        for axes, artist in ((pictures, image), (plane, threads), (plane, points), (score, now)):
+        for axes, artist in ((tiles, image), (plane, threads), (plane, points), (score, now)):
             axes.draw_artist(artist)
         told.draw(agg.get_renderer())
         yield np.asarray(agg.buffer_rgba())[..., :3].copy(), frame.lasts
 
 
+def _points(axes, places: NDArray, clusters: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+    """The filters as points, and the threads to the means of their clusters: both move."""
+    from matplotlib.collections import LineCollection
+
+    colours = _colours(clusters)
+    points = axes.scatter(*places.T, s=22, c=colours, animated=True, zorder=3, edgecolors="none")
+    threads = LineCollection([], colors=colours, linewidths=0.8, alpha=0.6, animated=True)
+    axes.add_collection(threads)
+    axes.set(xticks=[], yticks=[])
+    axes.margins(0.08)
+    axes.set_title("all filters of the layer, as points", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    return points, threads
+
+
+def _line(axes, times: Sequence[int], values: Sequence[float], name: str) -> Any:
+    """The score of the run, and the point that moves along it."""
+    axes.plot(times, values, "-", color=BLUE, linewidth=1.3)
+    if name == "accuracy":
+        axes.set_ylim(0, 1.05)
+    axes.set_title(f"test {name.replace('_', ' ')}", fontsize=10)
+    axes.set_xlabel("step of the run; the cut is marked", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    (now,) = axes.plot(times[:1], values[:1], "o", color=BLUE, animated=True)
+    return now
+
+
 def _told(frame: Frame) -> str:
     if frame.is_cut:
         return "cut, one of each cluster is left"
-    return f"{frame.left:.0%} of their distance is left" if frame.left else "the filters of a cluster are equal"
+    if not frame.left:
+        return "the filters of a cluster are equal"
+    told = f"{frame.left:.0%}" if frame.left > 0.005 else f"{frame.left:.0e}"
+    return f"{told} of their distance is left"
 
 
-def _scores(summary: dict[str, Any], rows) -> tuple[list[int], list[float]]:
+def _scores(summary: dict[str, Any], rows: Rows) -> tuple[list[int], list[float]]:
     """The score over the steps of the run, with that of the base network and those around each cut."""
     key = f"csgd/test_{task_of(summary)['score']}"
     found = [(rows.base_steps, 0, summary["base"]["accuracy"])]

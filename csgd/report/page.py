@@ -12,9 +12,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from csgd.report.tables import baseline_note, cost_header, cost_rows, numeric, verdict_rows
 
 CAPTIONS = {
-    "collapse": "The first layer that was cut, over the first stage: its filters as pictures, those of one cluster on "
-    "one field, and as points in the plane in which they differ most at the start, with threads to the mean of their "
-    "cluster.",
+    "collapse": "The first layer that was cut, over the first stage. On the left its filters that are not alone in "
+    "their cluster, those of one cluster on one field: the sum over their inputs, red above 0 and blue below. On the "
+    "right all of them as points, in the plane in which they differ most at the start, with threads to the mean of "
+    "their cluster.",
     "curves": "Score and loss over the steps of the run; the deviation beside what was forecast before the first "
     "batch; the cost of a step. Below the red dotted line filters count as collapsed, whether the deviation is told in "
     "units of its start or of the weights. The gray one is how finely float32 can tell weights apart: the published "

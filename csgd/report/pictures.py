@@ -123,7 +123,7 @@ def draw_filters(output_dir: Path) -> Path | None:
         for axes, when in zip(row, WHEN, strict=True):
             slots = [part[0] for part in clusters] if when == "cut" else range(len(places))
             picture = canvas.copy()
-            for slot, tile in zip(slots, tiles_of(kept[f"{prefix}/{when}"]), strict=True):
+            for slot, tile in zip(slots, _tiles(kept[f"{prefix}/{when}"]), strict=True):
                 y, x = places[slot]
                 picture[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
             axes.imshow(picture, interpolation="nearest")
@@ -133,14 +133,18 @@ def draw_filters(output_dir: Path) -> Path | None:
     return save(figure, output_dir, "filters")
 
 
-def tiles_of(kernels: NDArray, largest: float | None = None) -> NDArray:
+def _tiles(kernels: NDArray) -> NDArray:
     """Kernels [c, k, h, w] as pictures [c, H, W, 3]: the colours of three inputs, or in gray the sum over all
-    others, which a cut leaves as it is; the largest weight, of these if none is given, black or white, 0 in the
-    middle."""
+    others, which a cut leaves as it is; the largest weight black or white, 0 in the middle."""
     colours = kernels if kernels.shape[1] == 3 else kernels.sum(1, keepdims=True).repeat(3, 1)
-    shown = (0.5 + 0.5 * colours / max(largest or np.abs(colours).max(), 1e-30)).clip(0, 1)
-    zoom = _zoom(kernels.shape[2:])
-    return shown.transpose(0, 2, 3, 1).repeat(zoom, 1).repeat(zoom, 2)
+    shown = 0.5 + 0.5 * colours / max(np.abs(colours).max(), 1e-30)
+    return enlarged(shown.transpose(0, 2, 3, 1))
+
+
+def enlarged(pictures: NDArray) -> NDArray:
+    """[c, h, w, 3] with tiles of pixels for pixels."""
+    zoom = _zoom(pictures.shape[1:3])
+    return pictures.repeat(zoom, 1).repeat(zoom, 2)
 
 
 def _zoom(shape: Sequence[int]) -> int:

@@ -164,7 +164,7 @@ def cost_rows(summary: Mapping[str, Any], clusters: Mapping[str, Sequence[Sequen
         rows.append(
             (
                 name,
-                ", ".join(layer["together"]) or "-",
+                ", ".join(layer["together"]) or "–",
                 _change(layer["before"], layer["after"], str),
                 _range(sizes),
                 *(_change(*pairs[number], told[key]) for key, pairs in of_layers.items()),

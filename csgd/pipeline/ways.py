@@ -1,0 +1,116 @@
+"""The ways to a narrow network: which channels stay, and what becomes of the others.  A way is a function and a line."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import nn
+
+from csgd.clusters import ClusteredTensor, Clusters, cluster, clustered_tensors
+from csgd.drop import drop, importance, most_important
+from csgd.graph import ChannelSpace
+from csgd.graph.twin import keep_random_state
+from csgd.pipeline.setup import Setup
+from csgd.pipeline.spec import RunSpec
+from csgd.train import loss_of
+from csgd.trim import merge_equal, trim
+
+SEEN = 8  # batches on which outputs, or gradients, are measured
+FORWARD = 1 / 3  # of what a step costs
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a stage becomes narrow.
+
+    choose   (setup, spaces, widths) → clusters, of which the first member stays
+    narrows  (model, spaces, clusters): the surgery, in place; None: training pulls members together, and `trim` cuts
+    told     what the cut is, for people
+    passes   what choosing costs, in steps of the wide network
+    trained  whether it starts from the base network
+    """
+
+    choose: Callable[[Setup, list[ChannelSpace], dict[str, int]], Clusters]
+    narrows: Callable[[nn.Module, list[ChannelSpace], Clusters], None] | None
+    told: str
+    passes: Callable[[RunSpec], float]
+    trained: bool = True
+
+    @property
+    def proven(self) -> bool:
+        """Whether the cut, of equal members, changes nothing, so that it can be proven on a twin."""
+        return self.choose is clusters_of
+
+    @property
+    def pulls(self) -> bool:
+        return self.narrows is None
+
+
+def clusters_of(setup: Setup, spaces: list[ChannelSpace], widths: dict[str, int]) -> Clusters:
+    """The clusters of the network as it is; by what filters put out on the first batches of an epoch, if so asked."""
+    how, data = setup.spec.clustering, None
+    with keep_random_state(setup.model):
+        if how.of == "outputs":
+            data = [images for images, _ in islice(setup.data.train_batches(0), SEEN)]
+        return cluster(setup.model, spaces, widths, how.method, setup.spec.seed, how.of, data=data)
+
+
+def most_important_of(setup: Setup, spaces: list[ChannelSpace], widths: dict[str, int]) -> Clusters:
+    """The channels that matter most, each alone; by gradients of the first batches of an epoch, if so asked."""
+    by, model = setup.spec.cut.importance, setup.model
+    with keep_random_state(model):
+        if by == "taylor":
+            model.train()
+            for images, targets in islice(setup.data.train_batches(0), SEEN):
+                loss_of(setup.data, model(images), targets).backward()
+        scores = importance(model, spaces, by)
+    model.zero_grad(set_to_none=True)
+    return {name: [[slot] for slot in slots] for name, slots in most_important(spaces, scores, widths).items()}
+
+
+def first_of(setup: Setup, spaces: list[ChannelSpace], widths: dict[str, int]) -> Clusters:
+    """The first channels of runs of near-equal size: of a network that is not trained any do."""
+    runs = cluster(setup.model, spaces, widths, "even")
+    return {name: [[members[0]] for members in parts] for name, parts in runs.items()}
+
+
+def merge(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> None:
+    merge_equal(model, spaces, clusters)
+    trim(model, spaces, clusters, tolerance=None)
+
+
+def prune(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> None:
+    drop(model, spaces, {name: [members[0] for members in parts] for name, parts in clusters.items()})
+
+
+@torch.no_grad()
+def begin_anew(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> None:
+    """The narrow network with weights as they are drawn: those of the wide one, whose variance is the inverse of the
+    number of inputs, times √(inputs before / after)."""
+    readers: list[tuple[ClusteredTensor, int]] = [
+        (t, t.tensor.size(t.summed[0])) for t in clustered_tensors(model, spaces, clusters, for_cut=False) if t.summed
+    ]
+    prune(model, spaces, clusters)
+    for t, before in readers:
+        t.tensor.mul_((before / t.tensor.size(t.summed[0])) ** 0.5)
+
+
+def outputs_passes(spec: RunSpec) -> float:
+    return SEEN * FORWARD if spec.clustering.of == "outputs" else 0.0
+
+
+def gradient_passes(spec: RunSpec) -> float:
+    return float(SEEN) if spec.cut.importance == "taylor" else 0.0
+
+
+def no_passes(_: RunSpec) -> float:
+    return 0.0
+
+
+WAYS = {
+    "csgd": Way(clusters_of, None, "filters made equal by training", outputs_passes),
+    "merge": Way(clusters_of, merge, "clusters merged in one stroke", outputs_passes),
+    "prune": Way(most_important_of, prune, "channels deleted", gradient_passes),
+    "scratch": Way(first_of, begin_anew, "weights drawn anew, narrow", no_passes, trained=False),
+}
