@@ -304,7 +304,7 @@ class Config:
     checkpoint_every: int | None = None
     export: Export | None = None
     seed: int = MISSING
-    device: Device = MISSING
+    device: Device = MISSING  # auto: a GPU where there is one
     threads: int | None = None
     precision: Precision = MISSING
     compile: bool = False

@@ -2,14 +2,14 @@
 
 The way of the data, in the order of the calls:
 
-    spaces = csgd.find_spaces(model, example)            # which channels move together, or why they must stay
-    widths = csgd.target_widths(spaces, 5 / 8)           # how many channels each space is to keep
-    clusters = csgd.cluster(model, spaces, widths)       # which filters become one
-    proof = csgd.prove(model, spaces, clusters, example) # proof.exact: the cut is exact, before a step is trained
-    csgd.Collapse(optimizer, model, spaces, clusters, stop=2000)  # any torch optimizer: members are equal at that step
-    train(model, optimizer)                              # your loop stays as it is
-    csgd.trim(model, spaces, clusters, optimizer)        # in place; both go on with the narrow network
-    csgd.load_trimmed(Net(), torch.load("pruned.pt"))    # later: a saved state_dict is its own table of widths
+    spaces = csgd.find_spaces(model, example)  # which channels move together, or why they must stay
+    widths = csgd.target_widths(spaces, 5 / 8)  # how many channels each space keeps
+    clusters = csgd.cluster(model, spaces, widths)  # which filters become one
+    print(csgd.prove(model, spaces, clusters, example))  # exact: before a step is trained
+    csgd.Collapse(optimizer, model, spaces, clusters, stop=2000)  # any torch optimizer
+    train(model, optimizer)  # your loop stays as it is; members are equal at step 2000
+    csgd.trim(model, spaces, clusters, optimizer)  # both go on with the narrow network
+    csgd.load_trimmed(Net(), torch.load("pruned.pt"))  # later: a state_dict is its own table of widths
 
 The pull as published is CSGD(param_groups(…), lr) in the place of Collapse.  Facts that docstrings cite (F1 to F14) are
 those of docs/method.md, in the repository and in the documentation.

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # in this order: `conf` is the package of the configuration, not this file
+sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
 
 import docstrings  # noqa: E402
 import keys  # noqa: E402
@@ -17,11 +17,12 @@ html_title = "csgd"
 author = "the authors of csgd"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["config.cache"]
 
 html_theme = "furo"
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False
 html_theme_options = {"top_of_page_buttons": []}
 mathjax_path = "mathjax/tex-svg.js"  # MathJax 3.2.2, one file: nothing is fetched from elsewhere
 
@@ -34,6 +35,7 @@ nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_execution_timeout = 120
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # which knows tables
 
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"

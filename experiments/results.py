@@ -14,7 +14,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE / "bench")]
+
+from ratios import sentence  # noqa: E402
 
 from csgd.report import table  # noqa: E402
 
@@ -33,21 +35,9 @@ OTHER_WAYS = {
 
 
 def page() -> str:
-    parts = (
-        main_job,
-        rivals,
-        curves,
-        ramps,
-        step,
-        step_beside,
-        training_step,
-        latency,
-        memory,
-        clusters,
-        spaces,
-        growth,
-    )
-    return "\n\n".join([HEAD, *(part() for part in (*parts, loading))]) + "\n"
+    runs = (main_job, front, rivals, curves, ramps, one_stroke)
+    costs = (step, step_beside, training_step, latency, memory, clusters, spaces, growth, loading)
+    return "\n\n".join([HEAD, *(part() for part in (*runs, *costs))]) + "\n"
 
 
 HEAD = """# Results
@@ -80,6 +70,23 @@ image's outputs. What the end gains over the base it gains by being trained on. 
     return section("The main job", table(header, body), about, picture)
 
 
+def front() -> str:
+    rows = lines(HERE / "front.jsonl")
+    of = grouped(rows, lambda row: row["way"])
+    end = {way: spread([row["accuracies"][-1][1] for row in members], ".4f") for way, members in of.items()}
+    body = [("the base network of both", "", "", end["base"], len(of["base"]))]
+    for way, told in (("csgd", "csgd"), ("deletion", "filters of least norm deleted")):
+        around = [spread([row["cut"][key] for row in of[way]], ".4f") for key in ("before", "after")]
+        body.append((told, *around, end[way], len(of[way])))
+    command, commit, torch, threads = common(rows, "command", "commit", "torch", "threads")
+    about = f"""Mean (least … most) over seeds. Both have the same base networks, widths, epochs, optimizer, rates and
+batches; the deletion is at the first step, csgd's cut in the middle. Commit `{commit[:7]}`, torch {torch}, {threads}
+thread: `{command}`."""
+    picture = "![filters that become one, and both accuracies from step to step](../experiments/front.png)"
+    header = ("way", "before the cut", "after the cut", "at the end", "n")
+    return section("The main job beside a deletion", table(header, body), about, picture)
+
+
 def rivals() -> str:
     facts = bench("pruned_model")
     body = []
@@ -88,8 +95,8 @@ def rivals() -> str:
         told = [spread([row[key] for row in members], form) for key, form in forms]
         body.append((network, way, *told, f"{members[0]['macs_share']:.1%}", len(members)))
     about = f"""Mean (least … most) over seeds; all layers to 5/8, ten epochs of the same schedule from the same base
-network. On the digits fine-tuning ends as high, for less. What C-SGD gives is a cut that changes nothing, and is proven.
-{made(facts)}"""
+network. On the digits fine-tuning ends as high, for less. What C-SGD gives is a cut that changes nothing, and is
+proven. {made(facts)}"""
     header = ("network", "way", "seconds", "after the cut", "at the end", "of the MACs", "n")
     return section("A whole pruned model", table(header, body), about)
 
@@ -106,8 +113,8 @@ def curves() -> str:
         return f"{key['optimizer']}, {key['curve']} by {key['collapse_by']:.0%}{plain}"
 
     about = f"""{ABOUT_STUDIES} Made by `python experiments/study_curve.py run`; by network and width in
-`experiments/study_curve.md`. Half of the run and a cosine are the defaults: the end is as high as later, and half of the
-steps are narrow."""
+`experiments/study_curve.md`. Half of the run and a cosine are the defaults: the end is as high as later, and half of
+the steps are narrow."""
     rows = lines(HERE / "study_curve.jsonl")
     return section("When should the filters be equal?", study(rows, told), about)
 
@@ -119,12 +126,29 @@ def ramps() -> str:
 
     usual = {"of": "pacesetter", "after_trim": "same_run", "wide_lr": 1.0}
     rows = [row for row in lines(HERE / "study_collapse.jsonl") if usual.items() <= row["key"].items() and "end" in row]
-    about = f"""{ABOUT_STUDIES} Made by `python experiments/study_collapse.py run`; all settings, by network and width, in
-`experiments/study_collapse.md`. Most networks recover from an early collapse. The hard one, VGG-16 at 1/4 with two
+    about = f"""{ABOUT_STUDIES} Made by `python experiments/study_collapse.py run`; all settings, by network and width,
+in `experiments/study_collapse.md`. Most networks recover from an early collapse. The hard one, VGG-16 at 1/4 with two
 channels in its first layers, survives a late one only, and pulls the means down."""
     alt = "accuracy at the cut against the time of the collapse, accuracy at the end against seconds"
     picture = f"![{alt}](../experiments/study_collapse.png)"
     return section("The pull as published, and other ways", study(rows, told), about, picture)
+
+
+def one_stroke() -> str:
+    rows = lines(HERE / "study_one_shot.jsonl")
+    looks = [look for row in rows for look in row["after"]]
+    fractions = sorted({look["fraction"] for look in looks}, reverse=True)
+    body = []
+    for of, members in grouped(looks, lambda look: look["of"]).items():
+        at = grouped(members, lambda look: look["fraction"])
+        body.append((f"`of={of}`", *(spread([look["accuracy"] for look in at[one]], ".3f") for one in fractions)))
+    (commit,) = common(rows, "commit")
+    bases = spread([row["base"] for row in rows], ".3f")
+    about = f"""Accuracy right after filters were merged in one stroke, with no training behind it; mean (least …
+most) of n = {len(rows)} seeds. ResNet-20 on Fashion-MNIST, 14×14, three epochs: {bases} before. Commit `{commit[:7]}`:
+`python experiments/study_one_shot.py run`."""
+    header = ("clustered by", *(f"{fraction:g} of the widths" for fraction in fractions))
+    return section("What to cluster by, in one stroke", table(header, body), about)
 
 
 def study(rows: Iterable[Row], told: Callable[[Row], str]) -> str:
@@ -146,7 +170,7 @@ def step() -> str:
     body = [(*place(row), row["contender"], *ms_and_n(row, f"{row['to_sgd']:.2f}")) for row in facts["rows"]]
     about = f"""Median (quartiles) over {facts["rows"][0]["processes"]} processes. *dense* is the published form with
 c × c matrices. {made(facts)}"""
-    return section("What a step costs", table(("network", "threads", "", "ms", "to SGD", "n"), body), about)
+    return section("What a step costs", sentence(), table(("network", "threads", "", "ms", "to SGD", "n"), body), about)
 
 
 def step_beside() -> str:

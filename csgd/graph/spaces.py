@@ -88,6 +88,7 @@ class ChannelSpace:
 
     @property
     def trimmable(self) -> bool:
+        """Whether any of its channels may go."""
         return not self.pinned and self.size > 1
 
     @property

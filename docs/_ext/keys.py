@@ -64,9 +64,10 @@ def meanings(block: type) -> dict[str, str]:
         for node in found.body
         if isinstance(node, ast.AnnAssign)
     }
-    if block is schema.Config:
-        means |= dict(re.findall(r"^(\w+):.*?  # (.*)$", (CONF / "config.yaml").read_text(), re.MULTILINE))
-    return {name: told for name, told in means.items() if told}
+    means = {name: told for name, told in means.items() if told}
+    if block is not schema.Config:
+        return means
+    return dict(re.findall(r"^(\w+):.*?  # (.*)$", (CONF / "config.yaml").read_text(), re.MULTILINE)) | means
 
 
 def allowed(cfg, key: str, kind: Any) -> str:
