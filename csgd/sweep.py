@@ -18,7 +18,7 @@ from typing import Any
 
 from csgd.errors import line_of
 from csgd.folder import RunFolder, Status
-from csgd.report import table, task_of
+from csgd.report import baseline_note, table, task_of
 
 log = logging.getLogger("csgd")
 
@@ -114,6 +114,7 @@ def leave(sweep_dir: Path, jobs: list[Job]) -> str:
     tables = []
     if any("seed" in job.settings for job in finished(jobs)):
         tables.append(means_table(jobs))
+    tables += dict.fromkeys(baseline_note(job.summary) for job in finished(jobs))
     tables += [f"job {job.folder.name} {job.status}: {job.failure}" for job in jobs if job.failure]
     text, drawn = "\n\n".join([jobs_table(jobs), *tables]), []
     try:

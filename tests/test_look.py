@@ -350,7 +350,7 @@ def test_the_page_holds_everything_and_needs_no_network(looked):
         "after 1 epochs",
         "after 2 more epochs, 50% of their",
         "what training alone gains was not measured",
-        "The base network had 1 epoch of training, and this run trained it for 2 epochs more.",
+        "The base network had 1 epoch of training, and C-SGD trained it for 2 epochs more.",
         "at most 1e-04 is lossless",
         "at most 1e-05 is collapsed",
         "python run.py experiment=smoke dataset.image_size=16",

@@ -75,6 +75,8 @@ def test_a_sweep_tells_what_came_out(swept):
     text = (folder / "sweep" / "sweep.md").read_text()
     assert sweep.jobs_table(sweep.read_jobs(folder / "sweep"), linked=True) in text
     assert "[0](0/report.html)" in text
+    note = "The base network had 1 epoch of training, and C-SGD trained it for 2 epochs more."
+    assert text.count(note) == done.stdout.count(note) == 1
     assert "[1](1/)" in text, "it left no report"
     assert all((folder / "sweep" / target).exists() for target in re.findall(r"\]\(([^)]*)\)", text))
     for name in ("accuracy_macs", "deviation"):
@@ -242,6 +244,8 @@ def written(folder, number, *, seed, deps, accuracy, macs, lossless=True, streng
         "strengths": {"kernels": strength, "vectors": strength / 10},
         "collapse": {"step": 5},
         "seconds": {"total": 3.0},
+        "stages": [],
+        "config": {"base": {"weights": None}, "schedule": {"base": {"epochs": 1}, "csgd": {"epochs": 2}}},
     }  # fmt: skip
     (path / "summary.json").write_text(json.dumps(summary))
 

@@ -5,10 +5,20 @@ from csgd.report.curves import draw_curves
 from csgd.report.page import write_page
 from csgd.report.pictures import draw_filters, draw_outputs, draw_sizes, draw_widths
 from csgd.report.spaces import draw_spaces
-from csgd.report.tables import LAYER_HEADER, duration, layer_rows, milliseconds, table, task_of, verdict_table
+from csgd.report.tables import (
+    LAYER_HEADER,
+    baseline_note,
+    duration,
+    layer_rows,
+    milliseconds,
+    table,
+    task_of,
+    verdict_table,
+)
 
 __all__ = [
     "LAYER_HEADER",
+    "baseline_note",
     "draw_collapse",
     "draw_curves",
     "draw_filters",

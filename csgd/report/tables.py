@@ -84,13 +84,13 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def baseline_note(summary: Mapping[str, Any]) -> str:
-    """What the scores before and after a run can't tell of the method."""
+    """Why the gain of a run over its base network is not the method's alone."""
     weights, stages = summary["config"]["base"]["weights"], len(summary["stages"])
     base = f"came from {weights}" if weights else f"had {_counted(_epochs(summary, 'base'))} of training"
+    more = _counted(_epochs(summary, "csgd") * stages)
     return (
-        f"The base network {base}, and this run trained it for {_counted(_epochs(summary, 'csgd') * stages)} more. "
-        "More training gains by itself, and how much was not measured: the gain from the first line to the fourth is "
-        "not the method's alone. What the cut does is between the second line and the third."
+        f"The base network {base}, and C-SGD trained it for {more} more. "
+        "More training gains by itself, and how much was not measured."
     )
 
 
