@@ -193,7 +193,7 @@ def write_csv(path: Path, jobs: list[Job]) -> None:
         if summary := job.summary:
             row |= {"base_accuracy": summary["base"]["accuracy"], **summary["verdict"], **summary["cost"]}
             row |= {f"strength_{group}": strength for group, strength in summary["strengths"].items()}
-            row |= {"cut_step": summary["collapse"]["step"], "seconds": summary["seconds"]["total"]}
+            row |= {"cut_step": summary["cut"]["step"], "seconds": summary["seconds"]["total"]}
         rows.append(row)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")

@@ -51,7 +51,7 @@ def main() -> None:
     rows = []
     for trim_at, summaries in runs.items():
         seconds = [summary["seconds"]["csgd"] for summary in summaries]
-        cut_at = [summary["collapse"]["fraction"] for summary in summaries]
+        cut_at = [summary["cut"]["fraction"] for summary in summaries]
         accuracies = [summary["verdict"]["accuracy"] for summary in summaries]
         rows.append(
             (

@@ -149,7 +149,7 @@ def test_the_animation_shows_the_filters_on_their_way_the_cut_and_what_follows(l
     assert all(different), "every frame says its step"
     told = "the filters of a cluster are equal"
     assert told in {collapse._told(frame) for frame in collapse._frames(film_of(out), 65, 130)}
-    assert summary["collapse"]["step"] == 65
+    assert summary["cut"]["step"] == 65
 
 
 def test_a_resumed_run_goes_on_with_its_film(tmp_path):
@@ -508,7 +508,7 @@ def test_the_plan_is_what_the_run_will_be(looked, tmp_path):
         summary["cost"][f"params_{when}"] for when in ("before", "after")
     ]
     assert plan["clusters"] == {name: [len(part) for part in parts] for name, parts in clusters.items()}
-    assert plan["forecast"]["collapse_step"] == summary["collapse"]["predicted_step"]
+    assert plan["forecast"]["collapse_step"] == summary["cut"]["foreseen_step"]
     spent = summary["seconds"]["csgd"]
     assert spent / 10 < plan["estimate"]["seconds"] < spent * 10, "the base network is in the cache"
     weights = 4 * summary["cost"]["params_before"]

@@ -74,7 +74,7 @@ def test_members_are_equal_to_the_bit_at_the_step_named_before_the_first_batch(
     named = json.loads((tmp_path / "plan" / "plan.json").read_text())["forecast"]["collapse_step"]
     verdict = run(composed(*SMOKE, base_cache, *overrides), tmp_path / "run")
     summary = summary_of(tmp_path / "run")
-    assert [stage["collapse"]["step"] for stage in summary["stages"]] == [named] * len(summary["stages"])
+    assert [stage["cut"]["step"] for stage in summary["stages"]] == [named] * len(summary["stages"])
     assert member_spreads == [0.0] * len(summary["stages"])
     assert verdict.lossless
     assert verdict.relative_deviation == verdict.deviation == 0
@@ -121,8 +121,8 @@ def test_steps_that_a_scaler_leaves_out_come_later_or_are_told(tmp_path, base_ca
     short = [*SMOKE, base_cache, "precision=fp16", "schedule.csgd.max_steps=20"]
     verdict = run(composed(*short, "collapse_by=0.5"), tmp_path / "later")
     assert verdict.relative_deviation == 0
-    collapse = summary_of(tmp_path / "later")["collapse"]
-    assert collapse["step"] == collapse["predicted_step"] + 10, "the next look"
+    cut = summary_of(tmp_path / "later")["cut"]
+    assert cut["step"] == cut["foreseen_step"] + 10, "the next look"
     verdict = run(composed(*short, "collapse_by=1"), tmp_path / "told")
     assert not verdict.lossless
     assert 0 < verdict.relative_deviation < 0.3

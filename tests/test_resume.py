@@ -107,8 +107,8 @@ def test_a_resumed_run_looks_for_the_collapse_at_the_same_steps(tmp_path, monkey
                    "resume=auto",
                    f"base.cache={tmp_path / 'base'}")  # fmt: skip
     run(cfg, tmp_path / "whole")
-    collapse = json.loads((tmp_path / "whole" / "summary.json").read_text())["collapse"]
-    foreseen, cut = collapse["predicted_step"], collapse["step"]
+    told = json.loads((tmp_path / "whole" / "summary.json").read_text())["cut"]
+    foreseen, cut = told["foreseen_step"], told["step"]
     assert foreseen + 20 <= cut < 150
     save = Progress.save
 
@@ -122,7 +122,7 @@ def test_a_resumed_run_looks_for_the_collapse_at_the_same_steps(tmp_path, monkey
         run(cfg, tmp_path / "killed")
     monkeypatch.setattr(Progress, "save", save)
     run(cfg, tmp_path / "killed")
-    assert json.loads((tmp_path / "killed" / "summary.json").read_text())["collapse"] == collapse
+    assert json.loads((tmp_path / "killed" / "summary.json").read_text())["cut"] == told
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole):

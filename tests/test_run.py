@@ -101,8 +101,8 @@ def test_the_main_job_leaves_its_files(main_job):
     for row in wide:
         assert row["left/kernels"] == pytest.approx(row["forecast/kernels"], rel=0.01, abs=1e-6)
         assert row["left/vectors"] == pytest.approx(row["forecast/vectors"], rel=0.01, abs=1e-6)
-    collapse = json.loads((out / "summary.json").read_text())["collapse"]
-    assert collapse["step"] == collapse["predicted_step"] == wide[-1]["step"]
+    cut = json.loads((out / "summary.json").read_text())["cut"]
+    assert cut["step"] == cut["foreseen_step"] == wide[-1]["step"]
     clusters = json.loads((out / "clusters.json").read_text())
     assert sorted(slot for part in clusters["features.0"] for slot in part) == list(range(64))
     folder = out / "checkpoints"

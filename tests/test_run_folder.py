@@ -62,5 +62,5 @@ def test_a_run_in_the_place_of_another_says_so_and_one_of_stages_which_cut_it_te
     assert f"'{tmp_path}/out' holds an earlier run, whose place this one takes; resume=auto would go on" in caplog.text
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     rows = {what: word for what, _, word in verdict_rows(summary)}
-    assert rows["… before the last cut"] == f"step {summary['collapse']['step']} of stage 2"
+    assert rows["… before the last cut"] == f"step {summary['cut']['step']} of stage 2"
     assert "… after the last cut" in rows

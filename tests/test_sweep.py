@@ -242,7 +242,7 @@ def written(folder, number, *, seed, deps, accuracy, macs, lossless=True, streng
         },
         "cost": {"macs_before": 4_000_000, "macs_after": macs},
         "strengths": {"kernels": strength, "vectors": strength / 10},
-        "collapse": {"step": 5},
+        "cut": {"step": 5},
         "seconds": {"total": 3.0},
         "stages": [],
         "config": {"base": {"weights": None}, "schedule": {"base": {"epochs": 1}, "csgd": {"epochs": 2}}},

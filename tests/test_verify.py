@@ -336,12 +336,12 @@ def test_an_average_that_lags_is_not_lossless(tmp_path, caplog):
     assert not verdict["collapsed"]
     assert verdict["relative_deviation"] > 1e-3
     assert verdict["relative_logit_change"] > 1e-3
-    assert summary["collapse"]["predicted_step"] is None, "said before the training"
-    assert summary["collapse"]["step"] == 130
+    assert summary["cut"]["foreseen_step"] is None, "said before the training"
+    assert summary["cut"]["step"] == 130
     assert "which follow them with a momentum of 0.02, not before the end" in caplog.text
 
 
 def test_the_cut_waits_for_the_average(tmp_path):
     summary = summary_of(tmp_path, "schedule.ema=0.8")
     assert summary["verdict"]["lossless"]
-    assert 45 <= summary["collapse"]["predicted_step"] <= summary["collapse"]["step"] < 100
+    assert 45 <= summary["cut"]["foreseen_step"] <= summary["cut"]["step"] < 100

@@ -73,7 +73,7 @@ def test_the_schedule_itself_where_it_is_asked_for_and_its_rates_stretched_where
 def test_a_rival_is_cut_before_its_first_step_and_trained_narrow(tmp_path, base_cache, way):
     verdict = run(composed(*SMOKE, base_cache, f"method={way}"), tmp_path)
     summary = summary_of(tmp_path)
-    assert summary["collapse"]["step"] == 0
+    assert summary["cut"]["step"] == 0
     assert not verdict.lossless
     assert verdict.relative_logit_change > 0.1
     assert verdict.accuracy > 0.6

@@ -92,7 +92,7 @@ def _summary(setup: Setup, plan: RunPlan, progress: Progress, judged: Verdict) -
         "seconds": asdict(seconds) | {"csgd": seconds.csgd_wide + seconds.csgd_trimmed},
         "stages": [_stage(result) for result in progress.results],
         "ranks": ranks.own_share().ranks,
-        "collapse": _collapse(last),
+        "cut": _cut(last),
         "strengths": last.strengths,
         "widths": last.widths,
         "verdict": asdict(judged),
@@ -110,7 +110,7 @@ def _stage(result: StageResult) -> dict[str, Any]:
     return {
         "widths": result.widths,
         "strengths": result.strengths,
-        "collapse": _collapse(result),
+        "cut": _cut(result),
         "verdict": asdict(result.verdict),
         "forecast": {"steps": result.steps, "curves": result.curves},
         "apart": {name: list(pair) for name, pair in result.apart.items()},
@@ -140,10 +140,10 @@ def _latency(setup: Setup) -> dict[str, Any] | None:
     }
 
 
-def _collapse(result: StageResult) -> dict[str, Any]:
+def _cut(result: StageResult) -> dict[str, Any]:
     return {
         "step": result.cut_step,
-        "predicted_step": result.foreseen_step,
+        "foreseen_step": result.foreseen_step,
         "fraction": result.cut_step / result.steps,
     }
 

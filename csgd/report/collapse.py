@@ -99,11 +99,11 @@ def _pictures(output_dir: Path, film: dict[str, NDArray]) -> Iterator[tuple[NDAr
     tiles.set_axis_off()
     told = left.supxlabel("step", fontsize=10, animated=True)
     points, threads = _points(plane, film["1/places"][0], clusters)
-    score.axvline(first + stage["collapse"]["step"], color=RED, linestyle="--", linewidth=1)
+    score.axvline(first + stage["cut"]["step"], color=RED, linestyle="--", linewidth=1)
     now = _line(score, times, values, task_of(summary)["score"])
     agg.draw()
     paper = agg.copy_from_bbox(figure.bbox)
-    for frame in _frames(film, stage["collapse"]["step"], stage["forecast"]["steps"]):
+    for frame in _frames(film, stage["cut"]["step"], stage["forecast"]["steps"]):
         agg.restore_region(paper)
         slots = [part[0] for part in several] if frame.is_cut else list(spots)
         colours = colormaps["RdBu_r"](0.5 + 0.5 * frame.filters / largest)[..., :3]

@@ -83,7 +83,7 @@ def rows_of(output_dir: Path) -> Rows:
     lengths = [stage["forecast"]["steps"] for stage in stages]
     firsts = [base_steps + sum(lengths[:k]) for k in range(len(stages))]
     placed = [(row["step"] + (firsts[row["stage"] - 1] if "stage" in row else 0), row) for row in rows]
-    cuts = [first + stage["collapse"]["step"] for first, stage in zip(firsts, stages, strict=True)]
+    cuts = [first + stage["cut"]["step"] for first, stage in zip(firsts, stages, strict=True)]
     return Rows(base_steps, placed, firsts, cuts)
 
 

@@ -40,7 +40,7 @@ def verdict_table(summary: Mapping[str, Any]) -> str:
 def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Before and after: what, its value, and a word on it."""
     base, verdict, cost = summary["base"], summary["verdict"], summary["cost"]
-    fraction, seconds = summary["collapse"]["fraction"], summary["seconds"]
+    fraction, seconds = summary["cut"]["fraction"], summary["seconds"]
     score, stages = task_of(summary)["score"], len(summary["stages"])
     tolerance, pulls = summary["config"]["tolerance"], summary["way"]["pulls"]
     last, of = ("last ", f"stage {stages}") if stages > 1 else ("", "C-SGD" if pulls else f"{_steps(summary)}")
@@ -61,7 +61,7 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             f"… before the {last}cut",
             f"{verdict['accuracy_before_trim']:.4f}",
-            f"step {summary['collapse']['step']} of {of}",
+            f"step {summary['cut']['step']} of {of}",
         ),
         (f"… after the {last}cut", f"{verdict['accuracy_after_trim']:.4f}", told),
         (
