@@ -127,6 +127,15 @@ def equal(one: Any, other: Any, key: str = "") -> bool:
     return one == other or (one != one and other != other)
 
 
+def within(one: Any, other: Any) -> bool:
+    """Whether they are the same but for keys that only the other has."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(within(value, other.get(key)) for key, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(within, one, other))
+    return one == other
+
+
 def differences(one: Path, other: Path) -> Iterator[str]:
     """What is not the same in two folders of runs."""
     for name in ("pruned.safetensors", "filters.safetensors", "clusters.json"):
@@ -134,7 +143,7 @@ def differences(one: Path, other: Path) -> Iterator[str]:
             yield name if a else f"{name}, which one of them lacks"
     for name in ("summary.json", "plan.json", "pruned.json"):
         a, b = (without_times(json.loads(text)) if (text := contents(f / "out" / name)) else {} for f in (one, other))
-        yield from (f"{name}: {key}" for key in a if a[key] != b.get(key))  # there may be new ones
+        yield from (f"{name}: {key}" for key in a if not within(a[key], b.get(key)))
     a, b = (rows(folder / "out" / "metrics.jsonl") for folder in (one, other))
     if len(a) != len(b):
         yield f"{len(a)} rows and {len(b)}"

@@ -1,6 +1,7 @@
 """What the benchmarks compare is the same thing, and their ratios are taken within turns."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -56,3 +57,25 @@ def test_contenders_take_turns_and_ratios_are_within_them(bench):
     assert taken == list("abababab")
     assert [len(times) for times in seconds.values()] == [3, 3]
     assert common.ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == 2.0
+
+
+def test_the_front_picture_shows_the_main_job_and_a_rival_of_the_same_widths(monkeypatch, tmp_path):
+    folder = Path(__file__).parents[1] / "experiments"
+    monkeypatch.syspath_prepend(str(folder))
+    import front
+
+    rows = [json.loads(line) for line in (folder / "front.jsonl").read_text().splitlines()]
+    told = [json.loads(line) for line in (folder / "main_job.jsonl").read_text().splitlines()]
+    main_job = {row["seed"]: row for row in told if not row["overrides"]}
+    for seed in range(3):
+        base, csgd_row, rival = (row for row in rows if row["seed"] == seed)
+        assert (base["way"], csgd_row["way"], rival["way"]) == ("base", "csgd", "deletion")
+        assert csgd_row["widths"] == rival["widths"]
+        assert base["accuracies"][-1][1] == rival["cut"]["before"] == pytest.approx(main_job[seed]["base"])
+        assert csgd_row["cut"]["after"] == pytest.approx(main_job[seed]["after_cut"])
+        assert csgd_row["accuracies"][-1][1] == pytest.approx(main_job[seed]["end"])
+        assert [step for step, _ in rival["accuracies"]][-1] == csgd_row["accuracies"][-1][0] == 225
+    monkeypatch.setattr(front, "PICTURE", tmp_path / "front.png")
+    front.draw(rows)
+    assert (tmp_path / "front.png").stat().st_size > 10_000
+    sys.modules.pop("front")
