@@ -290,7 +290,7 @@ class Config:
     base: Base = MISSING
     tolerance: Tolerance = MISSING
     distributed: Distributed = MISSING
-    method: Way = Way.csgd
+    method: Way = Way.csgd  # csgd: filters are made equal by training; its rivals, cut at once: merge, prune, scratch
     importance: Importance | None = None  # of method=prune: what is deleted matters least by it; null: l1
     cost: Cost | None = None  # of the other methods: as much as csgd's, or the steps of schedule.csgd; null: equal
     centri_strength: Any = None  # null: filters are made equal along a curve; ε, or auto: pulled by SGD, as published

@@ -347,10 +347,10 @@ def test_the_page_holds_everything_and_needs_no_network(looked):
     for told in (
         "resnet20 on digits",
         "LOSSLESS",
-        "after 1 epochs",
-        "after 2 more epochs, 50% of their",
+        "after 1 epoch",
+        "after 130 more steps, 50% of them",
         "what training alone gains was not measured",
-        "The base network had 1 epoch of training, and C-SGD trained it for 2 epochs more.",
+        "The base network had 1 epoch of training, and C-SGD trained it for 130 steps more.",
         "at most 1e-04 is lossless",
         "at most 1e-05 is collapsed",
         "python run.py experiment=smoke dataset.image_size=16",

@@ -257,7 +257,7 @@ def test_a_base_network_of_other_code_is_another_one(tmp_path, monkeypatch):
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    """A dataset of the user's own whose second epoch is damaged."""
+    """A dataset of the user's own whose third epoch is damaged, the second of C-SGD."""
     (tmp_path / "mydata.py").write_text(
         "from dataclasses import replace\n"
         "import csgd.data\n"
@@ -265,7 +265,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
         "    data = csgd.data.digits(image_size=16, shift=0, batch_size=batch_size, seed=seed, device=device)\n"
         "    def batches(epoch):\n"
         "        for images, labels in data.train_batches(epoch):\n"
-        "            yield images / (0.0 if epoch == 1 else 1.0), labels\n"
+        "            yield images / (0.0 if epoch == 2 else 1.0), labels\n"
         "    return replace(data, train_batches=batches)\n"
     )
     mine = ["~dataset.image_size", "~dataset.shift", "dataset._target_=mydata.damaged"]

@@ -85,11 +85,13 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def baseline_note(summary: Mapping[str, Any]) -> str:
     """Why the gain of a run over its base network is not the method's alone."""
-    weights, stages = summary["config"]["base"]["weights"], len(summary["stages"])
+    weights, way, steps = summary["config"]["base"]["weights"], summary["way"], _steps(summary) * len(summary["stages"])
+    if not way["trained"]:
+        return f"There is no base network: the narrow one was trained for {steps} steps."
     base = f"came from {weights}" if weights else f"had {_counted(_epochs(summary, 'base'))} of training"
-    more = _counted(_epochs(summary, "csgd") * stages)
+    who = "C-SGD" if way["pulls"] else "this run"
     return (
-        f"The base network {base}, and C-SGD trained it for {more} more. "
+        f"The base network {base}, and {who} trained it for {steps} steps more. "
         "More training gains by itself, and how much was not measured."
     )
 
