@@ -83,6 +83,14 @@ def test_links_and_anchors_lead_somewhere(site):
     assert followed > 500
 
 
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 110
+    links = [target for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in target]
+    assert len(links) > 15
+    assert [target for target in links if not (ROOT / target).exists()] == []
+
+
 def test_nothing_is_fetched_from_elsewhere(site):
     assert [f"{page.path.name}: {one}" for page in site.values() for one in page.fetched if urlsplit(one).netloc] == []
     (walk,) = [page for path, page in site.items() if path.stem == "walk"]

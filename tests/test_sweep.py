@@ -75,7 +75,7 @@ def test_a_sweep_tells_what_came_out(swept):
     text = (folder / "sweep" / "sweep.md").read_text()
     assert sweep.jobs_table(sweep.read_jobs(folder / "sweep"), linked=True) in text
     assert "[0](0/report.html)" in text
-    note = "The base network had 1 epoch of training, and C-SGD trained it for 2 epochs more."
+    note = "The base network had 1 epoch of training, and C-SGD trained it for 130 steps more."
     assert text.count(note) == done.stdout.count(note) == 1
     assert "[1](1/)" in text, "it left no report"
     assert all((folder / "sweep" / target).exists() for target in re.findall(r"\]\(([^)]*)\)", text))

@@ -1,4 +1,4 @@
-"""The ratios that README tells, from the JSON files of the benchmarks: python experiments/bench/ratios.py"""
+"""The ratios that docs/results.md tells, from the JSON files of the benchmarks: python experiments/bench/ratios.py"""
 
 import json
 import statistics
