@@ -16,8 +16,8 @@ ABOUT = """# Coverage
 
 What csgd cuts of networks that people use, built without weights, with every space at half of its width: the share of
 the multiply-accumulates and of the parameters that goes, and the largest relative change of an output in float64, in
-eval and in train mode, with all weights and statistics random. The control is what the same cut changes while members are
-not equal. Seconds are those of `find_spaces` with its trial, once, on a machine that had other work. Beside it
+eval and in train mode, with all weights and statistics random. The control is what the same cut changes while members
+are not equal. Seconds are those of `find_spaces` with its trial, once, on a machine that had other work. Beside it
 [Torch-Pruning](https://github.com/VainF/Torch-Pruning) cuts the same network to half by magnitude; that changes what a
 network computes in any case, so what is told is whether it raises, and whether the network still runs and answers in
 the same shapes."""
