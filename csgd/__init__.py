@@ -15,6 +15,7 @@ The pull as published is CSGD(param_groups(…), lr) in the place of Collapse.  
 those of docs/method.md, in the repository and in the documentation.
 """
 
+from csgd.budget import Budget, budget_widths
 from csgd.centripetal import decay_matrix, forecast, merge_matrix
 from csgd.clusters import cluster, relative_deviation
 from csgd.collapse import Collapse
@@ -31,6 +32,7 @@ from csgd.widths import target_widths
 
 __all__ = [
     "CSGD",
+    "Budget",
     "ChannelSpace",
     "Collapse",
     "Condition",
@@ -38,6 +40,7 @@ __all__ = [
     "Inputs",
     "Proof",
     "Ref",
+    "budget_widths",
     "cluster",
     "decay_matrix",
     "describe",

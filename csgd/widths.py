@@ -42,6 +42,25 @@ def target_widths(
     Widths count slots: in a grouped conv a slot holds one channel of each group.  InputError on a list of the wrong
     length, a width that is not in [min_width, size], layers of one space that disagree, a pattern that matches nothing.
     """
+    how = dict(min_width=min_width, round_to=round_to, keep=keep, rest=rest, after=after)
+    widths, told = fitting_widths(spaces, deps, **how)
+    if told:
+        more = f" and {len(told) - 4} more" if len(told) > 4 else ""
+        log.warning("widths that clusters of one size can have: %s%s", ", ".join(told[:4]), more)
+    return widths
+
+
+def fitting_widths(
+    spaces: list[ChannelSpace],
+    deps: float | Sequence[int] | Mapping[str, float | int],
+    *,
+    min_width: int = 2,
+    round_to: int = 1,
+    keep: Sequence[str] = (),
+    rest: float = 1.0,
+    after: Mapping[str, int] | None = None,
+) -> tuple[dict[str, int], list[str]]:
+    """What `target_widths` returns, and what it tells of widths that differ from `deps`."""
     for name, value in (("min_width", min_width), ("round_to", round_to)):
         if not isinstance(value, Integral) or value < 1:
             raise InputError(f"deps.{name} must be a whole number of 1 or more, got {value!r}")
@@ -82,7 +101,7 @@ def _of_one_size(
     whole: list[ChannelSpace],
     min_width: int,
     after: Mapping[str, int],
-) -> dict[str, int]:
+) -> tuple[dict[str, int], list[str]]:
     """The widths, but the nearest that can be where clusters are to be of one size; says which are others."""
     told = []
     for together in conditions.tied(live):
@@ -100,10 +119,7 @@ def _of_one_size(
             if width != widths[space.name]:
                 told.append(f"{space.name} {width} of {space.size} ({widths[space.name]} asked for)")
             widths[space.name] = width
-    if told:
-        more = f" and {len(told) - 4} more" if len(told) > 4 else ""
-        log.warning("widths that clusters of one size can have: %s%s", ", ".join(told[:4]), more)
-    return widths
+    return widths, told
 
 
 def layers(space: ChannelSpace) -> list[str]:

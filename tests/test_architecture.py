@@ -27,6 +27,7 @@ FLOORS = {
     "csgd.carry_over": 1,
     "csgd.collapse": 1,
     "csgd.trim": 1,
+    "csgd.budget": 1,
     "csgd.drop": 1,
     "csgd.proof": 1,
     "csgd.trial": 1,

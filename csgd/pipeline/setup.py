@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from csgd import ranks
+from csgd.budget import budget_widths
 from csgd.build import build, label
 from csgd.data import Data
 from csgd.errors import InputError
@@ -98,7 +99,7 @@ def prepare(spec: RunSpec) -> Setup:
     base = timetable_of(spec.base.rates, data.steps_per_epoch)
     csgd = timetable_of(spec.pull.rates, data.steps_per_epoch, spec.pull)
     sought, spaces = time.perf_counter(), spaces_of(model, data.example, published=spec.pull.published is not None)
-    widths = stages_of(spec.deps, spaces)
+    widths = stages_of(spec.deps, spaces, model, data.example)
     return Setup(spec, model, data, base, csgd, spaces, widths, commit(), began, sought)
 
 
@@ -171,13 +172,19 @@ def spaces_of(model: nn.Module, example: Tensor, trial: bool = True, published: 
     return spaces
 
 
-def stages_of(deps: "Deps", spaces: list[ChannelSpace]) -> list[dict[str, int]]:
-    """The widths of each stage: those of deps, or the fractions of deps.stages of the widths at the start."""
+def stages_of(deps: "Deps", spaces: list[ChannelSpace], model: nn.Module, example: Tensor) -> list[dict[str, int]]:
+    """The widths of each stage: those of deps, those that meet its budget, or deps.stages of those at the start."""
+    budget = {key: value for key in ("macs", "params") if (value := getattr(deps, key)) is not None}
     options = dict(min_width=deps.min_width, round_to=deps.round_to, keep=deps.keep)
     if deps.stages is not None:
         stages = []
         for fraction in deps.stages:
             stages.append(target_widths(spaces, fraction, after=stages[-1] if stages else None, **options))
+    elif budget:
+        found = budget_widths(model, spaces, example, **budget, **options)
+        (told,) = (f"deps.{key}={value:g}" for key, value in budget.items())
+        log.info("budget: %s is met with %.4f; from %.4f to 1 can be reached", told, found.cost, found.least)
+        stages = [found.widths]
     elif deps.widths is not None:
         stages = [target_widths(spaces, deps.widths, **options)]
     elif deps.layers:

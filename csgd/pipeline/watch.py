@@ -160,6 +160,9 @@ def widths_label(deps: "Deps") -> str:
         return "to".join(f"{fraction:g}" for fraction in deps.stages)
     if deps.widths is not None:
         return f"widths{sum(deps.widths)}"
+    for key in ("macs", "params"):
+        if (budget := getattr(deps, key)) is not None:
+            return f"{key}{budget:g}"
     return f"{deps.fraction:g}" + ("layers" if deps.layers else "")
 
 

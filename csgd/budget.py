@@ -1,0 +1,173 @@
+"""Target widths from a budget: how narrow a network must be to cost a given fraction of what it costs."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from csgd.clusters import ClusteredTensor, cluster
+from csgd.errors import InputError
+from csgd.graph import ChannelSpace, Inputs, conditions
+from csgd.graph.twin import run, twin_of
+from csgd.trim import cut
+from csgd.widths import fitting_widths
+
+Price = Callable[[Mapping[str, int]], float]
+WITHIN = 0.01  # of the dense network's cost
+LEAST = 1e-9  # a fraction with which every space has its least width
+HALVINGS = 12  # of the interval of fractions
+ROUNDS = 15  # of a latency
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Widths that cost `cost` of the dense network's, where `least` is the lowest that can be reached."""
+
+    widths: dict[str, int]
+    cost: float
+    least: float
+
+
+def budget_widths(
+    model: nn.Module,
+    spaces: list[ChannelSpace],
+    example: Any,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    min_width: int = 2,
+    round_to: int = 1,
+    keep: Sequence[str] = (),
+) -> Budget:
+    """Target widths for `cluster` with which the network costs at most the given fraction of what it costs now.
+
+    Every space gets one fraction of its width, the largest that fits; then single spaces are widened by a step where
+    that still fits, so that multiply-accumulates and parameters come within a hundredth of the dense network's cost
+    below the budget, where the network's widths allow it.
+
+    macs, params, latency  the budget, one of them, above 0 and at most 1; latency is that of this machine in eval mode,
+                           on `example`, and only as exact as its measurement
+    min_width, round_to, keep  as for `target_widths`
+
+    InputError for none or several budgets, and for one that cannot be met, with the least that can.
+    """
+    given = {
+        key: value for key, value in (("macs", macs), ("params", params), ("latency", latency)) if value is not None
+    }
+    if len(given) != 1:
+        raise InputError(f"a budget is one of macs, params and latency, got {', '.join(given) or 'none'}")
+    (what, wish) = next(iter(given.items()))
+    if not 0 < wish <= 1:
+        raise InputError(f"deps.{what} must be above 0 and at most 1, got {wish:g}")
+    price = PRICES[what](model, spaces, example)
+
+    def widths_at(fraction: float) -> dict[str, int]:
+        return fitting_widths(spaces, fraction, min_width=min_width, round_to=round_to, keep=keep)[0]
+
+    least = price(widths_at(LEAST))
+    if least > wish:
+        raise InputError(f"deps.{what}={wish:g} cannot be met: the least that can be reached is {least:.3f}")
+    fits, over = _largest(lambda fraction: price(widths_at(fraction)) <= wish, LEAST)
+    widths = widths_at(fits)
+    if what != "latency":
+        # Where clusters must have one size, there are few widths: the others go on alone where these would jump.
+        stiff = {
+            space.name: widths[space.name] for space in spaces if space.name in widths and conditions.one_size(space)
+        }
+        fits, over = _largest(lambda fraction: price(widths_at(fraction) | stiff) <= wish, fits)
+        widths = _widened(spaces, widths_at(fits) | stiff, over, round_to, price, wish)
+    return Budget(widths, price(widths), least)
+
+
+def _largest(fits: Callable[[float], bool], low: float) -> tuple[float, float]:
+    """The largest fraction that fits, of which `low` is known to, and one just above it that does not, by halving."""
+    if fits(1.0):
+        return 1.0, 1.0
+    high = 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low, high
+
+
+def _widened(
+    spaces: list[ChannelSpace], widths: dict[str, int], fraction: float, step: int, price: Price, wish: float
+) -> dict[str, int]:
+    """Spaces one step wider, those first that lack most of `fraction` of their size, as long as that fits."""
+    free = [space for space in spaces if widths.get(space.name, space.size) + step <= space.size]
+    free = [space for space in free if conditions.one_size(space) is None]
+    left = sorted(free, key=lambda space: widths[space.name] - fraction * space.size)
+    while left and wish - price(widths) > WITHIN:
+        most, too_many = 0, len(left) + 1  # how many of them fit together
+        while too_many - most > 1:
+            middle = (most + too_many) // 2
+            fits = price(widths | {space.name: widths[space.name] + step for space in left[:middle]}) <= wish
+            most, too_many = (middle, too_many) if fits else (most, middle)
+        widths = widths | {space.name: widths[space.name] + step for space in left[:most]}
+        left = left[most + 1 :]  # the next one is too dear
+    return widths
+
+
+def _narrow(model: nn.Module, spaces: list[ChannelSpace], widths: Mapping[str, int]) -> nn.Module:
+    """A copy of these widths; which channels are left does not matter for its cost."""
+    twin = copy.deepcopy(model)
+    cut(twin, spaces, cluster(twin, spaces, widths, "even"), narrowed=ClusteredTensor.kept)
+    return twin
+
+
+def _of_params(model: nn.Module, spaces: list[ChannelSpace], _: Any) -> Price:
+    bare = _bare(model)
+    whole = sum(p.numel() for p in bare.parameters())
+    return lambda widths: sum(p.numel() for p in _narrow(bare, spaces, widths).parameters()) / whole
+
+
+def _of_macs(model: nn.Module, spaces: list[ChannelSpace], example: Any) -> Price:
+    """Counted on the meta device, without an arithmetic operation, where the network runs there."""
+    shapes, inputs = _bare(model), Inputs.of(example).copied(lambda t: t.to("meta"))
+    try:
+        whole = _macs(shapes, inputs)
+    except Exception:  # a constant that the network makes lies elsewhere, or a branch asks for a value
+        shapes, inputs = twin_of(model), Inputs.of(example)
+        whole = _macs(shapes, inputs)
+    return lambda widths: _macs(_narrow(shapes, spaces, widths), inputs) / whole
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    return twin_of(model).to("meta")
+
+
+@torch.no_grad()
+def _macs(model: nn.Module, inputs: Inputs) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run(model.eval(), inputs)
+    return counter.get_total_flops() // 2
+
+
+def _of_latency(model: nn.Module, spaces: list[ChannelSpace], example: Any) -> Price:
+    dense, inputs = twin_of(model).eval(), Inputs.of(example)
+
+    def price(widths: Mapping[str, int]) -> float:
+        narrow = _narrow(dense, spaces, widths).eval()
+        ratios = [_seconds(narrow, inputs) / _seconds(dense, inputs) for _ in range(ROUNDS)]
+        return statistics.median(ratios)
+
+    return price
+
+
+@torch.inference_mode()
+def _seconds(model: nn.Module, inputs: Inputs) -> float:
+    started = time.perf_counter()
+    run(model, inputs)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+PRICES = {"macs": _of_macs, "params": _of_params, "latency": _of_latency}
