@@ -28,7 +28,9 @@ def macs(model, example):
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if i < 3 else [pytest.mark.slow]) for i, n in enumerate(NETWORKS)]
+)
 def test_a_budget_is_met_from_below_within_a_hundredth(name):
     make, size = NETWORKS[name]
     model, example = make(), torch.randn(2, 3, size, size)

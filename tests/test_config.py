@@ -300,3 +300,16 @@ def test_sweeps_over_strengths_and_widths_compose():
     for strength, fraction in itertools.product(("1e-3", "3e-3", "1e-2"), ("13_16", "11_16", "5_8")):
         cfg = composed(f"centri_strength={strength}", f"deps={fraction}")
         assert cfg.centri_strength == float(strength)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["deps.macs=1.5"], "deps.macs must be above 0 and at most 1, or null, got 1.5"),
+        (["deps.macs=0.5", "deps.params=0.5"], "deps.macs must be null beside deps.params, got 0.5"),
+        (["deps.params=0.5", "deps.stages=[0.75,0.5]"], "deps.params must be null beside deps.stages, got 0.5"),
+    ],
+)
+def test_budgets_that_cannot_be(overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        composed(*overrides)

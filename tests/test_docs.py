@@ -122,6 +122,15 @@ def test_the_page_of_results_is_what_the_committed_rows_make(monkeypatch):
         sys.modules.pop("results")
 
 
+def test_the_page_of_coverage_is_what_the_committed_rows_make(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "coverage"))
+    made = importlib.import_module("table")
+    try:
+        assert made.PAGE.read_text() == made.page(), "python experiments/coverage/table.py makes it anew"
+    finally:
+        sys.modules.pop("table")
+
+
 def test_every_key_of_the_configuration_has_a_default_a_range_and_a_meaning(monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS / "_ext"))
     keys = importlib.import_module("keys")

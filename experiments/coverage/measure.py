@@ -72,15 +72,17 @@ def ours(model: nn.Module, example: Any) -> dict[str, Any]:
 
 
 def torch_pruning(model: nn.Module, example: Any) -> dict[str, Any]:
-    """By magnitude, as its own README does; the layers with as many outputs as the network has are left alone."""
+    """By magnitude, as its own README does; of each output the last layer of its width is left alone."""
     import torch_pruning as tp
 
     model = copy.deepcopy(model)
     inputs = example if isinstance(example, tuple) else (example,)
     with torch.no_grad():
         before = [t.shape for t in tensors_in(model.eval()(*inputs))]
-    heads = {shape[1] for shape in before if len(shape) == 2}
-    ignored = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in heads]
+    widths = {m: m.out_features for m in model.modules() if isinstance(m, nn.Linear)}
+    widths |= {m: m.out_channels for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    of_width = {widths[m]: m for m in model.modules() if m in widths}  # the last of each
+    ignored = [of_width[shape[1]] for shape in before if len(shape) > 1 and shape[1] in of_width]
     started, wide = time.perf_counter(), copy.deepcopy(model)
     pruner = tp.pruner.MagnitudePruner(
         model, example, importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=0.5, ignored_layers=ignored
