@@ -46,13 +46,14 @@ def test_the_groups_are_the_documented_ones():
         "model", "dataset", "deps", "clustering", "schedule", "wandb", "experiment",
     }  # fmt: skip
     assert [option for group, option in OPTIONS if group == "deps"] == [
-        "11_16", "13_16", "1_2", "1_4", "3_4", "3_8", "5_8", "resnet50_70", "staged_5_8",
+        "11_16", "13_16", "1_2", "1_4", "3_4", "3_8", "5_8", "resnet50_50", "resnet50_60",
+        "resnet50_70", "staged_5_8",
     ]  # fmt: skip
 
 
 def test_the_fractions_are_what_their_names_say():
     for group, option in OPTIONS:
-        if group == "deps" and option != "resnet50_70":
+        if group == "deps" and not option.startswith("resnet50"):
             above, below = map(int, option.removeprefix("staged_").split("_"))
             assert composed(f"deps={option}").deps.fraction == above / below
 
@@ -92,7 +93,8 @@ def test_the_papers_recipes():
     imagenet = composed("experiment=imagenet_resnet50")
     assert (imagenet.schedule.csgd.epochs, imagenet.schedule.csgd.lr, imagenet.schedule.batch_size) == (70, 3e-3, 256)
     assert (imagenet.centri_strength, imagenet.vector_ratio, imagenet.base.weights) == (5e-2, 0.1, "IMAGENET1K_V1")
-    assert (imagenet.deps.fraction, imagenet.deps.layers) == (1.0, {"layer*.conv1": 0.7, "layer*.conv2": 0.7})
+    inner = {f"layer{stage}.*.conv[12]": width for stage, width in enumerate((45, 90, 180, 359), 1)}
+    assert (imagenet.deps.fraction, imagenet.deps.layers) == (1.0, inner)
     half = composed("experiment=imagenet_resnet50", "deps=1_2").deps
     assert (half.fraction, half.layers) == (0.5, None), "the command line says what the experiment does not"
 
