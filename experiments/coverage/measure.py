@@ -102,9 +102,9 @@ def torch_pruning(model: nn.Module, example: Any) -> dict[str, Any]:
 def row_of(package: str, name: str) -> dict[str, Any]:
     try:
         model, example = build(package, name)
+        row = {"params": count_params(model), "macs": macs(model, example)}
     except Exception as error:
-        return {"outcome": "cannot be built", "why": f"{type(error).__name__}: {error}"[:200]}
-    row = {"params": count_params(model), "macs": macs(model, example)}
+        return {"outcome": "does not run", "why": f"{type(error).__name__}: {error}"[:200]}
     for tool in (ours, torch_pruning):
         try:
             row[tool.__name__] = tool(model, example)

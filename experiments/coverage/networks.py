@@ -10,16 +10,9 @@ import torch
 from torch import Tensor, nn
 
 SIZES = {  # images of 64×64 but for these, which type sizes in or shrink them by more than that
-    "alexnet": 96,
+    **dict.fromkeys(("alexnet", "googlenet", "efficientvit_b1", "tf_efficientnetv2_b0"), 96),
+    **dict.fromkeys(("vit_b_16", "maxvit_t", "efficientformer_l1", "visformer_tiny", "sequencer2d_s"), 224),
     "inception_v3": 299,
-    "googlenet": 96,
-    "maxvit_t": 224,
-    "mixer_s32_224": 224,
-    "efficientvit_b1": 96,
-    "levit_128s": 224,
-    "deit_tiny_patch16_224": 224,
-    "swin_tiny_patch4_window7_224": 224,
-    "tf_efficientnetv2_b0": 96,
 }
 SEGMENTATION = ("deeplabv3", "fcn", "lraspp")
 VIDEO = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
@@ -39,7 +32,8 @@ def build(package: str, name: str) -> tuple[nn.Module, Any]:
         return OTHERS[package, name]()
     if package == "torchvision" and name in VIDEO:
         return _torchvision(name), torch.randn(2, 3, 16, 64, 64)
-    images = torch.randn(2, 3, SIZES.get(name, 64), SIZES.get(name, 64))
+    size = SIZES.get(name, 224 if "224" in name else 64)
+    images = torch.randn(2, 3, size, size)
     if package == "torchvision":
         return _torchvision(name, **({"weights_backbone": None} if name.startswith(SEGMENTATION) else {})), images
     if package == "timm":
