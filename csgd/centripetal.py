@@ -45,24 +45,21 @@ class Segments:
     order    [c] positions of the rows, cluster after cluster
     offsets  [r] where in `order` each cluster begins
     cluster  [c] number of the cluster of each row, 0 … r − 1
-    sizes    [r, 1] number of rows of each cluster
-    weights  [c] one over that, of each row in `order`; None for rows of 16 bits, in which 1/3 is too coarse
+    weights  [c] of each row in `order` one over the number of rows of its cluster
     """
 
     order: Tensor
     offsets: Tensor
     cluster: Tensor
-    sizes: Tensor
-    weights: Tensor | None
+    weights: Tensor
 
     @classmethod
     def of(cls, segments: Tensor, device=None, dtype=torch.float64) -> "Segments":
         """From a vector that names one row, any, for each cluster; for rows of `dtype`."""
         _, cluster, sizes = segments.cpu().unique(return_inverse=True, return_counts=True)
         order = cluster.argsort(stable=True)
-        weights = None if dtype.itemsize < 4 else (1 / sizes.double())[cluster][order].to(device, dtype)
-        tensors = order, sizes.cumsum(0) - sizes, cluster, sizes.to(dtype)[:, None]
-        return cls(*(tensor.to(device) for tensor in tensors), weights)
+        tensors = order, sizes.cumsum(0) - sizes, cluster, (1 / sizes.double())[cluster][order].to(dtype)
+        return cls(*(tensor.to(device) for tensor in tensors))
 
     @property
     def shared(self) -> bool:
@@ -75,9 +72,7 @@ class Segments:
         Summed row after row, never by atomics: the same bits on every run and every rank (fact F10).
         """
         # 0: sums; means, mode 1, come along a slower path, and a division of the sums takes as long as they do.
-        if self.weights is not None:
-            return torch.embedding_bag(rows, self.order, self.offsets, mode=0, per_sample_weights=self.weights)[0]
-        return torch.embedding_bag(rows, self.order, self.offsets, mode=0)[0].div_(self.sizes)
+        return torch.embedding_bag(rows, self.order, self.offsets, mode=0, per_sample_weights=self.weights)[0]
 
     def merge(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """ΓW of rows [c, k]: each is replaced by the mean of its cluster; a row that is alone stays, bit by bit."""

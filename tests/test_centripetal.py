@@ -165,3 +165,20 @@ def test_one_of_each_is_a_mean_in_the_precision_of_its_tensor():
     torch.testing.assert_close(one_of_each(rows, 0, segments, mean=True), wanted, rtol=1e-14, atol=1e-15)
     sums = torch.stack([rows[[0, 2, 4]].sum(0), rows[[1, 3]].sum(0), rows[5]])
     torch.testing.assert_close(one_of_each(rows.T, 1, segments, mean=False), sums.T, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_means_in_every_precision_and_rows_that_are_alone_stay(dtype):
+    """A third is not exact: rows of three that are equal must not grow with every merge."""
+    rows = torch.randn(6, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    rows[[2, 4, 5]] = rows[5].clone()
+    segments = Segments.of(segments_of(CLUSTERS), dtype=dtype)
+    merged = segments.merge(rows)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(merged.double(), merge_matrix(CLUSTERS) @ rows.double(), rtol=2 * eps, atol=2 * eps)
+    assert torch.equal(merged[1], rows[1])
+    assert torch.equal(merged[2], merged[4])
+    for _ in range(100):
+        merged = segments.merge(merged)
+    size = float(rows[2].double().norm())
+    assert float(merged[2].double().norm()) == pytest.approx(size, rel=max(2 * eps, 1e-5))
