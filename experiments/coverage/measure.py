@@ -29,7 +29,7 @@ from csgd.graph.twin import run, tensors_in
 from csgd.verify import count_params
 
 ROWS = Path(__file__).parent / "rows.jsonl"
-LIMIT = 900  # seconds a network may take
+LIMIT = 300  # seconds a network may take
 REASONS = 5  # of those that pin most channels
 
 
@@ -105,11 +105,13 @@ def row_of(package: str, name: str) -> dict[str, Any]:
         row = {"params": count_params(model), "macs": macs(model, example)}
     except Exception as error:
         return {"outcome": "does not run", "why": f"{type(error).__name__}: {error}"[:200]}
+    row["torch_pruning"] = {"outcome": "dies"}
     for tool in (ours, torch_pruning):
         try:
             row[tool.__name__] = tool(model, example)
         except Exception as error:
             row[tool.__name__] = {"outcome": "raises", "why": f"{type(error).__name__}: {error}"[:200]}
+        print(json.dumps(row), flush=True)  # the next tool may take the process with it
     return row
 
 
@@ -118,10 +120,11 @@ def measured(package: str, name: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--one", package, name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
-    except subprocess.TimeoutExpired:
-        return {"outcome": f"took more than {LIMIT} s"}
+    except subprocess.TimeoutExpired as late:
+        lines = (late.stdout or b"").decode().splitlines()
+        return json.loads(lines[-1]) if lines else {"outcome": f"took more than {LIMIT} s"}
     lines = done.stdout.splitlines()
-    return json.loads(lines[-1]) if lines and done.returncode == 0 else {"outcome": f"died: {done.stderr[-200:]}"}
+    return json.loads(lines[-1]) if lines else {"outcome": f"died: {done.stderr[-200:]}"}
 
 
 def versions(package: str) -> dict[str, str]:
