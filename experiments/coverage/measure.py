@@ -29,7 +29,7 @@ from csgd.graph.twin import run, tensors_in
 from csgd.verify import count_params
 
 ROWS = Path(__file__).parent / "rows.jsonl"
-LIMIT = 300  # seconds a network may take
+LIMIT = 150  # seconds a network may take
 REASONS = 5  # of those that pin most channels
 
 
