@@ -8,10 +8,14 @@ from torch import Tensor, nn
 from csgd.clusters import ClusteredTensor, Clusters, tensor_of
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Ref, conditions
+from csgd.graph.twin import dotted
 from csgd.trim import cut
 
 Kept = Mapping[str, Sequence[int]]
-BY = ("l1", "l2", "taylor")
+# What counts in each: filters, entries of vectors, input slices.  Taylor's are the slices: before a batch norm in train
+# mode, which takes the scale of a filter away, w · ∂L/∂w is 0 for every filter.
+COUNTED = {"l1": ("out",), "l2": ("out", "follow", "in"), "taylor": ("in",)}
+BY = tuple(COUNTED)
 
 
 @torch.no_grad()
@@ -21,10 +25,11 @@ def importance(model: nn.Module, spaces: Sequence[ChannelSpace], by: str = "l1")
     l1      Σ |w| over its filters, one of each producer (Li et al., ICLR 2017)
     l2      √Σ w² over everything that would go with it: filters, entries of vectors, input slices (Fang et al., CVPR
             2023, without the normalisation)
-    taylor  |Σ w ∂L/∂w| over its filters, what the loss would change by to first order (Molchanov et al., ICLR 2017);
-            of the gradients that the parameters hold, as `backward` over some batches leaves them
+    taylor  |Σ w ∂L/∂w| over the input slices that read it: what the loss would change by to first order without it, and
+            the same as Σ a ∂L/∂a over its activations (Molchanov et al., ICLR 2017); of the gradients that the
+            parameters hold, as `backward` over some batches leaves them
 
-    InputError for another criterion, and for taylor where a producer has no gradient.
+    InputError for another criterion, and for taylor where a layer that reads the channels has no gradient.
     """
     if by not in BY:
         raise InputError(f"importance must be by one of {', '.join(BY)}, got {by!r}")
@@ -37,19 +42,18 @@ def _importance(model: nn.Module, space: ChannelSpace, by: str) -> Tensor:
         of_slots = tensor.detach().index_select(ref.dim, index).movedim(ref.dim, 0).reshape(space.size, -1)
         return of_slots.to("cpu", torch.float64)
 
-    if by == "l2":
-        held = [(tensor_of(model, ref), ref) for ref in space.refs if ref.role != "size"]
-        return sum(rows(p, ref).square().sum(1) for p, ref in held if isinstance(p, nn.Parameter)).sqrt()
     total = torch.zeros(space.size, dtype=torch.float64)
-    for ref in space.producers:
-        weight = tensor_of(model, ref)
+    for ref in (ref for ref in space.refs if ref.role in COUNTED[by]):
+        tensor = tensor_of(model, ref)
         if by == "l1":
-            total += rows(weight, ref).abs().sum(1)
-        elif weight.grad is None:
-            raise InputError(f"importance by taylor needs gradients: {'.'.join(ref.owners[0])} has none")
+            total += rows(tensor, ref).abs().sum(1)
+        elif by == "l2":
+            total += rows(tensor, ref).square().sum(1) * isinstance(tensor, nn.Parameter)
+        elif tensor.grad is None:
+            raise InputError(f"importance by taylor needs gradients: {dotted(*ref.owners[0])} has none")
         else:
-            total += (rows(weight, ref) * rows(weight.grad, ref)).sum(1)
-    return total.abs()
+            total += (rows(tensor, ref) * rows(tensor.grad, ref)).sum(1)
+    return total.sqrt() if by == "l2" else total.abs()
 
 
 def most_important(
