@@ -46,6 +46,14 @@ def test_each_way_costs_what_the_pull_does(overrides):
         assert [cost.whole() for cost in plan.costs] == [cost.whole() for cost in pulled.costs]
 
 
+def test_what_choosing_takes_is_charged_in_each_stage():
+    staged = "deps.stages=[0.75,0.5]"
+    pulled, _ = planned(staged)
+    plan, _ = planned(staged, "method=prune", "importance=taylor")
+    taken = 8 * (pulled.weight(0) + pulled.weight(1))
+    assert plan.work(trains_base=True) == pytest.approx(pulled.work(trains_base=True) - taken, abs=1)
+
+
 def test_what_choosing_takes_is_charged():
     costs = {
         way: planned(f"method={way}", *more)[0].work(trains_base=True)
