@@ -91,7 +91,14 @@ def test_a_rival_is_cut_before_its_first_step_and_trained_narrow(tmp_path, base_
     assert summary["way"]["told"] == WAYS[way].told
     kept = json.loads((tmp_path / "clusters.json").read_text())
     assert {name: len(parts) for name, parts in kept.items()} == summary["widths"]
-    assert WAYS[way].told in (tmp_path / "report.html").read_text()
+    page, card = ((tmp_path / name).read_text() for name in ("report.html", "pruned.md"))
+    assert f"{WAYS[way].told.upper()}: the cut changed" in page
+    assert f"`method={way}`" in card
+    for told in (page.split("<h2>Configuration")[0], card):
+        assert "LOSSLESS" not in told
+        assert "trained into one" not in told
+    for name in ("sizes.png", "filters.png"):
+        assert (tmp_path / "report" / name).exists() == (way == "merge"), "of the others every filter is alone"
     model = csgd.load_pruned(tmp_path)
     assert sum(p.numel() for p in model.parameters()) == summary["cost"]["params_after"]
 

@@ -98,9 +98,10 @@ class Watch:
     def keep_filters(self, setup: Setup, progress: Progress, when: str) -> None:
         """The filters of one layer for the picture of the run; when: start (of the stage) | collapse | cut.
 
-        There is none of a way without clusters.
+        There are none of a way without clusters, and no collapse without a pull.
         """
-        if not ranks.is_first() or not WAYS[setup.spec.cut.way].proven:
+        way = WAYS[setup.spec.cut.way]
+        if not ranks.is_first() or not way.proven or (when == "collapse" and not way.pulls):
             return
         with warn_instead_of_raising("the filters for their picture"):
             if when != "cut":  # of a stage that is wide, also where a resumed run comes into it
@@ -184,13 +185,14 @@ def _where(setup: Setup, progress: Progress) -> str:
         return f"base, step {progress.step} of {setup.base.steps}"
     stages = len(setup.widths)
     number = f" {min(progress.stage + 1, stages)} of {stages}" if stages > 1 else ""
+    name = "C-SGD" if WAYS[setup.spec.cut.way].pulls else "narrow network"
     if progress.part is not Part.NARROW:
-        return f"C-SGD{number}, step {progress.step} of {setup.csgd.steps}"
+        return f"{name}{number}, step {progress.step} of {setup.csgd.steps}"
     pace, cut = "", progress.results[-1].cut_step
     if Part.NARROW in progress.pace and Part.WIDE in progress.pace:
         wide, narrow = (milliseconds(progress.pace[part].seconds_per_step) for part in (Part.WIDE, Part.NARROW))
         pace = f": {wide} → {narrow} a step"
-    return f"C-SGD{number}, step {progress.step} of {setup.csgd.steps}, cut at {cut}{pace}"
+    return f"{name}{number}, step {progress.step} of {setup.csgd.steps}, cut at {cut}{pace}"
 
 
 def _shown(setup: Setup, progress: Progress, moment: Moment) -> dict[str, str]:

@@ -26,7 +26,8 @@ def draw_curves(output_dir: Path) -> Path:
     for axes in grid.flat:
         for number, step in enumerate(rows.cuts):
             axes.axvline(step, color=RED, linestyle="--", linewidth=1, label="cut" if number == 0 else None)
-    for phase, color, name in (("base", GRAY, "base"), ("csgd", BLUE, "C-SGD")):
+    trained = "C-SGD" if summary["way"]["pulls"] else "narrow network"
+    for phase, color, name in (("base", GRAY, "base"), ("csgd", BLUE, trained)):
         here = [(at, row) for at, row in rows.placed if row["phase"] == phase]
         before = [(base_steps, summary["base"]["accuracy"])] if phase == "csgd" else []
         if here:

@@ -25,10 +25,10 @@ CAPTIONS = {
     "spaces": "Layers whose filters must move together share a box (a residual stream is one, however many layers add "
     "to it). An arrow is a layer that reads one box and writes another; those that follow from others are left out. "
     "Blue boxes were cut.",
-    "filters": "The filters of the first layer that was cut, those of one cluster on one field. At the collapse they "
-    "are equal, so that one of each cluster is enough. Each picture in the scale of its own largest weight.",
+    "filters": "The filters of the first layer that was cut, those of one cluster on one field. Of equal filters one "
+    "is enough. Each picture in the scale of its own largest weight.",
     "widths": "The width of every layer before and after.",
-    "sizes": "How many filters were trained into one.",
+    "sizes": "How many filters became one.",
 }
 KINDS = {"collapse": "gif"}  # the others are PNG
 PLAIN = ("collapse", "filters")  # whose black and white mean something, so that they stay as they are in the dark
