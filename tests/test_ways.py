@@ -1,7 +1,9 @@
 """Rivals of the pull, run as it is: the same clusters merged at once, deletion, and the narrow network from scratch."""
 
+import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,6 +127,50 @@ def test_a_rival_that_is_killed_goes_on_to_the_same_bytes(tmp_path, base_cache, 
     run(composed(*config, "resume=auto"), tmp_path / "killed")
     whole, resumed = ((tmp_path / name / "pruned.safetensors").read_bytes() for name in ("whole", "killed"))
     assert whole == resumed
+
+
+class Noisy(torch.nn.Sequential):
+    """Batch norm, and dropout."""
+
+    def __init__(self):
+        first = [torch.nn.Conv2d(3, 16, 3), torch.nn.BatchNorm2d(16), torch.nn.ReLU()]
+        pooled = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Dropout(0.5)]
+        super().__init__(*first, *pooled, torch.nn.Linear(16, 10))
+
+
+def chosen(way, *overrides):
+    setup = prepare(RunSpec.of(composed(*SMOKE, f"method={way}", *overrides)))
+    torch.manual_seed(0)
+    model = Noisy()
+    return replace(setup, model=model, spaces=csgd.find_spaces(model, setup.data.example))
+
+
+@pytest.mark.parametrize("way, key", [("merge", "clustering.of=outputs"), ("prune", "importance=taylor")])
+def test_choosing_leaves_the_network_as_it_is_and_does_not_hang_on_what_was_drawn_before(way, key):
+    setup = chosen(way, key)
+    state, found = copy.deepcopy(setup.model.state_dict()), []
+    for seed in (1, 2):  # as after a base network that was trained, or came from the cache
+        torch.manual_seed(seed)
+        setup.model.eval()
+        found.append(WAYS[way].choose(setup, setup.spaces, {"0": 8}))
+        assert not setup.model.training
+        assert all(p.grad is None for p in setup.model.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(state.values(), setup.model.state_dict().values(), strict=True))
+    assert found[0] == found[1]
+
+
+def test_batches_that_are_not_trained_on_are_not_chosen_by():
+    setup, seen = chosen("prune", "importance=taylor", "schedule.csgd.max_steps=3"), []
+    batches = setup.data.train_batches
+
+    def watched(epoch):
+        for batch in batches(epoch):
+            seen.append(len(batch[0]))
+            yield batch
+
+    setup = replace(setup, data=replace(setup.data, train_batches=watched))
+    WAYS["prune"].choose(setup, setup.spaces, {"0": 8})
+    assert len(seen) == 3
 
 
 def test_from_scratch_the_narrow_network_is_drawn_as_wide_ones_are():
