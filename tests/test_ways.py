@@ -88,6 +88,7 @@ def test_a_rival_is_cut_before_its_first_step_and_trained_narrow(tmp_path, base_
     assert verdict.relative_logit_change > 0.1
     assert verdict.accuracy > 0.6
     rows = [row for row in rows_of(tmp_path) if row["phase"] == "csgd"]
+    assert rows[0]["epoch"] == (1 if way == "scratch" else 2), "of the run, which base epochs are not a part of"
     assert rows[-1]["step"] == summary["stages"][0]["forecast"]["steps"] == planned(f"method={way}")[0].csgd_steps
     assert (summary["base"]["source"] == "not trained") == (way == "scratch")
     assert summary["way"]["told"] == WAYS[way].told
@@ -103,6 +104,15 @@ def test_a_rival_is_cut_before_its_first_step_and_trained_narrow(tmp_path, base_
         assert (tmp_path / "report" / name).exists() == (way == "merge"), "of the others every filter is alone"
     model = csgd.load_pruned(tmp_path)
     assert sum(p.numel() for p in model.parameters()) == summary["cost"]["params_after"]
+
+
+def test_epochs_are_counted_through_all_stages_of_a_rival(tmp_path, base_cache):
+    run(composed(*SMOKE, base_cache, "method=merge", "deps.stages=[0.75,0.5]"), tmp_path)
+    rows = [row for row in rows_of(tmp_path) if row["phase"] == "csgd"]
+    epochs = [row["epoch"] for row in rows]
+    assert epochs == sorted(set(epochs))
+    steps = {stage: max(row["step"] for row in rows if row["stage"] == stage) for stage in (1, 2)}
+    assert epochs[-1] == pytest.approx(1 + sum(steps.values()) / 65)
 
 
 @pytest.mark.parametrize(

@@ -208,8 +208,9 @@ def _shown(setup: Setup, progress: Progress, moment: Moment) -> dict[str, str]:
 
 def _stage_row(setup: Setup, progress: Progress, moment: Moment) -> dict[str, float]:
     """Where in the run, the deviation, and what is left of that of each group beside its forecast."""
-    before = setup.spec.base.rates.epochs + progress.stage * setup.spec.pull.rates.epochs
-    row = {"epoch": before + moment.step / setup.csgd.steps_per_epoch, "stage": progress.stage + 1}
+    before = setup.spec.base.rates.epochs * WAYS[setup.spec.cut.way].trained
+    steps = progress.stage * setup.csgd.steps + moment.step
+    row = {"epoch": before + steps / setup.csgd.steps_per_epoch, "stage": progress.stage + 1}
     if progress.part is Part.WIDE:
         row["csgd/deviation"] = worst_deviation(setup.model, progress.spaces, progress.clusters)
     for group, left in progress.left().items():
