@@ -16,10 +16,11 @@ CAPTIONS = {
     "their cluster, those of one cluster on one field: the sum over their inputs, red above 0 and blue below. On the "
     "right all of them as points, in the plane in which they differ most at the start, with threads to the mean of "
     "their cluster.",
-    "curves": "Score and loss over the steps of the run; the deviation beside what was forecast before the first "
-    "batch; the cost of a step. Below the red dotted line filters count as collapsed, whether the deviation is told in "
-    "units of its start or of the weights. The gray one is how finely float32 can tell weights apart: the published "
-    "pull comes to rest about there, while a Collapse makes members equal and ends at exactly 0.",
+    "curves": "Score and loss over the steps of the run, and the cost of a step; of a pull also the deviation, beside "
+    "what was forecast before the first batch. Below the red dotted line filters have collapsed: in units of the "
+    "weights, in which the tolerance is told, what is left is smaller still. The gray one is how finely float32 can "
+    "tell weights apart: the published pull comes to rest about there, while a Collapse makes members equal and ends "
+    "at exactly 0.",
     "outputs": "What the network says of images of the test set before the cut and after it, the worst image among "
     "them; and of every image how much its outputs changed, divided by their own spread (max − min).",
     "spaces": "Layers whose filters must move together share a box (a residual stream is one, however many layers add "
