@@ -1,13 +1,13 @@
 """Deletion: which channels matter least, and a network without them; its function changes, unlike that of `trim`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from csgd.clusters import ClusteredTensor, Clusters, tensor_of
+from csgd.clusters import ClusteredTensor, Clusters, check_width, is_slot, parts_of, tensor_of
 from csgd.errors import InputError
-from csgd.graph import ChannelSpace, Ref, conditions
+from csgd.graph import ChannelSpace, Ref
 from csgd.graph.twin import dotted
 from csgd.trim import cut
 
@@ -62,22 +62,21 @@ def most_important(
     """The `widths[name]` slots of each space that score highest, in ascending order; of equal scores the first.
 
     Where a condition asks for clusters of one size within groups, as many of each group.  InputError where a space has
-    no score, or its width cannot be kept to.
+    no score for each slot, or its width cannot be kept to.
     """
     by_name, kept = {space.name: space for space in spaces}, {}
     for name, width in widths.items():
         if name not in by_name or name not in scores:
             raise InputError(f"widths.{name}: there is no space, or no score, of this name")
-        space = by_name[name]
-        if not 1 <= width <= space.size:
-            raise InputError(f"widths.{name} must be between 1 and {space.size}, got {width}")
+        space, of_slots = by_name[name], torch.as_tensor(scores[name])
+        if of_slots.shape != (space.size,) or of_slots.isnan().any():
+            raise InputError(f"scores.{name} must be {space.size} numbers, one for each slot")
+        check_width(space, width)
         kept[name] = []
-        for part in _parts(space):
-            best = scores[name][torch.tensor(part)].argsort(descending=True, stable=True)
-            kept[name] += [part[i] for i in best[: len(part) * width // space.size].tolist()]
+        for part in map(torch.from_numpy, parts_of(space)):
+            best = of_slots[part].argsort(descending=True, stable=True)
+            kept[name] += part[best[: len(part) * width // space.size]].tolist()
         kept[name].sort()
-        if len(kept[name]) != width:
-            raise InputError(f"widths.{name}={width} is not the same share of each of {len(_parts(space))} groups")
     return kept
 
 
@@ -94,26 +93,24 @@ def drop(model: nn.Module, spaces: list[ChannelSpace], kept: Kept) -> None:
 
 def _dealt(spaces: Sequence[ChannelSpace], kept: Kept) -> Clusters:
     """Clusters whose first members are the slots that are kept, with the deleted ones of their group dealt out."""
+    if not isinstance(kept, Mapping):
+        raise InputError(f"kept must be a mapping {{space name: [slot, …]}}, got {type(kept).__name__}")
     by_name, clusters = {space.name: space for space in spaces}, {}
     for name, slots in kept.items():
         if name not in by_name:
             raise InputError(f"kept: there is no channel space '{name}'")
-        chosen = sorted(int(slot) for slot in slots)
-        if not chosen or len(set(chosen)) < len(chosen) or not 0 <= chosen[0] <= chosen[-1] < by_name[name].size:
+        slots = slots.tolist() if isinstance(slots, Tensor) else slots
+        listed = isinstance(slots, Iterable) and all(map(is_slot, slots))
+        chosen = set(slots if listed else ())
+        if not chosen or len(chosen) < len(slots) or not chosen <= set(range(by_name[name].size)):
             raise InputError(f"kept.{name} must name some of the slots 0 … {by_name[name].size - 1}, each once")
         clusters[name] = []
-        for part in _parts(by_name[name]):
-            stay = [slot for slot in part if slot in set(chosen)]
+        for part in (part.tolist() for part in parts_of(by_name[name])):
+            stay = [slot for slot in part if slot in chosen]
             if not stay:
                 raise InputError(f"kept.{name} leaves none of slots {part[0]} … {part[-1]}, which are a group")
             members = [[slot] for slot in stay]
-            for turn, slot in enumerate(slot for slot in part if slot not in set(chosen)):
+            for turn, slot in enumerate(slot for slot in part if slot not in chosen):
                 members[turn % len(stay)].append(slot)
             clusters[name] += members
     return clusters
-
-
-def _parts(space: ChannelSpace) -> Sequence[Sequence[int]]:
-    """The groups of slots each of which must keep the same share."""
-    condition = conditions.one_size(space)
-    return condition.parts if condition else (tuple(range(space.size)),)

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -127,6 +128,11 @@ def test_bad_input():
             lambda: csgd.drop(model, spaces, {"conv1": [0, 8]}),
             "kept.conv1 must name some of the slots 0 … 7, each once",
         ),
+        (lambda: csgd.most_important(spaces, scores, {"conv1": 4.0}), "widths.conv1 must be between 1 and 8, got 4.0"),
+        (lambda: csgd.most_important(spaces, {"conv1": [1.0]}, {"conv1": 4}), "scores.conv1 must be 8 numbers"),
+        (lambda: csgd.most_important(spaces, {"conv1": [math.nan] * 8}, {"conv1": 4}), "scores.conv1 must be 8 num"),
+        (lambda: csgd.drop(model, spaces, [1]), "kept must be a mapping .space name: .slot, ….., got list"),
+        *((lambda k=k: csgd.drop(model, spaces, {"conv1": k}), "kept.conv1 must name") for k in (3, None, "12", [1.5])),
         (lambda: csgd.drop(model, spaces, {"conv1": []}), "kept.conv1 must name some"),
         (lambda: csgd.drop(model, spaces, {spaces[-1].name: [0, 1]}), "the space is pinned .network output"),
         (lambda: csgd.drop(model, spaces, {"x": [0]}), "kept: there is no channel space 'x'"),
