@@ -54,6 +54,9 @@ def test_what_choosing_takes_is_charged_in_each_stage():
     plan, _ = planned(staged, "method=prune", "importance=taylor")
     taken = 8 * (pulled.weight(0) + pulled.weight(1))
     assert plan.work(trains_base=True) == pytest.approx(pulled.work(trains_base=True) - taken, abs=1)
+    short = ["schedule.csgd.max_steps=2", "schedule.csgd.epochs=30"]
+    pulled, plan = (planned(*short, *more)[0] for more in ([], ["method=prune", "importance=taylor"]))
+    assert plan.work(trains_base=True) == pytest.approx(pulled.work(trains_base=True) - 2, abs=1), "an epoch has two"
 
 
 def test_what_choosing_takes_is_charged():

@@ -14,7 +14,6 @@ from csgd.drop import drop, importance, most_important
 from csgd.graph import ChannelSpace
 from csgd.graph.twin import keep_random_state, set_random_state, twin_of
 from csgd.pipeline.setup import Setup
-from csgd.pipeline.spec import RunSpec
 from csgd.train import loss_of
 from csgd.trim import merge_equal, trim
 
@@ -36,7 +35,7 @@ class Way:
     choose: Callable[[Setup, list[ChannelSpace], dict[str, int]], Clusters]
     narrows: Callable[[nn.Module, list[ChannelSpace], Clusters], None] | None
     told: str
-    passes: Callable[[RunSpec], float]
+    passes: Callable[[Setup], float]
     trained: bool = True
 
     @property
@@ -71,13 +70,15 @@ def most_important_of(setup: Setup, spaces: list[ChannelSpace], widths: dict[str
     return {name: [[slot] for slot in slots] for name, slots in most_important(spaces, scores, widths).items()}
 
 
-def some_batches(setup: Setup) -> Batches:
-    """The first of an epoch, those with which a run trains; whatever was drawn before, the same ones are drawn.
+def batches_seen(setup: Setup) -> int:
+    """SEEN, or an epoch if that has less; of several ranks the first sees its own share, of as many more."""
+    return min(SEEN * ranks.own_share().ranks, setup.csgd.steps_per_epoch)
 
-    As many images with several ranks, of which the first sees its own.
-    """
+
+def some_batches(setup: Setup) -> Batches:
+    """The first of an epoch, those with which a run trains; whatever was drawn before, the same ones are drawn."""
     set_random_state(setup.model, setup.spec.seed)
-    return islice(setup.data.train_batches(0), min(SEEN * ranks.own_share().ranks, setup.csgd.steps_per_epoch))
+    return islice(setup.data.train_batches(0), batches_seen(setup))
 
 
 def first_of(setup: Setup, spaces: list[ChannelSpace], widths: dict[str, int]) -> Clusters:
@@ -107,15 +108,20 @@ def begin_anew(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters)
         t.tensor.mul_((before / t.tensor.size(t.summed[0])) ** 0.5)
 
 
-def outputs_passes(spec: RunSpec) -> float:
-    return SEEN * FORWARD if spec.clustering.of == "outputs" else 0.0
+def outputs_passes(setup: Setup) -> float:
+    return FORWARD * steps_seen(setup) if setup.spec.clustering.of == "outputs" else 0.0
 
 
-def gradient_passes(spec: RunSpec) -> float:
-    return float(SEEN) if spec.cut.importance == "taylor" else 0.0
+def gradient_passes(setup: Setup) -> float:
+    return steps_seen(setup) if setup.spec.cut.importance == "taylor" else 0.0
 
 
-def no_passes(_: RunSpec) -> float:
+def steps_seen(setup: Setup) -> float:
+    """Of a step each rank has a share."""
+    return batches_seen(setup) / ranks.own_share().ranks
+
+
+def no_passes(_: Setup) -> float:
     return 0.0
 
 
