@@ -58,8 +58,8 @@ def cluster(
         if name not in by_name:
             raise InputError(f"widths: there is no channel space '{name}'")
         space, slots = by_name[name], np.arange(by_name[name].size)
-        _check_width(space, width)
-        parts = _parts_of(space)
+        check_width(space, width)
+        parts = parts_of(space)
         if method == "kmeans" and width < space.size:
             by_kmeans.append(space)
         elif method == "imbalanced" and conditions.one_size(space) is None:
@@ -80,15 +80,16 @@ def cluster(
     return clusters
 
 
-def _check_width(space: ChannelSpace, width: int) -> None:
-    if not 1 <= width <= space.size:
-        raise InputError(f"widths.{space.name} must be between 1 and {space.size}, got {width}")
+def check_width(space: ChannelSpace, width: int) -> None:
+    """InputError unless a space can become so wide."""
+    if not is_slot(width) or not 1 <= width <= space.size:
+        raise InputError(f"widths.{space.name} must be between 1 and {space.size}, got {width!r}")
     condition = conditions.one_size(space)
     if condition and width not in (allowed := [space.size // size for size in (1, *condition.sizes)]):
         raise InputError(f"widths.{space.name} must be {', '.join(map(str, allowed))}, got {width}: {condition}")
 
 
-def _parts_of(space: ChannelSpace) -> list[np.ndarray]:
+def parts_of(space: ChannelSpace) -> list[np.ndarray]:
     """Sets of slots within which clusters must stay: all slots, but where a condition says otherwise."""
     condition = conditions.one_size(space)
     return [np.array(part) for part in condition.parts] if condition else [np.arange(space.size)]
@@ -132,7 +133,7 @@ def _kmeans(
         of_one_size = conditions.one_size(space) is not None
         fits = [
             (part, _kmeans_of(rows[part], len(part) * widths[name] // space.size, seed, of_one_size))
-            for part in _parts_of(space)
+            for part in parts_of(space)
         ]
         return sorted(members for part, labels in fits for members in _members(part, labels))
 
@@ -296,7 +297,7 @@ def check_clusters(spaces: list[ChannelSpace], clusters: Clusters, *, for_cut: b
         space = by_name[name]
         lists = Sequence | np.ndarray
         listed = isinstance(parts, lists) and all(isinstance(members, lists) for members in parts)
-        if not listed or not all(_is_slot(slot) for members in parts for slot in members):
+        if not listed or not all(is_slot(slot) for members in parts for slot in members):
             raise InputError(f"clusters.{name} must be a list of lists of slots, as [[0, 1], [2]]")
         slots = [slot for members in parts for slot in members]
         if not all(len(members) for members in parts):
@@ -309,7 +310,8 @@ def check_clusters(spaces: list[ChannelSpace], clusters: Clusters, *, for_cut: b
         raise InputError(line)
 
 
-def _is_slot(value: object) -> bool:
+def is_slot(value: object) -> bool:
+    """Whether it is a whole number, of Python's or numpy's."""
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))  # the first is fast
 
 

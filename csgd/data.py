@@ -154,6 +154,10 @@ class Augmentation:
     shift: int = 0
     flip: bool = False
 
+    def __post_init__(self):
+        if self.shift < 0:
+            raise InputError(f"dataset.shift must be 0 pixels or more, got {self.shift}")
+
     def __call__(
         self, images: Tensor, generator: torch.Generator, share: Share = WHOLE, of: int | None = None
     ) -> Tensor:
@@ -380,8 +384,8 @@ def fashion_mnist(
 
     images, labels = split(True)
     if train_size is not None:
-        if not 0 < train_size <= len(labels):
-            raise InputError(f"dataset.train_size must lie between 1 and {len(labels)}, or be null, got {train_size}")
+        if type(train_size) is not int or not 0 < train_size <= len(labels):
+            raise InputError(f"dataset.train_size must lie between 1 and {len(labels)}, or be null, got {train_size!r}")
         rows = _of_each_class(labels, train_size)
         images, labels = images[rows], labels[rows]
     return _in_memory(

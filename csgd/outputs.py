@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Inputs, Ref
-from csgd.graph.twin import keep_random_state, run
+from csgd.graph.twin import dotted, keep_random_state, run
 
 log = logging.getLogger("csgd.outputs")
 
@@ -102,14 +102,15 @@ class _Watch(TorchFunctionMode):
     def _behind(self, source: _Made, func: Callable, args: tuple, kwargs: dict, key: int | str) -> _Made | None:
         """What an affine function makes of scaled outputs, read off what it makes of 0 and 1 in every channel.
 
-        None if it is not the same for all images and positions, whose sizes are 1 in what it is tried on.
+        None if it is not the same for all images and positions, whose sizes are 1 in what it is tried on; or if what it
+        makes of 2 says that it is not affine, as 1 / y and a division that rounds.
         """
         whole = args[key] if isinstance(key, int) else kwargs[key]
         shape = [1] * whole.dim()
         shape[source.dim] = whole.size(source.dim)
         zeros = whole.new_zeros(shape)
         made = []
-        for probe in (zeros, torch.ones_like(zeros)):
+        for probe in (zeros, zeros + 1, zeros + 2):
             tried = func(
                 *(probe if i == key else arg for i, arg in enumerate(args)),
                 **{name: probe if name == key else value for name, value in kwargs.items()},
@@ -118,6 +119,9 @@ class _Watch(TorchFunctionMode):
                 return None
             made.append(tried.flatten().double().clone())
         scale, shift = made[1] - made[0], made[0]
+        off, rounding = (made[2] - 2 * scale - shift).abs(), torch.finfo(whole.dtype).eps ** 0.5
+        if not (off <= rounding * (scale.abs() + shift.abs())).all():  # nor where one of them is infinite
+            return None
         moments = self.of_weight[source.weight]
         moments.scale, moments.shift = source.scale * scale, source.shift * scale + shift
         return _Made(source.weight, source.dim, moments.scale, moments.shift)
@@ -157,9 +161,11 @@ def output_rows(
         for ref, weight in zip(space.producers, weights, strict=True):
             moments = watch.of_weight[id(weight)]
             if moments is None:
-                raise InputError(f"{'.'.join(ref.owners[0])} is not called on the batches in data")
+                raise InputError(f"{dotted(*ref.owners[0])} is not called on the batches in data")
             second = moments.second()
             total += sum(second[lane][:, lane] for lane in _positions(ref, moments.groups).T)
+        if not total.isfinite().all():
+            raise InputError(f"the outputs of {space.name} hold NaN or infinity, they cannot be clustered")
         values, vectors = torch.linalg.eigh(total)
         rows[space.name] = vectors * values.clamp(min=0).sqrt()
     layers = sum(map(len, tensors))

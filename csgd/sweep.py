@@ -203,9 +203,11 @@ def write_csv(path: Path, jobs: list[Job]) -> None:
 
 def draw(sweep_dir: Path, jobs: list[Job]) -> list[Path]:
     """Accuracy against MACs, accuracy against strength where that was swept, deviation over steps."""
-    done, pulled = finished(jobs), [job for job in finished(jobs) if job.summary["strengths"]]
-    pictures: dict[str, Callable] = {"accuracy_macs": _accuracy_macs, "deviation": _deviation}
-    drawn = [_picture(sweep_dir / f"{name}.png", of, done) for name, of in pictures.items() if done]
+    done = finished(jobs)
+    together = [job for job in done if job.summary["way"]["pulls"]]
+    pulled = [job for job in together if job.summary["strengths"]]
+    pictures: dict[str, tuple] = {"accuracy_macs": (_accuracy_macs, done), "deviation": (_deviation, together)}
+    drawn = [_picture(sweep_dir / f"{name}.png", of, shown) for name, (of, shown) in pictures.items() if shown]
     if len({_strength(job) for job in pulled}) > 1:  # the others were pulled along a curve
         drawn.append(_picture(sweep_dir / "accuracy_strength.png", _accuracy_strength, pulled))
     return drawn
@@ -229,7 +231,9 @@ def _picture(path: Path, of: Callable, jobs: list[Job]) -> Path:
 def _accuracy_macs(axes: Any, jobs: list[Job]) -> None:
     _accuracies(axes, jobs, ("seed", "deps"), lambda job: job.summary["cost"]["macs_after"] / 1e6)
     dense = [(macs / 1e6, mean(accuracies)) for (_, macs), accuracies in _bases(jobs).items()]
-    axes.scatter(*zip(*dense, strict=True), marker="*", s=110, color="tab:gray", zorder=3, label="base, not cut")
+    for number, place in enumerate(dense):
+        label = "base, not cut" if number == 0 else None
+        axes.scatter(*place, marker="*", s=110, color="tab:gray", zorder=3, label=label)
     axes.set(xlabel="million multiply-accumulates of what is left", title=f"{_score(jobs).capitalize()} against cost")
 
 
@@ -289,7 +293,7 @@ def _bases(jobs: list[Job]) -> dict[tuple[str, int], list[float]]:
     """The accuracies of the base networks over their seeds, under what all jobs on such a base have in common, and its
     MACs."""
     sources: dict[str, list[Job]] = {}
-    for job in jobs:
+    for job in (job for job in jobs if job.summary["way"]["trained"]):
         sources.setdefault(job.summary["base"]["source"], []).append(job)
     accuracies: dict[tuple[str, int], list[float]] = {}
     for first, *others in sources.values():

@@ -45,6 +45,11 @@ def test_batches_are_a_function_of_seed_and_epoch():
     assert sum(map(len, epoch(one, 0))) == one.train_size
 
 
+def test_a_shift_below_0_is_refused():
+    with pytest.raises(InputError, match="dataset.shift must be 0 pixels or more, got -1"):
+        digits(shift=-1)
+
+
 def test_shifts_move_images_by_whole_pixels_and_bring_in_zeros():
     images = torch.arange(1.0, 26.0).view(1, 1, 5, 5).repeat(64, 1, 1, 1)
     moved = data.Augmentation(shift=1)(images, torch.Generator().manual_seed(0))
@@ -179,8 +184,9 @@ def test_fashion_mnist_smaller_and_with_fewer_images(package, tmp_path):
     means = F.avg_pool2d(again, 2).flatten(1)
     nearest = (means[:, None] - images.flatten(1)).abs().amax(-1).amin(1)
     assert nearest.max() < 1e-5, "the same images for every seed, each pixel the mean of four"
-    with pytest.raises(InputError, match="dataset.train_size must lie between 1 and 100, or be null, got 101"):
-        fashion(tmp_path, train_size=101)
+    for wrong in (101, 0, 1.5, True, "few"):
+        with pytest.raises(InputError, match=f"dataset.train_size must lie between 1 and 100, .* got {wrong!r}"):
+            fashion(tmp_path, train_size=wrong)
 
 
 def test_where_fashion_mnist_is_missing_both_ways_to_it_are_named(tmp_path, monkeypatch):

@@ -1,11 +1,14 @@
 import copy
+import math
 
 import pytest
 import torch
+from torch.func import functional_call
 
 import csgd
 from csgd import InputError
 from csgd.clusters import tensor_of
+from csgd.graph.twin import dotted
 from csgd.proof import randomise
 from tests import nets
 
@@ -78,12 +81,32 @@ def test_importance_by_its_formulas():
     expected = {
         "l1": conv.weight.abs().sum((1, 2, 3)),
         "l2": torch.cat(whole, 1).norm(dim=1),
-        "taylor": (conv.weight * conv.weight.grad).sum((1, 2, 3)).abs(),
+        "taylor": (reads.weight * reads.weight.grad).sum((0, 2, 3)).abs(),
     }
     for by, scores in expected.items():
         torch.testing.assert_close(csgd.importance(model, spaces, by)["conv1"], scores.detach())
     assert len({tuple(best(model, spaces, {"conv1": 4}, by)["conv1"]) for by in expected}) > 1
     assert best(model, spaces, {"conv1": 4})["conv1"] == sorted(expected["l1"].topk(4).indices.tolist())
+
+
+@pytest.mark.parametrize("net", [nets.Plain, nets.Residual, nets.Depthwise, nets.Grouped, nets.Dense])
+@pytest.mark.parametrize("training", [False, True])
+def test_by_taylor_is_the_slope_of_the_loss_as_a_channel_fades_also_before_batch_norm(net, training):
+    model, spaces, example = prepared(net)
+    model.train(training)(example).square().sum().backward()
+
+    def faded(space, slot, factor):
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for ref in (ref for ref in space.refs if ref.role == "in"):
+            weight, lanes = weights[dotted(*ref.owners[0])], ref.index[slot]
+            weight.index_copy_(ref.dim, lanes, factor * weight.index_select(ref.dim, lanes))
+        return functional_call(model, weights, example).square().sum().item()
+
+    scores = csgd.importance(model, spaces, "taylor")
+    for space in (space for space in spaces if space.trimmable):
+        for slot, score in enumerate(scores[space.name].tolist()):
+            slope = (faded(space, slot, 1 + 1e-5) - faded(space, slot, 1 - 1e-5)) / 2e-5
+            assert score == pytest.approx(abs(slope), rel=1e-5, abs=1e-6), (space, slot)
 
 
 def test_all_producers_of_a_space_count():
@@ -98,13 +121,18 @@ def test_bad_input():
     scores = csgd.importance(model, spaces)
     for call, message in (
         (lambda: csgd.importance(model, spaces, "size"), "importance must be by one of l1, l2, taylor, got 'size'"),
-        (lambda: csgd.importance(model, spaces, "taylor"), "taylor needs gradients: conv1.weight has none"),
+        (lambda: csgd.importance(model, spaces, "taylor"), "taylor needs gradients: conv2.weight has none"),
         (lambda: csgd.most_important(spaces, scores, {"conv1": 9}), "widths.conv1 must be between 1 and 8, got 9"),
         (lambda: csgd.most_important(spaces, scores, {"x": 1}), "widths.x: there is no space, or no score, of this"),
         (
             lambda: csgd.drop(model, spaces, {"conv1": [0, 8]}),
             "kept.conv1 must name some of the slots 0 … 7, each once",
         ),
+        (lambda: csgd.most_important(spaces, scores, {"conv1": 4.0}), "widths.conv1 must be between 1 and 8, got 4.0"),
+        (lambda: csgd.most_important(spaces, {"conv1": [1.0]}, {"conv1": 4}), "scores.conv1 must be 8 numbers"),
+        (lambda: csgd.most_important(spaces, {"conv1": [math.nan] * 8}, {"conv1": 4}), "scores.conv1 must be 8 num"),
+        (lambda: csgd.drop(model, spaces, [1]), "kept must be a mapping .space name: .slot, ….., got list"),
+        *((lambda k=k: csgd.drop(model, spaces, {"conv1": k}), "kept.conv1 must name") for k in (3, None, "12", [1.5])),
         (lambda: csgd.drop(model, spaces, {"conv1": []}), "kept.conv1 must name some"),
         (lambda: csgd.drop(model, spaces, {spaces[-1].name: [0, 1]}), "the space is pinned .network output"),
         (lambda: csgd.drop(model, spaces, {"x": [0]}), "kept: there is no channel space 'x'"),

@@ -172,6 +172,6 @@ def test_what_pip_installs(tmp_path):
     installed = Distribution.at(metadata)
     needed = {line.split(">")[0] for line in installed.requires if "extra ==" not in line}
     assert needed == {"torch", "scikit-learn", "numpy", "safetensors", "filelock", "threadpoolctl"}
-    assert set(installed.metadata.get_all("Provides-Extra")) == {"experiments", "sweeps", "examples", "export"}
+    assert set(installed.metadata.get_all("Provides-Extra")) == {"experiments", "sweeps", "examples", "export", "docs"}
     assert {path.parts[0] for path in installed.files} == {"csgd", metadata.name}
     assert {"csgd/card.md.j2", "csgd/report/page.html.j2"} <= {path.as_posix() for path in installed.files}

@@ -98,6 +98,45 @@ def test_a_frozen_batch_norm_counts_as_an_ordinary_one_in_eval_mode_and_a_gate_o
     assert not torch.allclose(raw, whole, rtol=0.1)
 
 
+class Followed(nn.Module):
+    """A function behind a layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.fc, self.function = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), function
+
+    def forward(self, x):
+        return self.fc(self.function(self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "function, factor",
+    [
+        (lambda y: y, 1),
+        (lambda y: 1 - y / 2, 1 / 4),
+        (lambda y: torch.div(y, 2, rounding_mode="floor"), 1),
+        (lambda y: torch.div(1, y), 1),
+        (lambda y: y * y, 1),
+    ],
+)
+def test_what_is_not_affine_behind_a_layer_leaves_its_outputs_as_they_are(function, factor):
+    model = Followed(function).double().eval()
+    batches = [torch.randn(4, 3, 8, 8, dtype=torch.float64) for _ in range(3)]
+    spaces = csgd.find_spaces(model, batches[0], trial=False)
+    with torch.no_grad():
+        outputs = torch.cat([model.conv(batch).movedim(1, -1).flatten(0, -2) for batch in batches])
+        rows = rows_of(model, spaces, batches)["conv"]
+    assert torch.allclose(distances(rows), factor * measured(outputs[:, :, None]), rtol=1e-9)
+
+
+def test_outputs_that_are_no_numbers_are_refused():
+    model = nets.Plain()
+    spaces = csgd.find_spaces(model, nets.example_of(nets.Plain))
+    batch = torch.full_like(nets.example_of(nets.Plain), torch.inf)
+    with pytest.raises(InputError, match="the outputs of conv1 hold NaN or infinity"):
+        csgd.cluster(model, spaces, {"conv1": 4}, of="outputs", data=[batch])
+
+
 def test_it_is_the_distance_of_kernels_in_the_metric_of_their_input_patches():
     model, images = nets.Plain().double().eval(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
     randomise(model)

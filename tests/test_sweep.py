@@ -75,7 +75,7 @@ def test_a_sweep_tells_what_came_out(swept):
     text = (folder / "sweep" / "sweep.md").read_text()
     assert sweep.jobs_table(sweep.read_jobs(folder / "sweep"), linked=True) in text
     assert "[0](0/report.html)" in text
-    note = "The base network had 1 epoch of training, and C-SGD trained it for 130 steps more."
+    note = "The base network had 1 epoch of training, and C-SGD trained it for 8 steps more."
     assert text.count(note) == done.stdout.count(note) == 1
     assert "[1](1/)" in text, "it left no report"
     assert all((folder / "sweep" / target).exists() for target in re.findall(r"\]\(([^)]*)\)", text))
@@ -114,6 +114,17 @@ def test_wandb_sync_takes_every_offline_run_of_a_sweep(swept):
         shell=True, cwd=folder, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "Would sync 2 run(s)" in taken.stdout + taken.stderr
+
+
+def test_a_sweep_over_the_ways_has_its_pictures(tmp_path):
+    tiny = [*TINY, "schedule.csgd.epochs=2", "wandb=disabled", "threads=1"]
+    done = launch(tmp_path, "-m", *tiny, "method=csgd,merge,prune,scratch")
+    assert "could not be drawn" not in done.stdout + done.stderr
+    jobs = sweep.read_jobs(tmp_path / "sweep")
+    text = (tmp_path / "sweep" / "sweep.md").read_text()
+    assert all(f"({name}.png)" in text for name in ("accuracy_macs", "deviation"))
+    ((label, _),) = sweep._bases(jobs)
+    assert label == "base", "a network that was not trained is no base to compare with"
 
 
 def test_a_job_that_breaks_leaves_its_trace_and_the_others_go_on(tmp_path):
@@ -244,7 +255,8 @@ def written(folder, number, *, seed, deps, accuracy, macs, lossless=True, streng
         "strengths": {"kernels": strength, "vectors": strength / 10},
         "cut": {"step": 5},
         "seconds": {"total": 3.0},
-        "stages": [],
+        "way": {"pulls": True, "trained": True},
+        "stages": [{"forecast": {"steps": 8, "curves": {"kernels": [[1, 1.0], [8, 1e-6]]}}}],
         "config": {"base": {"weights": None}, "schedule": {"base": {"epochs": 1}, "csgd": {"epochs": 2}}},
     }  # fmt: skip
     (path / "summary.json").write_text(json.dumps(summary))
@@ -286,7 +298,7 @@ def test_the_tables_of_a_sweep_that_was_killed_are_made_from_its_folder(jobs, tm
         (folder / "metrics.jsonl").write_text("")
         if (folder / "summary.json").exists():
             summary = json.loads((folder / "summary.json").read_text())
-            summary |= {"stages": [], "device": "cpu", "commit": None}
+            summary |= {"device": "cpu", "commit": None}
             (folder / "summary.json").write_text(json.dumps(summary))
     assert sweep.main([str(tmp_path)]) == 2
     said = capsys.readouterr().out

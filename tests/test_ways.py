@@ -1,7 +1,9 @@
 """Rivals of the pull, run as it is: the same clusters merged at once, deletion, and the narrow network from scratch."""
 
+import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +48,17 @@ def test_each_way_costs_what_the_pull_does(overrides):
         assert [cost.whole() for cost in plan.costs] == [cost.whole() for cost in pulled.costs]
 
 
+def test_what_choosing_takes_is_charged_in_each_stage():
+    staged = "deps.stages=[0.75,0.5]"
+    pulled, _ = planned(staged)
+    plan, _ = planned(staged, "method=prune", "importance=taylor")
+    taken = 8 * (pulled.weight(0) + pulled.weight(1))
+    assert plan.work(trains_base=True) == pytest.approx(pulled.work(trains_base=True) - taken, abs=1)
+    short = ["schedule.csgd.max_steps=2", "schedule.csgd.epochs=30"]
+    pulled, plan = (planned(*short, *more)[0] for more in ([], ["method=prune", "importance=taylor"]))
+    assert plan.work(trains_base=True) == pytest.approx(pulled.work(trains_base=True) - 2, abs=1), "an epoch has two"
+
+
 def test_what_choosing_takes_is_charged():
     costs = {
         way: planned(f"method={way}", *more)[0].work(trains_base=True)
@@ -78,14 +91,31 @@ def test_a_rival_is_cut_before_its_first_step_and_trained_narrow(tmp_path, base_
     assert verdict.relative_logit_change > 0.1
     assert verdict.accuracy > 0.6
     rows = [row for row in rows_of(tmp_path) if row["phase"] == "csgd"]
+    assert rows[0]["epoch"] == (1 if way == "scratch" else 2), "of the run, which base epochs are not a part of"
     assert rows[-1]["step"] == summary["stages"][0]["forecast"]["steps"] == planned(f"method={way}")[0].csgd_steps
     assert (summary["base"]["source"] == "not trained") == (way == "scratch")
     assert summary["way"]["told"] == WAYS[way].told
     kept = json.loads((tmp_path / "clusters.json").read_text())
     assert {name: len(parts) for name, parts in kept.items()} == summary["widths"]
-    assert WAYS[way].told in (tmp_path / "report.html").read_text()
+    page, card = ((tmp_path / name).read_text() for name in ("report.html", "pruned.md"))
+    assert f"{WAYS[way].told.upper()}: the cut changed" in page
+    assert f"`method={way}`" in card
+    for told in (page.split("<h2>Configuration")[0], card):
+        assert "LOSSLESS" not in told
+        assert "trained into one" not in told
+    for name in ("sizes.png", "filters.png"):
+        assert (tmp_path / "report" / name).exists() == (way == "merge"), "of the others every filter is alone"
     model = csgd.load_pruned(tmp_path)
     assert sum(p.numel() for p in model.parameters()) == summary["cost"]["params_after"]
+
+
+def test_epochs_are_counted_through_all_stages_of_a_rival(tmp_path, base_cache):
+    run(composed(*SMOKE, base_cache, "method=merge", "deps.stages=[0.75,0.5]"), tmp_path)
+    rows = [row for row in rows_of(tmp_path) if row["phase"] == "csgd"]
+    epochs = [row["epoch"] for row in rows]
+    assert epochs == sorted(set(epochs))
+    steps = {stage: max(row["step"] for row in rows if row["stage"] == stage) for stage in (1, 2)}
+    assert epochs[-1] == pytest.approx(1 + sum(steps.values()) / 65)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +140,50 @@ def test_a_rival_that_is_killed_goes_on_to_the_same_bytes(tmp_path, base_cache, 
     run(composed(*config, "resume=auto"), tmp_path / "killed")
     whole, resumed = ((tmp_path / name / "pruned.safetensors").read_bytes() for name in ("whole", "killed"))
     assert whole == resumed
+
+
+class Noisy(torch.nn.Sequential):
+    """Batch norm, and dropout."""
+
+    def __init__(self):
+        first = [torch.nn.Conv2d(3, 16, 3), torch.nn.BatchNorm2d(16), torch.nn.ReLU()]
+        pooled = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Dropout(0.5)]
+        super().__init__(*first, *pooled, torch.nn.Linear(16, 10))
+
+
+def chosen(way, *overrides):
+    setup = prepare(RunSpec.of(composed(*SMOKE, f"method={way}", *overrides)))
+    torch.manual_seed(0)
+    model = Noisy()
+    return replace(setup, model=model, spaces=csgd.find_spaces(model, setup.data.example))
+
+
+@pytest.mark.parametrize("way, key", [("merge", "clustering.of=outputs"), ("prune", "importance=taylor")])
+def test_choosing_leaves_the_network_as_it_is_and_does_not_hang_on_what_was_drawn_before(way, key):
+    setup = chosen(way, key)
+    state, found = copy.deepcopy(setup.model.state_dict()), []
+    for seed in (1, 2):  # as after a base network that was trained, or came from the cache
+        torch.manual_seed(seed)
+        setup.model.eval()
+        found.append(WAYS[way].choose(setup, setup.spaces, {"0": 8}))
+        assert not setup.model.training
+        assert all(p.grad is None for p in setup.model.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(state.values(), setup.model.state_dict().values(), strict=True))
+    assert found[0] == found[1]
+
+
+def test_batches_that_are_not_trained_on_are_not_chosen_by():
+    setup, seen = chosen("prune", "importance=taylor", "schedule.csgd.max_steps=3"), []
+    batches = setup.data.train_batches
+
+    def watched(epoch):
+        for batch in batches(epoch):
+            seen.append(len(batch[0]))
+            yield batch
+
+    setup = replace(setup, data=replace(setup.data, train_batches=watched))
+    WAYS["prune"].choose(setup, setup.spaces, {"0": 8})
+    assert len(seen) == 3
 
 
 def test_from_scratch_the_narrow_network_is_drawn_as_wide_ones_are():

@@ -91,8 +91,10 @@ def levelled(setup: Setup) -> Setup:
     if way.pulls or not spec.cut.equal_cost:
         return setup
     pulled = foresee(replace(setup, spec=replace(spec, cut=replace(spec.cut, way="csgd"))))
-    work = pulled.work(trains_base=not way.trained) + WAYS["csgd"].passes(spec) - way.passes(spec)
-    steps = round(work / sum(pulled.weight(stage + 1) for stage in range(len(setup.widths))))
+    stages = range(len(setup.widths))
+    chosen = sum(pulled.weight(stage) for stage in stages) * (WAYS["csgd"].passes(setup) - way.passes(setup))
+    work = pulled.work(trains_base=not way.trained) + chosen
+    steps = round(work / sum(pulled.weight(stage + 1) for stage in stages))
     return replace(setup, csgd=timetable_of(spec.pull.rates, setup.data.steps_per_epoch, length=max(1, steps)))
 
 

@@ -98,9 +98,10 @@ class Watch:
     def keep_filters(self, setup: Setup, progress: Progress, when: str) -> None:
         """The filters of one layer for the picture of the run; when: start (of the stage) | collapse | cut.
 
-        There is none of a way without clusters.
+        There are none of a way without clusters, and no collapse without a pull.
         """
-        if not ranks.is_first() or not WAYS[setup.spec.cut.way].proven:
+        way = WAYS[setup.spec.cut.way]
+        if not ranks.is_first() or not way.proven or (when == "collapse" and not way.pulls):
             return
         with warn_instead_of_raising("the filters for their picture"):
             if when != "cut":  # of a stage that is wide, also where a resumed run comes into it
@@ -184,13 +185,14 @@ def _where(setup: Setup, progress: Progress) -> str:
         return f"base, step {progress.step} of {setup.base.steps}"
     stages = len(setup.widths)
     number = f" {min(progress.stage + 1, stages)} of {stages}" if stages > 1 else ""
+    name = "C-SGD" if WAYS[setup.spec.cut.way].pulls else "narrow network"
     if progress.part is not Part.NARROW:
-        return f"C-SGD{number}, step {progress.step} of {setup.csgd.steps}"
+        return f"{name}{number}, step {progress.step} of {setup.csgd.steps}"
     pace, cut = "", progress.results[-1].cut_step
     if Part.NARROW in progress.pace and Part.WIDE in progress.pace:
         wide, narrow = (milliseconds(progress.pace[part].seconds_per_step) for part in (Part.WIDE, Part.NARROW))
         pace = f": {wide} → {narrow} a step"
-    return f"C-SGD{number}, step {progress.step} of {setup.csgd.steps}, cut at {cut}{pace}"
+    return f"{name}{number}, step {progress.step} of {setup.csgd.steps}, cut at {cut}{pace}"
 
 
 def _shown(setup: Setup, progress: Progress, moment: Moment) -> dict[str, str]:
@@ -206,8 +208,9 @@ def _shown(setup: Setup, progress: Progress, moment: Moment) -> dict[str, str]:
 
 def _stage_row(setup: Setup, progress: Progress, moment: Moment) -> dict[str, float]:
     """Where in the run, the deviation, and what is left of that of each group beside its forecast."""
-    before = setup.spec.base.rates.epochs + progress.stage * setup.spec.pull.rates.epochs
-    row = {"epoch": before + moment.step / setup.csgd.steps_per_epoch, "stage": progress.stage + 1}
+    before = setup.spec.base.rates.epochs * WAYS[setup.spec.cut.way].trained
+    steps = progress.stage * setup.csgd.steps + moment.step
+    row = {"epoch": before + steps / setup.csgd.steps_per_epoch, "stage": progress.stage + 1}
     if progress.part is Part.WIDE:
         row["csgd/deviation"] = worst_deviation(setup.model, progress.spaces, progress.clusters)
     for group, left in progress.left().items():

@@ -7,12 +7,13 @@ from itertools import islice
 import torch
 from torch import nn
 
+from csgd import ranks
 from csgd.clusters import ClusteredTensor, Clusters, cluster, clustered_tensors
+from csgd.data import Batches
 from csgd.drop import drop, importance, most_important
 from csgd.graph import ChannelSpace
-from csgd.graph.twin import keep_random_state
+from csgd.graph.twin import keep_random_state, set_random_state, twin_of
 from csgd.pipeline.setup import Setup
-from csgd.pipeline.spec import RunSpec
 from csgd.train import loss_of
 from csgd.trim import merge_equal, trim
 
@@ -27,14 +28,14 @@ class Way:
     choose   (setup, spaces, widths) → clusters, of which the first member stays
     narrows  (model, spaces, clusters): the surgery, in place; None: training pulls members together, and `trim` cuts
     told     what the cut is, for people
-    passes   what choosing costs, in steps of the wide network
+    passes   what choosing costs, in steps of the network that it looks at
     trained  whether it starts from the base network
     """
 
     choose: Callable[[Setup, list[ChannelSpace], dict[str, int]], Clusters]
     narrows: Callable[[nn.Module, list[ChannelSpace], Clusters], None] | None
     told: str
-    passes: Callable[[RunSpec], float]
+    passes: Callable[[Setup], float]
     trained: bool = True
 
     @property
@@ -48,25 +49,36 @@ class Way:
 
 
 def clusters_of(setup: Setup, spaces: list[ChannelSpace], widths: dict[str, int]) -> Clusters:
-    """The clusters of the network as it is; by what filters put out on the first batches of an epoch, if so asked."""
+    """The clusters of the network as it is; by what filters put out on some batches, if so asked."""
     how, data = setup.spec.clustering, None
     with keep_random_state(setup.model):
         if how.of == "outputs":
-            data = [images for images, _ in islice(setup.data.train_batches(0), SEEN)]
+            data = (images for images, _ in some_batches(setup))
         return cluster(setup.model, spaces, widths, how.method, setup.spec.seed, how.of, data=data)
 
 
 def most_important_of(setup: Setup, spaces: list[ChannelSpace], widths: dict[str, int]) -> Clusters:
-    """The channels that matter most, each alone; by gradients of the first batches of an epoch, if so asked."""
+    """The channels that matter most, each alone; by the gradients of some batches, if so asked."""
     by, model = setup.spec.cut.importance, setup.model
-    with keep_random_state(model):
-        if by == "taylor":
-            model.train()
-            for images, targets in islice(setup.data.train_batches(0), SEEN):
+    if by == "taylor":
+        # The first rank alone runs it: statistics stay what they are, and batch norm waits for no other rank.
+        model = twin_of(model).train()
+        with keep_random_state(model):
+            for images, targets in some_batches(setup):
                 loss_of(setup.data, model(images), targets).backward()
-        scores = importance(model, spaces, by)
-    model.zero_grad(set_to_none=True)
+    scores = importance(model, spaces, by)
     return {name: [[slot] for slot in slots] for name, slots in most_important(spaces, scores, widths).items()}
+
+
+def batches_seen(setup: Setup) -> int:
+    """SEEN, or an epoch if that has less; of several ranks the first sees its own share, of as many more."""
+    return min(SEEN * ranks.own_share().ranks, setup.csgd.steps_per_epoch)
+
+
+def some_batches(setup: Setup) -> Batches:
+    """The first of an epoch, those with which a run trains; whatever was drawn before, the same ones are drawn."""
+    set_random_state(setup.model, setup.spec.seed)
+    return islice(setup.data.train_batches(0), batches_seen(setup))
 
 
 def first_of(setup: Setup, spaces: list[ChannelSpace], widths: dict[str, int]) -> Clusters:
@@ -86,8 +98,8 @@ def prune(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> N
 
 @torch.no_grad()
 def begin_anew(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> None:
-    """The narrow network with weights as they are drawn: those of the wide one, whose variance is the inverse of the
-    number of inputs, times √(inputs before / after)."""
+    """The narrow network with the weights of the wide one as it was drawn, times √(inputs before / after), so that sums
+    over fewer inputs stay as large: as where the variance that is drawn is the inverse of the number of inputs."""
     readers: list[tuple[ClusteredTensor, int]] = [
         (t, t.tensor.size(t.summed[0])) for t in clustered_tensors(model, spaces, clusters, for_cut=False) if t.summed
     ]
@@ -96,15 +108,20 @@ def begin_anew(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters)
         t.tensor.mul_((before / t.tensor.size(t.summed[0])) ** 0.5)
 
 
-def outputs_passes(spec: RunSpec) -> float:
-    return SEEN * FORWARD if spec.clustering.of == "outputs" else 0.0
+def outputs_passes(setup: Setup) -> float:
+    return FORWARD * steps_seen(setup) if setup.spec.clustering.of == "outputs" else 0.0
 
 
-def gradient_passes(spec: RunSpec) -> float:
-    return float(SEEN) if spec.cut.importance == "taylor" else 0.0
+def gradient_passes(setup: Setup) -> float:
+    return steps_seen(setup) if setup.spec.cut.importance == "taylor" else 0.0
 
 
-def no_passes(_: RunSpec) -> float:
+def steps_seen(setup: Setup) -> float:
+    """Of a step each rank has a share."""
+    return batches_seen(setup) / ranks.own_share().ranks
+
+
+def no_passes(_: Setup) -> float:
     return 0.0
 
 

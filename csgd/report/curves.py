@@ -17,8 +17,8 @@ FLOAT32 = 2.0**-24  # the largest relative error of rounding to float32
 
 
 def draw_curves(output_dir: Path) -> Path:
-    """Score, loss, what is left of the deviation beside its forecast, and what a step costs, over the steps of the run;
-    each cut marked.  report/curves.png"""
+    """Score, loss, what is left of the deviation beside its forecast if there was a pull, and what a step costs, over
+    the steps of the run; each cut marked.  report/curves.png"""
     summary, rows = summary_of(output_dir), rows_of(output_dir)
     task, base_steps = task_of(summary), rows.base_steps
     figure = figure_of(10, 7.8)
@@ -26,7 +26,8 @@ def draw_curves(output_dir: Path) -> Path:
     for axes in grid.flat:
         for number, step in enumerate(rows.cuts):
             axes.axvline(step, color=RED, linestyle="--", linewidth=1, label="cut" if number == 0 else None)
-    for phase, color, name in (("base", GRAY, "base"), ("csgd", BLUE, "C-SGD")):
+    trained = "C-SGD" if summary["way"]["pulls"] else "narrow network"
+    for phase, color, name in (("base", GRAY, "base"), ("csgd", BLUE, trained)):
         here = [(at, row) for at, row in rows.placed if row["phase"] == phase]
         before = [(base_steps, summary["base"]["accuracy"])] if phase == "csgd" else []
         if here:
@@ -43,7 +44,10 @@ def draw_curves(output_dir: Path) -> Path:
             cost.stairs(spent, edges, color=color, label=name)
     cut = [stage["verdict"]["accuracy_after_trim"] for stage in summary["stages"]]
     score.plot(rows.cuts, cut, "D", color=RED, fillstyle="none", label="just after the cut")
-    _draw_deviation(deviation, output_dir, summary, rows)
+    if summary["way"]["pulls"]:
+        _draw_deviation(deviation, output_dir, summary, rows)
+    else:
+        deviation.remove()
     wide, trimmed = (summary["seconds_per_step"].get(phase) for phase in ("wide", "trimmed"))
     last = "last cut" if len(rows.cuts) > 1 else "cut"
     paces = [milliseconds(wide), f"{milliseconds(trimmed)} after the {last}"] if wide and trimmed else []
@@ -53,7 +57,7 @@ def draw_curves(output_dir: Path) -> Path:
     loss.set(ylabel=criterion_name, title="Training loss", ylim=(0, 1.05 * loss.dataLim.y1))
     cost.set(xlabel="step of the run", ylabel="ms, loading the images included", title=f"A step: {saved}")
     cost.set_ylim(0, 1.05 * cost.dataLim.y1)
-    for axes in grid.flat:
+    for axes in figure.axes:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=3, frameon=False, fontsize=8.5)
         axes.grid(alpha=0.3)
     for axes in (score, loss):

@@ -16,19 +16,20 @@ CAPTIONS = {
     "their cluster, those of one cluster on one field: the sum over their inputs, red above 0 and blue below. On the "
     "right all of them as points, in the plane in which they differ most at the start, with threads to the mean of "
     "their cluster.",
-    "curves": "Score and loss over the steps of the run; the deviation beside what was forecast before the first "
-    "batch; the cost of a step. Below the red dotted line filters count as collapsed, whether the deviation is told in "
-    "units of its start or of the weights. The gray one is how finely float32 can tell weights apart: the published "
-    "pull comes to rest about there, while a Collapse makes members equal and ends at exactly 0.",
+    "curves": "Score and loss over the steps of the run, and the cost of a step; of a pull also the deviation, beside "
+    "what was forecast before the first batch. Below the red dotted line filters have collapsed: in units of the "
+    "weights, in which the tolerance is told, what is left is smaller still. The gray one is how finely float32 can "
+    "tell weights apart: the published pull comes to rest about there, while a Collapse makes members equal and ends "
+    "at exactly 0.",
     "outputs": "What the network says of images of the test set before the cut and after it, the worst image among "
     "them; and of every image how much its outputs changed, divided by their own spread (max − min).",
     "spaces": "Layers whose filters must move together share a box (a residual stream is one, however many layers add "
     "to it). An arrow is a layer that reads one box and writes another; those that follow from others are left out. "
     "Blue boxes were cut.",
-    "filters": "The filters of the first layer that was cut, those of one cluster on one field. At the collapse they "
-    "are equal, so that one of each cluster is enough. Each picture in the scale of its own largest weight.",
+    "filters": "The filters of the first layer that was cut, those of one cluster on one field. Of equal filters one "
+    "is enough. Each picture in the scale of its own largest weight.",
     "widths": "The width of every layer before and after.",
-    "sizes": "How many filters were trained into one.",
+    "sizes": "How many filters became one.",
 }
 KINDS = {"collapse": "gif"}  # the others are PNG
 PLAIN = ("collapse", "filters")  # whose black and white mean something, so that they stay as they are in the dark

@@ -74,9 +74,14 @@ def draw_widths(output_dir: Path) -> Path:
     return save(figure, output_dir, "widths")
 
 
-def draw_sizes(output_dir: Path) -> Path:
-    """Into clusters of how many filters each layer was parted, at the last cut; report/sizes.png"""
+def draw_sizes(output_dir: Path) -> Path | None:
+    """Into clusters of how many filters each layer was parted, at the last cut; report/sizes.png
+
+    None where every filter was alone: some were kept, and no two became one.
+    """
     clusters = json.loads((output_dir / "clusters.json").read_text())
+    if all(len(members) == 1 for parts in clusters.values() for members in parts):
+        return None
     stages = summary_of(output_dir)["stages"]
     figure = figure_of(*_size(len(clusters)))
     layers = [{"name": name, "sizes": [len(part) for part in parts]} for name, parts in clusters.items()]
@@ -99,7 +104,8 @@ def draw_sizes(output_dir: Path) -> Path:
 
 
 def draw_filters(output_dir: Path) -> Path | None:
-    """The filters of the first layer that was cut, by cluster: at the start, at the collapse and after the cut.
+    """The filters of the first layer that was cut, by cluster: at the start, at the collapse if there was one, and
+    after the cut.
 
     A row for each stage; report/filters.png.  None if no layer that was cut has filters of more than one pixel.
     """
@@ -117,10 +123,11 @@ def draw_filters(output_dir: Path) -> Path | None:
         laid.append((clusters, *arranged(by_size, kept[f"{prefix}/start"].shape[2:])))
     figure = figure_of(12, sum(0.6 + 4 * canvas.shape[0] / canvas.shape[1] for *_, canvas in laid))
     figure.get_layout_engine().set(wspace=0.06, h_pad=0.1)
-    rows = figure.subplots(len(stages), 3, squeeze=False)
+    shown = [when for when in WHEN if f"{stages[0]}/{when}" in kept]
+    rows = figure.subplots(len(stages), len(shown), squeeze=False)
     for row, prefix, (clusters, places, canvas) in zip(rows, stages, laid, strict=True):
         number, layer = prefix.split("/", 1)
-        for axes, when in zip(row, WHEN, strict=True):
+        for axes, when in zip(row, shown, strict=True):
             slots = [part[0] for part in clusters] if when == "cut" else range(len(places))
             picture = canvas.copy()
             for slot, tile in zip(slots, _tiles(kept[f"{prefix}/{when}"]), strict=True):
