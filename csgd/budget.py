@@ -48,9 +48,9 @@ def budget_widths(
 ) -> Budget:
     """Target widths for `cluster` with which the network costs at most the given fraction of what it costs now.
 
-    Every space gets one fraction of its width, the largest that fits; then single spaces are widened by a step where
-    that still fits, so that multiply-accumulates and parameters come within a hundredth of the dense network's cost
-    below the budget, where the network's widths allow it.
+    Every space gets one fraction of its width, the largest that fits; then single spaces are widened where that still
+    fits, so that multiply-accumulates and parameters come within a hundredth of the dense network's cost below the
+    budget, where the network's widths allow it.
 
     macs, params, latency  the budget, one of them, above 0 and at most 1; latency is that of this machine in eval mode,
                            on `example`, and only as exact as its measurement
@@ -65,7 +65,7 @@ def budget_widths(
         raise InputError(f"a budget is one of macs, params and latency, got {', '.join(given) or 'none'}")
     (what, wish) = next(iter(given.items()))
     if not 0 < wish <= 1:
-        raise InputError(f"deps.{what} must be above 0 and at most 1, got {wish:g}")
+        raise InputError(f"a budget of {what} must be above 0 and at most 1, got {wish:g}")
     price = PRICES[what](model, spaces, example)
 
     def widths_at(fraction: float) -> dict[str, int]:
@@ -73,7 +73,9 @@ def budget_widths(
 
     least = price(widths_at(LEAST))
     if least > wish:
-        raise InputError(f"deps.{what}={wish:g} cannot be met: the least that can be reached is {least:.3f}")
+        raise InputError(
+            f"a budget of {wish:g} of the {what} cannot be met: the least that can be reached is {least:.3f}"
+        )
     fits, over = _largest(lambda fraction: price(widths_at(fraction)) <= wish, LEAST)
     widths = widths_at(fits)
     if what != "latency":
@@ -100,19 +102,38 @@ def _largest(fits: Callable[[float], bool], low: float) -> tuple[float, float]:
 def _widened(
     spaces: list[ChannelSpace], widths: dict[str, int], fraction: float, step: int, price: Price, wish: float
 ) -> dict[str, int]:
-    """Spaces one step wider, those first that lack most of `fraction` of their size, as long as that fits."""
+    """Spaces one step wider, those first that lack most of `fraction` of their size, as long as that fits.
+
+    Then one space after the other as wide as that fits, those of most channels first, whose steps are the smallest.
+    """
+
+    def fits(wider: Mapping[str, int], now: Mapping[str, int]) -> bool:
+        return price({**now, **wider}) <= wish
+
     free = [space for space in spaces if widths.get(space.name, space.size) + step <= space.size]
     free = [space for space in free if conditions.one_size(space) is None]
     left = sorted(free, key=lambda space: widths[space.name] - fraction * space.size)
     while left and wish - price(widths) > WITHIN:
-        most, too_many = 0, len(left) + 1  # how many of them fit together
-        while too_many - most > 1:
-            middle = (most + too_many) // 2
-            fits = price(widths | {space.name: widths[space.name] + step for space in left[:middle]}) <= wish
-            most, too_many = (middle, too_many) if fits else (most, middle)
-        widths = widths | {space.name: widths[space.name] + step for space in left[:most]}
+        wider = [(space.name, widths[space.name] + step) for space in left]
+        most = _most(len(left), lambda count, wider=wider, now=widths: fits(dict(wider[:count]), now))
+        widths = widths | dict(wider[:most])
         left = left[most + 1 :]  # the next one is too dear
+    for space in sorted(free, key=lambda space: -space.size):
+        if wish - price(widths) <= WITHIN:
+            break
+        wider = [{space.name: width} for width in range(widths[space.name], space.size + 1, step)]
+        most = _most(len(wider) - 1, lambda count, wider=wider, now=widths: fits(wider[count], now))
+        widths = widths | wider[most]
     return widths
+
+
+def _most(count: int, fits: Callable[[int], bool]) -> int:
+    """The largest of 0 … count that fits, by halving; 0 does."""
+    low, high = 0, count + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _narrow(model: nn.Module, spaces: list[ChannelSpace], widths: Mapping[str, int]) -> nn.Module:

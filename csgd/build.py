@@ -17,7 +17,8 @@ def named(group: str, target: str) -> Any:
     try:
         return _found(target)
     except Exception as error:  # whatever importing a user's module raises
-        raise InputError(f"{group}._target_ {target!r} cannot be imported: {line_of(error)}") from None
+        told = line_of(error, own=", or, of a file of your own, PYTHONPATH=FOLDER")
+        raise InputError(f"{group}._target_ {target!r} cannot be imported: {told}") from None
 
 
 def makes(made: Any, kind: type) -> bool:

@@ -48,6 +48,8 @@ def cluster(
     Where a condition of the space asks for clusters of one size, k-means makes such clusters, and both other methods
     contiguous runs.  InputError where the width is none that these can have.
     """
+    if not isinstance(widths, Mapping):
+        raise InputError(f"widths must be a mapping, as target_widths returns it, got {widths!r}")
     if method not in METHODS:
         raise InputError(f"clustering.method must be one of {', '.join(METHODS)}, got {method!r}")
     by_name = {space.name: space for space in spaces}

@@ -140,6 +140,8 @@ class Collapse:
             raise InputError(f"a collapse needs whole numbers 0 <= start < stop, got start={start} and stop={stop}")
         if not callable(curve) and curve not in CURVES:
             raise InputError(f"curve must be cosine, linear or a function of the fraction done, got {curve!r}")
+        if isinstance(optimizers, nn.Module):
+            raise InputError("a collapse takes the optimizers first, then the model")
         self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self.start, self.stop, self.curve = start, stop, curve if callable(curve) else CURVES[curve]
         self.steps = [0] * len(self.optimizers)

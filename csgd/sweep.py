@@ -34,7 +34,7 @@ UNFINISHED = {
 class Job:
     """One job: its folder, what sets it apart from the others, and its summary if it came to its end.
 
-    status  lossless | not lossless | failed | running | killed | planned
+    status  lossless | not lossless | rival (not meant to be) | failed | running | killed | planned
     """
 
     folder: Path
@@ -103,7 +103,8 @@ def _job(folder: Path, settings: dict[str, str]) -> Job:
     status = left.status()
     if status is Status.FINISHED:
         summary = left.read_summary()
-        return Job(folder, settings, "lossless" if summary["verdict"]["lossless"] else "not lossless", "", summary)
+        told = "lossless" if summary["verdict"]["lossless"] else "not lossless" if summary["way"]["pulls"] else "rival"
+        return Job(folder, settings, told, "", summary)
     failure = left.failure.read_text().strip() if status is Status.FAILED else UNFINISHED[status]
     return Job(folder, settings, str(status), failure, None)
 

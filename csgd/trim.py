@@ -96,7 +96,7 @@ def _refuse_unequal(model: nn.Module, touched: list[ClusteredTensor], tolerance:
     worst = touched[i]
     module = model.get_submodule(worst.owners[0][0])
     if isinstance(worst.tensor, nn.Parameter) and worst.tensor.requires_grad:
-        way = "train on until csgd.relative_deviation is below that"
+        way = "a csgd.Collapse or CSGD pulls it: train on with it until csgd.relative_deviation is below that"
     elif isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum != 0 and worst.is_statistic:
         way = "statistics lag the filters, and stand still in eval mode: train on with this layer in train mode"
     else:

@@ -68,6 +68,18 @@ def test_what_is_asked_for_is_kept_to():
     assert csgd.budget_widths(model, spaces, example, macs=1.0).cost == 1
 
 
+def test_a_network_of_few_spaces_is_widened_by_more_than_a_step():
+    model, example = nets.Plain(), nets.example_of(nets.Plain)
+    spaces = csgd.find_spaces(model, example)
+    steps = 1 / 8  # what a channel of its only free space is worth, at most
+    for wish in (0.35, 0.5, 0.8):
+        assert wish - steps < csgd.budget_widths(model, spaces, example, macs=wish).cost <= wish
+    two = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3, 2))
+    two = nn.Sequential(*two, nn.Flatten(), nn.Linear(24 * 9, 10))
+    spaces, images = csgd.find_spaces(two, torch.randn(2, 3, 12, 12)), torch.randn(2, 3, 12, 12)
+    assert 0.39 <= csgd.budget_widths(two, spaces, images, macs=0.4).cost <= 0.4
+
+
 class Placed(nn.Module):
     """Makes a constant on the CPU, where the meta device has no arithmetic with it."""
 
@@ -100,8 +112,8 @@ def test_a_budget_that_cannot_be_met_or_understood():
     for budget, message in (
         ({}, "a budget is one of macs, params and latency, got none"),
         ({"macs": 0.5, "params": 0.5}, "a budget is one of macs, params and latency, got macs, params"),
-        ({"macs": 0.01}, r"deps.macs=0.01 cannot be met: the least that can be reached is 0\.\d+"),
-        ({"params": 1.5}, "deps.params must be above 0 and at most 1, got 1.5"),
+        ({"macs": 0.01}, r"a budget of 0.01 of the macs cannot be met: the least that can be reached is 0\.\d+"),
+        ({"params": 1.5}, "a budget of params must be above 0 and at most 1, got 1.5"),
     ):
         with pytest.raises(InputError, match=message):
             csgd.budget_widths(model, spaces, example, **budget)
