@@ -105,7 +105,7 @@ def row_of(package: str, name: str) -> dict[str, Any]:
         row = {"params": count_params(model), "macs": macs(model, example)}
     except Exception as error:
         return {"outcome": "does not run", "why": f"{type(error).__name__}: {error}"[:200]}
-    row["torch_pruning"] = {"outcome": "dies"}
+    row["torch_pruning"] = {"outcome": f"no answer in {LIMIT} s"}
     for tool in (ours, torch_pruning):
         try:
             row[tool.__name__] = tool(model, example)
