@@ -162,7 +162,7 @@ def _leave_failure(output_dir: Path, found: int | None, line: str) -> None:
     try:
         with FileLock(output_dir / ".lock", timeout=0):
             if (now := _begun(output_dir)) is None or now != found:
-                (output_dir / "failed.txt").write_text(line + "\n")
+                (output_dir / "failed.txt").write_text(line + "\n", "utf-8")
     except Timeout:
         pass
 

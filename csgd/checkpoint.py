@@ -114,6 +114,6 @@ def load_weights(path: Path, said: str = "base.weights") -> dict[str, Tensor]:
 def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".writing")
-    scratch.write_text(json.dumps(value, indent=2) + "\n")
+    scratch.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
     _to_disk(scratch)
     os.replace(scratch, path)

@@ -125,4 +125,4 @@ class RunFolder:
         return Status.PLANNED if self.plan.exists() else Status.KILLED
 
     def read_summary(self) -> dict[str, Any]:
-        return json.loads(self.summary.read_text())
+        return json.loads(self.summary.read_text("utf-8"))

@@ -98,7 +98,7 @@ def describe(folder: Path | str) -> dict[str, Any]:
             raise InputError(f"'{folder}' is incomplete: {name} is missing{hint}")
     path = folder / DESCRIPTION
     try:
-        described = json.loads(path.read_text())
+        described = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is damaged: {error}") from None
     for key, kind in KEYS.items():

@@ -93,7 +93,7 @@ def _place(folder: Path) -> tuple[int, str]:
 def _overrides(folder: Path) -> dict[str, str]:
     import yaml
 
-    lines = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+    lines = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text("utf-8"))
     pairs = (line.lstrip("+~").partition("=") for line in lines)
     return {key: value.strip("'\"") for key, _, value in pairs}
 
@@ -105,7 +105,7 @@ def _job(folder: Path, settings: dict[str, str]) -> Job:
         summary = left.read_summary()
         told = "lossless" if summary["verdict"]["lossless"] else "not lossless" if summary["way"]["pulls"] else "rival"
         return Job(folder, settings, told, "", summary)
-    failure = left.failure.read_text().strip() if status is Status.FAILED else UNFINISHED[status]
+    failure = left.failure.read_text("utf-8").strip() if status is Status.FAILED else UNFINISHED[status]
     return Job(folder, settings, str(status), failure, None)
 
 
@@ -126,7 +126,7 @@ def leave(sweep_dir: Path, jobs: list[Job]) -> str:
     facts = [f"{len(jobs)} jobs", *(str(fact) for fact in origin.values() if fact)]
     images = "".join(f"\n![{path.stem.replace('_', ' ')}]({path.name})\n" for path in drawn)
     told = "\n\n".join([f"# {sweep_dir.name}", ", ".join(facts), jobs_table(jobs, linked=True), *tables])
-    (sweep_dir / "sweep.md").write_text(f"{told}\n{images}")
+    (sweep_dir / "sweep.md").write_text(f"{told}\n{images}", "utf-8")
     return text
 
 
@@ -196,7 +196,7 @@ def write_csv(path: Path, jobs: list[Job]) -> None:
             row |= {f"strength_{group}": strength for group, strength in summary["strengths"].items()}
             row |= {"cut_step": summary["cut"]["step"], "seconds": summary["seconds"]["total"]}
         rows.append(row)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")
         writer.writeheader()
         writer.writerows(rows)
@@ -332,7 +332,7 @@ def _deviation(axes: Any, jobs: list[Job]) -> None:
 
 
 def _rows(job: Job) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
 if __name__ == "__main__":

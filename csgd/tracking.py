@@ -40,12 +40,12 @@ class Tracker:
         if mode != "disabled":
             self._attempt(lambda: self._start(output_dir, mode, config, settings))
         path = output_dir / "metrics.jsonl"
-        kept = path.read_text().splitlines(keepends=True)[:rows] if path.exists() else []
+        kept = path.read_text("utf-8").splitlines(keepends=True)[:rows] if path.exists() else []
         scratch = path.with_suffix(".writing")
-        scratch.write_text("".join(kept))
+        scratch.write_text("".join(kept), "utf-8")
         os.replace(scratch, path)
         self.rows = len(kept)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
         for line in kept:
             self._log_row(json.loads(line))
 

@@ -127,3 +127,19 @@ def test_the_configuration_is_read_without_torch():
     code = "import sys, run; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_files_of_text_are_utf_8_whatever_the_machine_writes():
+    """Pages, cards and tables hold letters that the code page of a Western Windows has not."""
+    bare = []
+    for _, path in modules():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                text = node.func.attr in ("read_text", "write_text") or (
+                    node.func.attr == "open"
+                    and any(isinstance(one, ast.Constant) and one.value in ("w", "a", "r") for one in node.args)
+                )
+                given = [*node.args, *(key.value for key in node.keywords)]
+                if text and not any(isinstance(one, ast.Constant) and one.value == "utf-8" for one in given):
+                    bare.append(f"{path.name}:{node.lineno}")
+    assert bare == []

@@ -151,7 +151,7 @@ def _cut(result: StageResult) -> dict[str, Any]:
 def _report(summary: dict[str, Any], tracker: Tracker, folder: RunFolder) -> None:
     judged = summary["verdict"]
     tracker.summarise({f"{part}/{key}": value for part in ("verdict", "cost") for key, value in summary[part].items()})
-    rows = report.layer_rows(summary["layers"], json.loads(folder.clusters.read_text()))
+    rows = report.layer_rows(summary["layers"], json.loads(folder.clusters.read_text("utf-8")))
     tracker.log_table("report/layers", report.LAYER_HEADER, rows)
     started = time.perf_counter()
     with warn_instead_of_raising("report/collapse.gif"):

@@ -33,7 +33,8 @@ def ship(setup: Setup, summary: dict[str, Any], folder: RunFolder) -> None:
         except Exception as error:  # whatever a network of the user's raises when it is built anew
             log.warning("export=%s failed: %s", kind, line_of(error))
     try:
-        folder.card.write_text(card.card(summary, {space.name: space.size for space in setup.spaces}))
+        told = card.card(summary, {space.name: space.size for space in setup.spaces})
+        folder.card.write_text(told, "utf-8")
     except Exception as error:  # a card never loses a run
         log.warning("pruned.md could not be written: %s", line_of(error))
 

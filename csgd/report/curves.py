@@ -81,7 +81,7 @@ class Rows:
 
 def rows_of(output_dir: Path) -> Rows:
     """metrics.jsonl on one axis: the steps of the base network, if it was trained in this run, then those of C-SGD."""
-    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text("utf-8").splitlines()]
     stages = summary_of(output_dir)["stages"]
     base_steps = max((row["step"] for row in rows if row["phase"] == "base"), default=0)
     lengths = [stage["forecast"]["steps"] for stage in stages]

@@ -46,8 +46,8 @@ PAGE = Environment(
 
 def write_page(output_dir: Path) -> Path:
     """Writes report.html from summary.json, clusters.json and the pictures that are in report/."""
-    summary = json.loads((output_dir / "summary.json").read_text())
-    clusters = json.loads((output_dir / "clusters.json").read_text())
+    summary = json.loads((output_dir / "summary.json").read_text("utf-8"))
+    clusters = json.loads((output_dir / "clusters.json").read_text("utf-8"))
     pictures = {name: output_dir / "report" / f"{name}.{KINDS.get(name, 'png')}" for name in CAPTIONS}
     page = PAGE.get_template("page.html.j2").render(
         name=_name(summary["config"]),

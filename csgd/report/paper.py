@@ -24,4 +24,4 @@ def save(figure, output_dir: Path, name: str) -> Path:
 
 
 def summary_of(output_dir: Path) -> dict[str, Any]:
-    return json.loads((output_dir / "summary.json").read_text())
+    return json.loads((output_dir / "summary.json").read_text("utf-8"))

@@ -79,7 +79,7 @@ def draw_sizes(output_dir: Path) -> Path | None:
 
     None where every filter was alone: some were kept, and no two became one.
     """
-    clusters = json.loads((output_dir / "clusters.json").read_text())
+    clusters = json.loads((output_dir / "clusters.json").read_text("utf-8"))
     if all(len(members) == 1 for parts in clusters.values() for members in parts):
         return None
     stages = summary_of(output_dir)["stages"]

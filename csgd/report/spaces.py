@@ -44,7 +44,7 @@ def draw_spaces(output_dir: Path) -> Path | None:
     """
     from matplotlib.patches import FancyBboxPatch
 
-    layers = {layer["name"]: layer for layer in json.loads((output_dir / "summary.json").read_text())["layers"]}
+    layers = {layer["name"]: layer for layer in json.loads((output_dir / "summary.json").read_text("utf-8"))["layers"]}
     if len(layers) > MOST:
         return None
     boxes, arrows = placed(layers)
