@@ -104,7 +104,7 @@ class ChannelSpace:
 
 def describe(spaces: Sequence[ChannelSpace]) -> str:
     """The spaces as a table: slots, the layers whose filters move together, and whether they are free or why not."""
-    rows = [("space", "slots", "moves together with", "")]
+    rows = [("space", "slots", "moves together with", "free, or stays because")]
     for space in spaces:
         with_it = dict.fromkeys(path for ref in space.producers for path, _ in ref.owners if path != space.name)
         free = "free" if not space.conditions else "; ".join(map(str, space.conditions))
