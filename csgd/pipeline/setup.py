@@ -181,8 +181,11 @@ def stages_of(deps: "Deps", spaces: list[ChannelSpace], model: nn.Module, exampl
         for fraction in deps.stages:
             stages.append(target_widths(spaces, fraction, after=stages[-1] if stages else None, **options))
     elif budget:
-        found = budget_widths(model, spaces, example, **budget, **options)
         (told,) = (f"deps.{key}={value:g}" for key, value in budget.items())
+        try:
+            found = budget_widths(model, spaces, example, **budget, **options)
+        except InputError as error:
+            raise InputError(f"{told}: {error}") from None
         log.info("budget: %s is met with %.4f; from %.4f to 1 can be reached", told, found.cost, found.least)
         stages = [found.widths]
     elif deps.widths is not None:
