@@ -64,3 +64,14 @@ def test_a_run_in_the_place_of_another_says_so_and_one_of_stages_which_cut_it_te
     rows = {what: word for what, _, word in verdict_rows(summary)}
     assert rows["… before the last cut"] == f"step {summary['cut']['step']} of stage 2"
     assert "… after the last cut" in rows
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_what_pictures_are_drawn_from_goes_with_an_older_run_and_stays_for_one_that_goes_on(folder, anew):
+    """A rival keeps no filters, and drew those of the run before it."""
+    kept = (folder.filters, folder.film, folder.outputs)
+    for path in (*kept, folder.summary):
+        path.write_bytes(b"{}")
+    folder.clear(anew)
+    assert [path.exists() for path in kept] == [not anew] * 3
+    assert not folder.summary.exists()

@@ -46,7 +46,7 @@ class Album:
         ref = space.producers[0]
         segments = next(t.merged[1] for t in clustered_tensors(model, spaces, clusters) if t.owners == ref.owners)
         kept = (segments == torch.arange(len(segments))).nonzero().flatten()
-        cluster = torch.empty(space.size, dtype=torch.long)
+        cluster = torch.full((space.size,), -1)  # slots that no cluster names are in none
         for c, members in enumerate(parts):
             cluster[members] = c
         rows = ref.index[:, 0]
