@@ -189,6 +189,7 @@ class Schedule:
     label_smoothing: float = 0.0  # the share of a label that is spread over all classes, in both trainings
     ema: float | None = None  # decay of a moving average of the weights, of C-SGD: what the run then ends with
     accumulation: int = 1  # parts in which a batch goes through the network: less memory, the same gradient
+    test_every: int = 1  # epochs between two tests, each a row of metrics; the last epoch is tested in any case
     base: Phase = MISSING
     csgd: Phase = MISSING
 
@@ -207,6 +208,7 @@ class Schedule:
         _require(decay is None or 0 < decay < 1, "schedule.ema", "above 0 and below 1, or null", decay)
         fits = 1 <= parts <= self.batch_size // 2  # batch norm needs two images
         _require(fits, "schedule.accumulation", f"between 1 and {self.batch_size // 2}, half of the batch", parts)
+        _require(self.test_every >= 1, "schedule.test_every", "1 or more", self.test_every)
         self.base.check("schedule.base")
         self.base.settle(Optimizer.sgd)
         self.csgd.check("schedule.csgd")
@@ -289,6 +291,19 @@ class Distributed:
 
 
 @dataclass
+class Tune:
+    """Trials before the run: each is a run of its own, with a tenth of the training images held out."""
+
+    lr: list[float] = field(default_factory=list)  # in the place of schedule.csgd.lr: the best of these; []: no trials
+    held_out: float = 0.1  # the part of the training images by which trials are judged
+
+    def __post_init__(self):
+        fits = all(map(_positive, self.lr)) and len(set(self.lr)) == len(self.lr)
+        _require(fits, "tune.lr", "different rates above 0, or []", self.lr)
+        _require(0 < self.held_out < 1, "tune.held_out", "above 0 and below 1", self.held_out)
+
+
+@dataclass
 class Config:
     model: dict[str, Any] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
@@ -312,6 +327,8 @@ class Config:
     resume: Resume = MISSING
     checkpoint_every: int | None = None
     export: Export | None = None
+    validation: float | None = None  # the part of the training images that is held out, and tested on instead
+    tune: Tune = field(default_factory=Tune)
     seed: int = MISSING
     device: Device = MISSING  # auto: a GPU where there is one
     threads: int | None = None
@@ -320,10 +337,15 @@ class Config:
     progress: bool = True
     quiet: bool = False
     plan_only: bool = False
+    report: bool = True  # false: no pictures and no page, which take some seconds a run
 
     def __post_init__(self):
         self._check_pull()
         self._check_way()
+        part = self.validation
+        free = self.validation is None or not self.tune.lr
+        _require(free, "validation", "null beside tune.lr, whose trials hold out tune.held_out", self.validation)
+        _require(part is None or 0 < part < 1, "validation", "above 0 and below 1, or null", part)
         every = self.checkpoint_every
         _require(every is None or every >= 1, "checkpoint_every", "1 or more, or null", every)
         _require(0 <= self.seed < 2**31, "seed", "between 0 and 2147483647", self.seed)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from csgd import folders
 from csgd.errors import InputError
@@ -40,6 +40,8 @@ class Data:
                           of labels that the largest logit hits
     class_names           in the order of the labels, where they are known
     mean, std             of each channel, where they are known: the network sees (image − mean) / std
+    held_out(fraction)    the same data, with that part of the training set in the place of the test set, and trained
+                          on the rest; None where it cannot be told
     """
 
     train_batches: Callable[[int], Batches]
@@ -54,6 +56,7 @@ class Data:
     class_names: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    held_out: "Callable[[float], Data] | None" = None
 
     @property
     def task(self) -> dict[str, str]:
@@ -76,6 +79,7 @@ class Data:
         workers: int = 0,
         criterion: Criterion | None = None,
         score: Score | None = None,
+        plain: Dataset | None = None,
     ) -> "Data":
         """Of two map-style datasets of pairs (image, target), read by `workers` processes, or by this one.
 
@@ -83,6 +87,7 @@ class Data:
         target     of cross entropy one of 0 … classes − 1, or a map of them; of another `criterion` what that takes
         classes    their names, or their number
         mean, std  a number for each channel, or one: the network sees (image − mean) / std
+        plain      the training images as the test set's are: what is held out of them is judged by these; None: `train`
 
         What the transforms of `train` draw from torch's generator is fixed by (seed, epoch, position).  InputError for
         datasets that cannot be used so.
@@ -93,13 +98,20 @@ class Data:
             if len(dataset) < least:
                 raise InputError(f"dataset: the {name} set holds {len(dataset)} images, {least} are the least")
         mean, std = _per_channel(mean), _per_channel(std)
+        how = dict(classes=classes, batch_size=batch_size, seed=seed, device=device, share=share, mean=mean, std=std)
+        how |= dict(workers=workers, criterion=criterion, score=score)
+
+        def held_out(fraction: float) -> Data:
+            rest, part = (rows.tolist() for rows in _split(len(train), fraction))
+            return cls.of(Subset(train, rest), Subset(train if plain is None else plain, part), **how)
+
         names, classes = ((), classes) if isinstance(classes, int) else (tuple(classes), len(classes))
         if criterion is None and classes < 1:
             raise InputError("dataset: cross entropy needs classes=…, their number; criterion=… is another loss")
         if not (std > 0).all():
             raise InputError(f"dataset: std must be above 0, got {std.flatten().tolist()}")
         labels = classes if criterion is None else None
-        train, test = (Normalised(part, labels, mean, std) for part in (train, test))
+        trained_on, tested_on = (Normalised(part, labels, mean, std) for part in (train, test))
         loading = dict(
             num_workers=workers,
             pin_memory=device.type == "cuda",
@@ -109,8 +121,8 @@ class Data:
             generator=torch.Generator(),  # of seeds for the workers, which draw from their own: torch's stays untouched
         )
         shares = Shares(len(train), batch_size, share, seed)
-        train_loader = DataLoader(Drawn(train, seed), batch_sampler=shares, **loading)
-        test_loader = DataLoader(test, batch_sampler=Shares(len(test), batch_size, share), **loading)
+        train_loader = DataLoader(Drawn(trained_on, seed), batch_sampler=shares, **loading)
+        test_loader = DataLoader(tested_on, batch_sampler=Shares(len(test), batch_size, share), **loading)
 
         def train_batches(epoch: int) -> Batches:
             shares.epoch = epoch
@@ -126,10 +138,10 @@ class Data:
                 images, targets = batch
                 yield images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
-        ((example, _),) = on_device([_batch_of([test[i % len(test)] for i in range(2)])])
+        ((example, _),) = on_device([_batch_of([tested_on[i % len(test)] for i in range(2)])])
         sizes = len(train_loader), len(train), len(test)
         told = names, *(tuple(values.flatten().tolist()) for values in (mean, std))
-        return cls(train_batches, test_batches, example, classes, *sizes, criterion, score, *told)
+        return cls(train_batches, test_batches, example, classes, *sizes, criterion, score, *told, held_out)
 
     def of_classes(self, names: Sequence[str]) -> "Data":
         """The same test set with labels of a network of the classes `names`; InputError for a class that it lacks."""
@@ -178,6 +190,14 @@ class Augmentation:
         return images
 
 
+def _split(size: int, fraction: float) -> tuple[Tensor, Tensor]:
+    """Positions of a training set that are left, and those of the `fraction` that is held out, one at least: drawn the
+    same way for every seed, each in ascending order."""
+    count = min(max(1, round(fraction * size)), size - 1)
+    order = torch.randperm(size, generator=_generator(0, 0))
+    return order[count:].sort().values, order[:count].sort().values
+
+
 def _generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
@@ -197,6 +217,8 @@ def _in_memory(
     std: Sequence[float] = (),
 ) -> Data:
     """Normalised float images [n, 3, h, w] and labels [n], kept on the device."""
+    how = dict(num_classes=num_classes, batch_size=batch_size, augmentation=augmentation, seed=seed, device=device)
+    how |= dict(share=share, names=names, mean=mean, std=std)
     images, labels = (t.to(device) for t in train)
     test_images, test_labels = (t.to(device) for t in test)
     if device.type == "cpu":  # the layout in which convs run fastest on a CPU
@@ -212,9 +234,13 @@ def _in_memory(
         for images, labels in zip(test_images.split(256), test_labels.split(256), strict=True):
             yield share.of(images), share.of(labels)
 
+    def held_out(fraction: float) -> Data:
+        parts = ((images[rows], labels[rows]) for rows in _split(len(images), fraction))
+        return _in_memory(*parts, **how)
+
     steps = -(-len(images) // batch_size)
     sizes = steps, len(images), len(test_images)
-    told = dict(class_names=tuple(names), mean=tuple(mean), std=tuple(std))
+    told = dict(class_names=tuple(names), mean=tuple(mean), std=tuple(std), held_out=held_out)
     return Data(train_batches, test_batches, images[:2].clone(), num_classes, *sizes, **told)
 
 
@@ -470,6 +496,7 @@ def image_folder(
         share=share,
         mean=IMAGENET_STATISTICS[0],
         std=IMAGENET_STATISTICS[1],
+        plain=folders.Images(trained_on, centred),
     )
 
 

@@ -76,6 +76,10 @@ class RunFolder:
     def page(self) -> Path:
         return self.path / "report.html"
 
+    def trial(self, name: str) -> Path:
+        """The folder of a trial, which is a run of its own."""
+        return self.path / "trials" / name
+
     @property
     def _lock(self) -> Path:
         return self.path / ".lock"

@@ -137,10 +137,24 @@ def finished(jobs: list[Job]) -> list[Job]:
 def jobs_table(jobs: list[Job], linked: bool = False) -> str:
     """Every job with its cut, as a table; linked  to its report, or else to its folder"""
     keys = dict.fromkeys(key for job in jobs for key in job.settings)
-    header = ("job", *keys, "cut", "base", _score(jobs), "MACs", "saved", "change", "deviation", "seconds")
+    tuned = any("tuned" in job.summary for job in finished(jobs))
+    header = (
+        "job",
+        *keys,
+        *(("rate (trials)",) if tuned else ()),
+        "cut",
+        "base",
+        _score(jobs),
+        "MACs",
+        "saved",
+        "change",
+        "deviation",
+        "seconds",
+    )
     rows = []
     for job in jobs:
-        row = [_link(job) if linked else job.folder.name, *(job.settings.get(key, "-") for key in keys), job.status]
+        row = [_link(job) if linked else job.folder.name, *(job.settings.get(key, "-") for key in keys)]
+        row += [*([_rate(job)] if tuned else []), job.status]
         if job.summary:
             verdict, cost = job.summary["verdict"], job.summary["cost"]
             row += [f"{job.summary['base']['accuracy']:.4f}", f"{verdict['accuracy']:.4f}", f"{cost['macs_after']:,}"]
@@ -148,6 +162,12 @@ def jobs_table(jobs: list[Job], linked: bool = False) -> str:
             row += [f"{verdict['relative_deviation']:.1e}", f"{job.summary['seconds']['total']:.0f}"]
         rows.append(row + ["-"] * (len(header) - len(row)))
     return table(header, rows)
+
+
+def _rate(job: Job) -> str:
+    """The learning rate that trials gave, and how many."""
+    tuned = (job.summary or {}).get("tuned")
+    return f"{tuned['lr']:g} ({len(tuned['trials'])})" if tuned else "-"
 
 
 def _link(job: Job) -> str:
@@ -194,6 +214,9 @@ def write_csv(path: Path, jobs: list[Job]) -> None:
         if summary := job.summary:
             row |= {"base_accuracy": summary["base"]["accuracy"], **summary["verdict"], **summary["cost"]}
             row |= {f"strength_{group}": strength for group, strength in summary["strengths"].items()}
+            row |= (
+                {"lr": summary["tuned"]["lr"], "trials": len(summary["tuned"]["trials"])} if "tuned" in summary else {}
+            )
             row |= {"cut_step": summary["cut"]["step"], "seconds": summary["seconds"]["total"]}
         rows.append(row)
     with path.open("w", newline="", encoding="utf-8") as file:

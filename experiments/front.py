@@ -76,11 +76,11 @@ class Looks:
     def starts(self, setup, progress) -> None:
         pass
 
-    def after(self, setup, progress, moment, tells) -> None:
+    def after(self, setup, progress, moment, tells=False) -> None:
         from csgd.pipeline.progress import Part
         from csgd.train import measured
 
-        if tells or moment.step % EVERY == 0:
+        if tells or moment.epoch_ends or moment.step % EVERY == 0:
             self.accuracies.append((moment.step, measured(setup.model, setup.data)))
             print(progress.part, *self.accuracies[-1], flush=True)
         if progress.part is Part.WIDE and moment.step in [round(at * progress.plan.due) for at in SHOWN]:

@@ -119,7 +119,7 @@ def _train(setup: Setup, progress: Progress, watch: Watch) -> None:
     progress.learner = progress.learner or base_learner(setup)
     watch.starts(setup, progress)
     for moment in progress.train(setup, setup.base, setup.spec.base.train):
-        watch.after(setup, progress, moment, tells=moment.epoch_ends)
+        watch.after(setup, progress, moment)
 
 
 def _load(spec: RunSpec, model: nn.Module, num_classes: int) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from dataclasses import asdict
 from datetime import datetime
@@ -21,7 +22,7 @@ from csgd.pipeline.progress import Part, Progress, StageResult
 from csgd.pipeline.provenance import identity, refuse_other, versions
 from csgd.pipeline.setup import Setup
 from csgd.pipeline.ship import ship
-from csgd.pipeline.spec import plain
+from csgd.pipeline.spec import RunSpec, plain
 from csgd.pipeline.watch import warn_instead_of_raising
 from csgd.pipeline.ways import WAYS
 from csgd.pruned import save_pruned
@@ -51,18 +52,18 @@ def leave(setup: Setup, plan: RunPlan, progress: Progress, tracker: Tracker, com
         save_pruned(folder.path, setup.model, setup.spec.model, data.example, data.num_classes, **facts)
         write_json(folder.summary, summary)
         ship(setup, summary, folder)
-        _report(summary, tracker, folder)
+        _report(summary, tracker, folder, setup.spec.draws_report)
     return judged
 
 
-def finished(config: "Config", path: Path) -> Verdict | None:
+def finished(config: "Config", path: Path, key: str = "hydra.sweep.dir") -> Verdict | None:
     """The verdict of a run that has come to its end in the folder; InputError if it is of another configuration."""
     folder = RunFolder(path)
     if not folder.summary.exists():
         return None
     summary = folder.read_summary()
     then, now = (identity(*pair) for pair in ((summary["config"], summary["versions"]), (plain(config), versions())))
-    refuse_other("hydra.sweep.dir", path, then, now)
+    refuse_other(key, path, then, now)
     return Verdict(**summary["verdict"])
 
 
@@ -103,7 +104,15 @@ def _summary(setup: Setup, plan: RunPlan, progress: Progress, judged: Verdict) -
         "commit": setup.commit,
         "versions": versions(),
         "config": setup.spec.config,
-    } | ({"task": setup.data.task} if setup.data.criterion or setup.data.score else {})
+        **({"task": setup.data.task} if setup.data.criterion or setup.data.score else {}),
+        **({"tuned": _tuned(setup.spec)} if setup.spec.trials else {}),
+    }
+
+
+def _tuned(spec: RunSpec) -> dict[str, Any]:
+    """The learning rate, and the trials that gave it; what did not come to its end has no score."""
+    trials = [asdict(one) | {"score": None if math.isnan(one.score) else one.score} for one in spec.trials]
+    return {"lr": spec.pull.rates.lr, "held_out": spec.config["tune"]["held_out"], "trials": trials}
 
 
 def _stage(result: StageResult) -> dict[str, Any]:
@@ -148,22 +157,13 @@ def _cut(result: StageResult) -> dict[str, Any]:
     }
 
 
-def _report(summary: dict[str, Any], tracker: Tracker, folder: RunFolder) -> None:
+def _report(summary: dict[str, Any], tracker: Tracker, folder: RunFolder, draws: bool) -> None:
     judged = summary["verdict"]
     tracker.summarise({f"{part}/{key}": value for part in ("verdict", "cost") for key, value in summary[part].items()})
     rows = report.layer_rows(summary["layers"], json.loads(folder.clusters.read_text("utf-8")))
     tracker.log_table("report/layers", report.LAYER_HEADER, rows)
-    started = time.perf_counter()
-    with warn_instead_of_raising("report/collapse.gif"):
-        report.draw_collapse(folder.path)
-    pictures = (report.draw_curves, report.draw_outputs, report.draw_spaces, report.draw_filters, report.draw_widths)
-    for draw in (*pictures, report.draw_sizes):
-        with warn_instead_of_raising(f"report/{draw.__name__.removeprefix('draw_')}.png"):
-            if path := draw(folder.path):
-                tracker.log_image(f"report/{path.stem}", path)
-    with warn_instead_of_raising("report.html"):
-        report.write_page(folder.path)
-    log.info("report: drawn in %.1f s", time.perf_counter() - started)
+    if draws:
+        _draw(tracker, folder)
     log.info("layers\n\n%s\n", report.table(report.LAYER_HEADER, rows))
     way = summary["way"]
     told = "LOSSLESS" if judged["lossless"] else "NOT LOSSLESS" if way["pulls"] else way["told"].upper()
@@ -175,6 +175,22 @@ def _report(summary: dict[str, Any], tracker: Tracker, folder: RunFolder) -> Non
             why = f"the filters have not collapsed, or what follows them ({judged['relative_deviation']:.1e} is left)"
         log.warning("NOT LOSSLESS: %s; the cut cost %.4f of %s", why, lost, report.task_of(summary)["score"])
     log.info("files: %s", folder)
-    log.info("report: %s", folder.page)
+    if draws:
+        log.info("report: %s", folder.page)
     if offline := tracker.offline_dir:
         log.info("W&B, offline: look with `wandb beta leet %s`, upload with `wandb sync %s`", offline, offline)
+
+
+def _draw(tracker: Tracker, folder: RunFolder) -> None:
+    """The pictures and the page."""
+    started = time.perf_counter()
+    with warn_instead_of_raising("report/collapse.gif"):
+        report.draw_collapse(folder.path)
+    pictures = (report.draw_curves, report.draw_outputs, report.draw_spaces, report.draw_filters, report.draw_widths)
+    for draw in (*pictures, report.draw_sizes):
+        with warn_instead_of_raising(f"report/{draw.__name__.removeprefix('draw_')}.png"):
+            if path := draw(folder.path):
+                tracker.log_image(f"report/{path.stem}", path)
+    with warn_instead_of_raising("report.html"):
+        report.write_page(folder.path)
+    log.info("report: drawn in %.1f s", time.perf_counter() - started)

@@ -18,7 +18,7 @@ GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 
 # Keys that do not change the result, with all below them.
 FREE = (
-    "wandb", "progress", "quiet", "plan_only", "resume", "checkpoint_every", "threads", "base.cache",
+    "wandb", "progress", "quiet", "plan_only", "resume", "report", "checkpoint_every", "threads", "base.cache",
     "dataset.download", "dataset.workers", "distributed.check_every",
 )  # fmt: skip
 # A run may also go on with other ranks, though batch norm sees their number, and be exported at its end.

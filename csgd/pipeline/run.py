@@ -13,12 +13,13 @@ from csgd.pipeline.device import threads_of
 from csgd.pipeline.foresee import foresee, levelled
 from csgd.pipeline.header import tell_plan
 from csgd.pipeline.launch import check_ranks, join_ranks, launch, started_first
-from csgd.pipeline.leave import leave
+from csgd.pipeline.leave import finished, leave
 from csgd.pipeline.preview import preview
 from csgd.pipeline.progress import Part, begin_or_resume
 from csgd.pipeline.setup import prepare
 from csgd.pipeline.spec import RunSpec
 from csgd.pipeline.stage import begin, cut_stage, go_on_narrow, pull, resume
+from csgd.pipeline.tune import tuned
 from csgd.pipeline.watch import Watch
 from csgd.verify import Verdict
 
@@ -37,9 +38,16 @@ def run(
     spec, where = RunSpec.of(config), RunFolder(Path(folder))
     check_ranks(spec.machine)
     with where.reserved() if started_first() else nullcontext(), threads_of(spec.machine):
+        spec = tuned(spec, config, where, lambda trial, path: _tried(trial, path, logs))
         if spec.machine.ranks > 1 and not spec.plan_only:
             return launch(_one_rank, (spec, where, command), spec.machine.ranks, logs)
         return _one_rank(spec, where, command)
+
+
+def _tried(trial: "Config", path: Path, logs: Mapping[str, Any] | None) -> Verdict:
+    """The verdict of a trial, which is not run again where it is finished and the run goes on."""
+    done = finished(trial, path, "resume=auto") if trial.resume == "auto" else None
+    return done or run(trial, path, logs=logs)
 
 
 def _one_rank(spec: RunSpec, folder: RunFolder, command: str | None) -> Verdict | None:

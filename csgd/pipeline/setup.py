@@ -111,9 +111,9 @@ def tell_task(spec: RunSpec, model: nn.Module, data: Data) -> None:
     device = device_name(data.example.device)
     log.info("network: %s, %s parameters, on %s", label(spec.model), f"{count_params(model):,}", device)
     sizes = data.train_size, data.test_size
-    log.info(
-        "data: %s, %d images to train on and %d to test, %s%s%s", label(spec.dataset), *sizes, shape, classes, names
-    )
+    tested = "held out of them to judge by" if spec.validation else "to test"
+    told = label(spec.dataset), *sizes, tested, shape, classes, names
+    log.info("data: %s, %d images to train on and %d %s, %s%s%s", *told)
 
 
 def dataset_of(spec: RunSpec, device: torch.device) -> Data:
@@ -122,6 +122,10 @@ def dataset_of(spec: RunSpec, device: torch.device) -> Data:
     data = build("dataset", spec.dataset, **offered, needed=["share"] if share.ranks > 1 else [])
     if not isinstance(data, Data):
         raise InputError(f"dataset._target_ must make a csgd.data.Data, got {type(data).__name__}")
+    if spec.validation and data.held_out is None:
+        raise InputError("validation: dataset._target_ makes a Data without held_out, from which none can be taken")
+    if spec.validation:
+        data = data.held_out(spec.validation)
     if not data.example.isfinite().all():
         raise InputError("dataset: its first images hold NaN or infinity")
     return data

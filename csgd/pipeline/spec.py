@@ -112,10 +112,23 @@ class CutSpec:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A rate that was tried, and its score on the images held out; NaN where it did not come to its end, and why."""
+
+    lr: float
+    score: float
+    seconds: float
+    failure: str
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """One run.
 
     save_every  steps between two checkpoints within an epoch;  config  the configuration as plain JSON
+    validation  the part of the training images that is tested on, in the place of the test set
+    test_every  epochs between two tests
+    trials      of tune.lr, of which the best gave the learning rate
     """
 
     seed: int
@@ -136,7 +149,11 @@ class RunSpec:
     shows_bar: bool
     quiet: bool
     export: str | None
+    draws_report: bool
+    validation: float | None
+    test_every: int
     config: Mapping[str, Any]
+    trials: tuple[Trial, ...] = ()
 
     @classmethod
     def of(cls, c: "Config") -> "RunSpec":
@@ -166,6 +183,9 @@ class RunSpec:
             shows_bar=c.progress and not c.quiet,
             quiet=c.quiet,
             export=c.export,
+            draws_report=c.report,
+            validation=c.validation,
+            test_every=s.test_every,
             config=plain(c),
         )
 

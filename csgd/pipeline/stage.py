@@ -108,7 +108,7 @@ def pull(setup: Setup, progress: Progress, watch: Watch) -> None:
             if looks:
                 progress.learner.share_buffers()
             done = looks and (moment.step == setup.csgd.steps or is_collapsed(setup, progress))
-            watch.after(setup, progress, moment, tells=moment.epoch_ends or done)
+            watch.after(setup, progress, moment, tells=done)
             if done:
                 break
 
@@ -238,7 +238,7 @@ def go_on_narrow(setup: Setup, progress: Progress, watch: Watch) -> None:
     watch.starts(setup, progress)
     with progress.seconds.spent("csgd_trimmed"):
         for moment in progress.train(setup, setup.csgd, setup.spec.pull.train):
-            watch.after(setup, progress, moment, tells=moment.epoch_ends)
+            watch.after(setup, progress, moment)
     if progress.learner.average:
         setup.model.load_state_dict(progress.learner.average.module.state_dict())
     result = progress.results[-1]

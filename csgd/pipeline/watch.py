@@ -66,8 +66,9 @@ class Watch:
         self._bar.total = self._bar.n + work_left(self.plan, progress)
         self._bar.set_description(_where(setup, progress), refresh=False)
 
-    def after(self, setup: Setup, progress: Progress, moment: Moment, tells: bool) -> None:
-        """Moves the bar by a step; with `tells` a row of metrics too, of the steps since the last one."""
+    def after(self, setup: Setup, progress: Progress, moment: Moment, tells: bool = False) -> None:
+        """Moves the bar by a step; with `tells`, and where a test is due, a row of metrics too, of the steps since the
+        last one."""
         narrow = progress.part is Part.NARROW
         cost = 1.0 if progress.part is Part.BASE else self.plan.weight(progress.stage + narrow)
         self._bar.total = self._bar.n + cost + work_left(self.plan, progress)
@@ -84,7 +85,7 @@ class Watch:
             with warn_instead_of_raising("the steps of the animation"):
                 self._look(setup, progress)
                 self._looks = True
-        if tells:
+        if tells or is_due(setup, progress, moment):
             self._row(setup, progress, moment)
             progress.rows = self.tracker.rows
 
@@ -165,6 +166,12 @@ def widths_label(deps: "Deps") -> str:
         if (budget := getattr(deps, key)) is not None:
             return f"{key}{budget:g}"
     return f"{deps.fraction:g}" + ("layers" if deps.layers else "")
+
+
+def is_due(setup: Setup, progress: Progress, moment: Moment) -> bool:
+    """Whether a test is due: at the end of every so many epochs, and of the last."""
+    last = (setup.base if progress.part is Part.BASE else setup.csgd).steps
+    return moment.epoch_ends and (moment.epoch % setup.spec.test_every == 0 or moment.step == last)
 
 
 def work_left(plan: RunPlan, progress: Progress) -> float:

@@ -32,6 +32,18 @@ def task_of(summary: Mapping[str, Any]) -> dict[str, str]:
     return summary.get("task", CLASSIFICATION)
 
 
+def _tuned(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The learning rate, where trials gave it."""
+    if not (tuned := summary.get("tuned")):
+        return []
+    scores = (
+        f"{one['lr']:g}: " + (f"{one['score']:.4f}" if one["failure"] == "" else "failed") for one in tuned["trials"]
+    )
+    taken = sum(one["seconds"] for one in tuned["trials"])
+    about = f"tried on {tuned['held_out']:.0%} of the training images, {taken:.0f} s: {', '.join(scores)}"
+    return [("learning rate", f"{tuned['lr']:g}", about)]
+
+
 def verdict_table(summary: Mapping[str, Any]) -> str:
     """Before and after, as a table."""
     return table(("", "value", ""), verdict_rows(summary))
@@ -57,7 +69,8 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return name, f"{after:,}", f"{1 - after / before:.1%} less than {before:,}"
 
     return [
-        (f"test {score}, base network", f"{base['accuracy']:.4f}", _trained(summary)),
+        *_tuned(summary),
+        (f"{'held-out' if summary['config'].get('validation') else 'test'} {score}, base network", f"{base['accuracy']:.4f}", _trained(summary)),
         (
             f"… before the {last}cut",
             f"{verdict['accuracy_before_trim']:.4f}",

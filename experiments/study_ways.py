@@ -1,0 +1,172 @@
+"""Four ways to a narrow network, at one cost: which is best, for which network, with how many images?
+
+    OMP_NUM_THREADS=1 python experiments/study_ways.py run              adds the rows that study_ways.jsonl lacks
+    OMP_NUM_THREADS=1 python experiments/study_ways.py run vgg16        … those of one network, of few
+    python experiments/study_ways.py report                             the tables and the picture
+
+Three networks on Fashion-MNIST, with all 60,000 images and with 512 of them, cut to 3/4, 1/2 and 1/4 of every width, in
+the four ways of `method`, with three seeds.  `cost=equal` gives each the training cost of the C-SGD run.  Learning
+rates are tuned alike: for each network, number of images and way three rates are tried with seed 0 at half of the
+widths, on a tenth of the training images that is held out; the best is the one of all its runs.  Every row is what
+run.py says of one command, which it holds.  Further rows vary one thing: the learning rate, the optimizer, what is
+clustered, and the pull as published.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+ROWS = Path(__file__).with_suffix(".jsonl")
+CACHE = ROOT / "outputs" / "study_ways" / "base"
+WAYS, WIDTHS, SEEDS = ("csgd", "merge", "prune", "scratch"), ("3_4", "1_2", "1_4"), range(3)
+RATES = (5e-4, 1.5e-3, 5e-3)
+MORE_RATES = (1.5e-4, *RATES, 1.5e-2)
+NETWORKS = {  # settings, learning rate of the base
+    "vgg16": ("model=vgg16 +model.width=0.125 dataset.image_size=32", 1e-3),
+    "resnet20": ("model=resnet20 dataset.image_size=14", 3e-3),
+    "convnext": ("model=convnext dataset.image_size=14", 3e-3),
+}
+IMAGES = {  # settings, epochs of the base, of its warm-up and of what follows
+    "512": ("dataset.train_size=512 schedule.batch_size=32 schedule.test_every=1000", 40, 3, 20),
+    "60000": ("schedule.batch_size=128 schedule.test_every=1000", 1, 0.1, 1),
+}
+OWN = {  # of each way
+    "csgd": "clustering.of=outputs",
+    "merge": "method=merge clustering.of=outputs",
+    "prune": "method=prune importance=l2",
+    "scratch": "method=scratch",
+}
+
+
+def command(network: str, images: str, width: str, way: str, seed: int, lr: float, more: str = "") -> str:
+    """What a person would type for a run."""
+    of_network, base_lr = NETWORKS[network]
+    of_images, base_epochs, warmup, epochs = IMAGES[images]
+    optimizer = "sgd" if "optimizer=sgd" in more else "adamw"
+    more = more.replace("optimizer=sgd", "").strip()
+    base = f"schedule.base={{epochs: {base_epochs}, lr: {base_lr}, warmup_epochs: {warmup}, optimizer: adamw}}"
+    csgd = f"schedule.csgd={{epochs: {epochs}, lr: {lr}, optimizer: {optimizer}}}"
+    own = more if "centri_strength" in more or "clustering" in more else " ".join(filter(None, (OWN[way], more)))
+    words = f"dataset=fashion_mnist {of_network} {of_images} deps={width} seed={seed} {own}".split()
+    return shlex.join(["python", "run.py", *words, base, csgd])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("networks", nargs="*", default=list(NETWORKS))
+    parser.add_argument("--images", nargs="*", default=list(IMAGES))
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    given = parser.parse_args()
+    if given.what == "report":
+        print(report())
+        return
+    for images in given.images:
+        for seed in given.seeds:
+            for network in given.networks:
+                for facts in runs_of(network, images, seed):
+                    add(facts)
+
+
+def runs_of(network: str, images: str, seed: int) -> Iterator[dict]:
+    """Every run of a network, so many images and a seed, with what sets it apart; trials first."""
+    for way in WAYS:
+        for lr in RATES:
+            one = dict(network=network, images=images, width="1_2", way=way, seed=0, lr=lr)
+            yield {"study": "trial", **one, "more": "validation=0.1"}
+        lr = best_rate(network, images, way)
+        for width in WIDTHS:
+            yield dict(study="ways", network=network, images=images, width=width, way=way, seed=seed, lr=lr, more="")
+    if images == "512" and network != "convnext":
+        yield from further_runs(network, images, seed)
+
+
+def further_runs(network: str, images: str, seed: int) -> Iterator[dict]:
+    """At half of the widths, one thing after the other is varied."""
+    one = dict(network=network, images=images, width="1_2", seed=seed)
+    for way in WAYS:
+        for lr in MORE_RATES:
+            yield {"study": "rates", **one, "way": way, "lr": lr, "more": ""}
+    lr = best_rate(network, images, "csgd")
+    for way in ("csgd", "merge"):
+        kernels = ("" if way == "csgd" else f"method={way} ") + "clustering.of=pacesetter"
+        yield {"study": "kernels", **one, "way": way, "lr": best_rate(network, images, way), "more": kernels}
+    for by in ("l1", "taylor"):
+        rate = best_rate(network, images, "prune")
+        yield {"study": "importance", **one, "way": "prune", "lr": rate, "more": f"importance={by}"}
+    for lr in (5e-3, 1.5e-2, 5e-2):
+        yield {"study": "sgd", **one, "way": "csgd", "lr": lr, "more": "optimizer=sgd"}
+        yield {"study": "published", **one, "way": "csgd", "lr": lr, "more": "optimizer=sgd centri_strength=auto"}
+
+
+def rows() -> list[dict]:
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def best_rate(network: str, images: str, way: str) -> float:
+    """Of the trials, the rate whose images held out were told best."""
+    of = [
+        r for r in rows() if r["study"] == "trial" and (r["network"], r["images"], r["way"]) == (network, images, way)
+    ]
+    return max(of, key=lambda row: row["end"])["lr"]
+
+
+def add(facts: dict) -> None:
+    """Makes a run, unless its row is there; the same run of another part of the study is not made again."""
+    told = command(*(facts[key] for key in ("network", "images", "width", "way", "seed", "lr", "more")))
+    found = [row for row in rows() if row["command"] == told]
+    if any(row["study"] == facts["study"] for row in found):
+        return
+    row = facts | ({key: found[0][key] for key in found[0] if key not in facts} if found else outcome(told))
+    with ROWS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(*(row[key] for key in ("study", "network", "images", "width", "way", "seed", "lr")), end=": ", flush=True)
+    print(row.get("failure") or f"{row['base']:.4f} {row['after_cut']:.4f} {row['end']:.4f}, {row['seconds']:.0f} s")
+
+
+def outcome(told: str) -> dict:
+    """What the run of a command gives, made in this process; a run that cannot be made says why."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from conf.schema import register
+    from csgd.errors import InputError
+    from csgd.pipeline import run
+    from csgd.pipeline.provenance import commit
+
+    quiet = ["threads=1", "wandb=disabled", "quiet=true", "report=false", f"base.cache={CACHE}"]
+    words = [word.replace("deps=", "deps='") + "'" if word.startswith("deps=") else word for word in shlex.split(told)]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        register()
+        config = OmegaConf.to_object(compose("config", [*words[2:], *quiet]))
+    facts = {"command": told, "commit": (commit() or "").removesuffix("-dirty")}  # the rows that were written so far
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run(config, Path(folder), told)
+        except InputError as error:
+            return facts | {"failure": str(error), "base": 0.0, "after_cut": 0.0, "end": 0.0}
+        summary = json.loads((Path(folder) / "summary.json").read_text())
+    verdict, cost, seconds = summary["verdict"], summary["cost"], summary["seconds"]
+    return facts | {
+        "base": summary["base"]["accuracy"],
+        "before_cut": verdict["accuracy_before_trim"],
+        "after_cut": verdict["accuracy_after_trim"],
+        "end": verdict["accuracy"],
+        "lossless": verdict["lossless"],
+        "logits": verdict["relative_logit_change"],
+        "macs": cost["macs_after"] / cost["macs_before"],
+        "steps": summary["stages"][-1]["forecast"]["steps"],
+        "seconds": round(seconds["cluster"] + seconds["csgd"] + seconds["trim"], 1),
+        "torch": summary["versions"]["torch"],
+    }
+
+
+if __name__ == "__main__":
+    main()
