@@ -92,12 +92,6 @@ class Data:
         What the transforms of `train` draw from torch's generator is fixed by (seed, epoch, position).  InputError for
         datasets that cannot be used so.
         """
-        for name, dataset, least in (("training", train, 2), ("test", test, 1)):
-            if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-                raise InputError(f"dataset: the {name} set must be map-style, with __getitem__ and __len__")
-            if len(dataset) < least:
-                raise InputError(f"dataset: the {name} set holds {len(dataset)} images, {least} are the least")
-        mean, std = _per_channel(mean), _per_channel(std)
         how = dict(classes=classes, batch_size=batch_size, seed=seed, device=device, share=share, mean=mean, std=std)
         how |= dict(workers=workers, criterion=criterion, score=score)
 
@@ -105,6 +99,12 @@ class Data:
             rest, part = (rows.tolist() for rows in _split(len(train), fraction))
             return cls.of(Subset(train, rest), Subset(train if plain is None else plain, part), **how)
 
+        for name, dataset, least in (("training", train, 2), ("test", test, 1)):
+            if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+                raise InputError(f"dataset: the {name} set must be map-style, with __getitem__ and __len__")
+            if len(dataset) < least:
+                raise InputError(f"dataset: the {name} set holds {len(dataset)} images, {least} are the least")
+        mean, std = _per_channel(mean), _per_channel(std)
         names, classes = ((), classes) if isinstance(classes, int) else (tuple(classes), len(classes))
         if criterion is None and classes < 1:
             raise InputError("dataset: cross entropy needs classes=…, their number; criterion=… is another loss")

@@ -1,0 +1,112 @@
+"""Trials of learning rates: images held out of the training set, and the run that goes by the best rate."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_config import composed
+from test_pull import SMOKE, rows_of, summary_of
+from torch.utils.data import TensorDataset
+
+from conf.schema import ConfigError
+from csgd.data import Data, digits
+from csgd.errors import InputError
+from csgd.pipeline import run
+
+SHORT = [*SMOKE, "schedule.csgd.epochs=2", "schedule.csgd.max_steps=8", "method=prune"]
+SGD = "schedule.csgd.optimizer=sgd"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base_cache(tmp_path_factory):
+    return f"base.cache={tmp_path_factory.mktemp('base')}"
+
+
+def images_of(batches):
+    return [image.numpy().tobytes() for images, _ in batches for image in images]
+
+
+def test_what_is_held_out_of_the_training_images_is_not_trained_on_and_the_test_images_are_not_looked_at():
+    whole = digits(image_size=8, shift=0, batch_size=32, seed=3, device=CPU)
+    part = whole.held_out(0.1)
+    trained, held, test = (
+        set(images_of(one)) for one in (part.train_batches(0), part.test_batches(), whole.test_batches())
+    )
+    assert (part.train_size, part.test_size) == (1293, 144)
+    assert trained | held == set(images_of(whole.train_batches(0)))
+    assert not trained & held and len(held) == 144 and not held <= test
+    again = digits(image_size=8, shift=0, batch_size=32, seed=4, device=CPU).held_out(0.1)
+    assert set(images_of(again.test_batches())) == held, "the same for every seed"
+
+
+def test_held_out_images_of_a_dataset_are_judged_as_its_test_images_are():
+    plain, augmented = (
+        TensorDataset(torch.arange(20.0).view(20, 1, 1, 1) + shift, torch.arange(20) % 2) for shift in (0, 100)
+    )
+    how = dict(classes=2, batch_size=4, seed=0, device=CPU)
+    part = Data.of(augmented, plain, plain=plain, **how).held_out(0.25)
+    held = torch.cat([images for images, _ in part.test_batches()])
+    trained = torch.cat([images for images, _ in part.train_batches(0)])
+    assert len(held) == 5 and (held < 100).all() and (trained >= 100).all()
+    assert not set(held.flatten().tolist()) & set((trained - 100).flatten().tolist())
+    as_trained = Data.of(augmented, plain, **how).held_out(0.25)
+    assert all((images >= 100).all() for images, _ in as_trained.test_batches()), "where there are no others"
+
+
+def test_the_best_rate_of_the_trials_makes_the_run_and_each_trial_is_a_run_of_its_own(tmp_path, base_cache, caplog):
+    tried = run(composed(*SHORT, base_cache, SGD, "tune.lr=[1.0e-5,0.05,1.0e+6]"), tmp_path / "tuned")
+    told = summary_of(tmp_path / "tuned")["tuned"]
+    scores = [trial["score"] for trial in told["trials"]]
+    assert told["lr"] == 0.05 and scores[1] > scores[0] and scores[2] is None
+    assert "not a number" in told["trials"][2]["failure"]
+    by_hand = run(composed(*SHORT, base_cache, SGD, "schedule.csgd.lr=0.05"), tmp_path / "plain")
+    weights = [(tmp_path / name / "pruned.safetensors").read_bytes() for name in ("tuned", "plain")]
+    assert weights[0] == weights[1] and tried == by_hand
+    trial = run(composed(*SHORT, base_cache, SGD, "schedule.csgd.lr=0.05", "validation=0.1"), tmp_path / "trial")
+    assert trial.accuracy == scores[1] != tried.accuracy
+    assert "learning rate" in (tmp_path / "tuned" / "report.html").read_text("utf-8")
+    assert not (tmp_path / "tuned" / "trials" / "lr_0.05" / "report.html").exists()
+
+
+def test_a_run_that_goes_on_does_not_repeat_its_trials(tmp_path, base_cache):
+    config = composed(*SHORT, base_cache, SGD, "tune.lr=[0.01,0.05]", "resume=auto", "report=false")
+    first = run(config, tmp_path)
+    trials = [tmp_path / "trials" / name / "metrics.jsonl" for name in ("lr_0.01", "lr_0.05")]
+    before = [path.stat().st_mtime_ns for path in trials]
+    (tmp_path / "trials" / "lr_0.05" / "summary.json").unlink()  # as if killed at the end of the second
+    assert run(config, tmp_path) == first
+    after = [path.stat().st_mtime_ns for path in trials]
+    assert before[0] == after[0] and before[1] < after[1]
+
+
+def without_held_out(batch_size, seed, device):
+    return replace(digits(image_size=16, shift=0, batch_size=batch_size, seed=seed, device=device), held_out=None)
+
+
+def test_what_cannot_be_tried_is_refused_in_a_line(tmp_path, base_cache):
+    with pytest.raises(ConfigError, match=r"validation must be null beside tune\.lr"):
+        composed("tune.lr=[0.1]", "validation=0.1")
+    with pytest.raises(ConfigError, match=r"tune\.lr must be different rates above 0, or \[\], got \[0\.1, 0\.1\]"):
+        composed("tune.lr=[0.1,0.1]")
+    with pytest.raises(InputError, match=r"tune\.lr: no trial came to its end; 1e\+06: the loss at step"):
+        run(composed(*SHORT, base_cache, SGD, "tune.lr=[1.0e+6]"), tmp_path / "diverges")
+    mine = ["dataset._target_=test_tune.without_held_out", "~dataset.image_size", "~dataset.shift", "validation=0.1"]
+    with pytest.raises(InputError, match="makes a Data without held_out"):
+        run(composed(*SHORT, base_cache, *mine), tmp_path / "mine")
+
+
+def test_tests_come_at_the_end_of_every_so_many_epochs_and_of_the_last(tmp_path, base_cache):
+    often, seldom = tmp_path / "often", tmp_path / "seldom"
+    verdicts = [
+        run(
+            composed(*SMOKE, base_cache, "report=false", "schedule.csgd.epochs=5", f"schedule.test_every={every}"),
+            folder,
+        )
+        for folder, every in ((often, 1), (seldom, 3))
+    ]
+    assert verdicts[0] == verdicts[1]
+    steps = [[row["step"] for row in rows_of(folder) if row["phase"] == "csgd"] for folder in (often, seldom)]
+    assert len(steps[1]) < len(steps[0]) and set(steps[1]) <= set(steps[0]) and steps[1][-1] == steps[0][-1]
+    assert json.loads((seldom / "summary.json").read_text())["config"]["schedule"]["test_every"] == 3
