@@ -1,15 +1,15 @@
 """Four ways to a narrow network, at one cost: which is best, for which network, with how many images?
 
     OMP_NUM_THREADS=1 python experiments/study_ways.py run              adds the rows that study_ways.jsonl lacks
-    OMP_NUM_THREADS=1 python experiments/study_ways.py run vgg16        … those of one network, of few
-    python experiments/study_ways.py report                             the tables and the picture
+    OMP_NUM_THREADS=1 python experiments/study_ways.py more vgg16 --images 512      … those that vary one thing
+    python experiments/study_ways.py draw                               the picture; the tables are in docs/results.md
 
 Three networks on Fashion-MNIST, with all 60,000 images and with 512 of them, cut to 3/4, 1/2 and 1/4 of every width, in
 the four ways of `method`, with three seeds.  `cost=equal` gives each the training cost of the C-SGD run.  Learning
 rates are tuned alike: for each network, number of images and way three rates are tried with seed 0 at half of the
-widths, on images held out of the training set, a tenth of 60,000 and a quarter of 512; the best is the one of all its runs.  Every row is what
-run.py says of one command, which it holds.  Further rows vary one thing: the learning rate, the optimizer, what is
-clustered, and the pull as published.
+widths, on images held out of the training set, a tenth of 60,000 and a quarter of 512; the best is that of all its
+runs.  Every row is what run.py says of the command that it holds.  `more` varies one thing at half of the widths and
+with 512 images: the learning rate, the optimizer, what is clustered, the importance, and the pull as published.
 """
 
 import argparse
@@ -19,11 +19,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-ROWS = Path(__file__).with_suffix(".jsonl")
+ROWS, PICTURE = (Path(__file__).with_suffix(suffix) for suffix in (".jsonl", ".png"))
 CACHE = ROOT / "outputs" / "study_ways" / "base"
 WAYS, WIDTHS, SEEDS = ("csgd", "merge", "prune", "scratch"), ("3_4", "1_2", "1_4"), range(3)
 RATES = (5e-4, 1.5e-3, 5e-3)
@@ -35,9 +36,12 @@ NETWORKS = {  # settings, learning rate of the base
 }
 IMAGES = {  # settings, epochs of the base, of its warm-up and of what follows
     "512": ("dataset.train_size=512 schedule.batch_size=32 schedule.test_every=1000", 40, 3, 20),
-    "60000": ("schedule.batch_size=128 schedule.test_every=1000", 1, 0.1, 1),
+    "60000": ("schedule.batch_size=256 schedule.test_every=1000", 1, 0.1, 1),
 }
 HELD_OUT = {"512": 0.25, "60000": 0.1}
+NAMES = {"vgg16": "VGG-16, no norm", "resnet20": "ResNet-20, batch norm", "convnext": "ConvNeXt, layer norm"}
+TOLD = {"csgd": "csgd", "merge": "merged at once", "prune": "deleted", "scratch": "from scratch"}
+COLORS = {"csgd": "tab:blue", "merge": "tab:green", "prune": "tab:orange", "scratch": "tab:gray"}
 OWN = {  # of each way
     "csgd": "clustering.of=outputs",
     "merge": "method=merge clustering.of=outputs",
@@ -61,15 +65,18 @@ def command(network: str, images: str, width: str, way: str, seed: int, lr: floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run",))
+    parser.add_argument("what", choices=("run", "more", "draw"))
     parser.add_argument("networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--images", nargs="*", default=list(IMAGES))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     given = parser.parse_args()
+    if given.what == "draw":
+        draw()
+        return
     for images in given.images:
         for seed in given.seeds:
             for network in given.networks:
-                for facts in runs_of(network, images, seed):
+                for facts in (runs_of if given.what == "run" else further_runs)(network, images, seed):
                     add(facts)
 
 
@@ -82,17 +89,14 @@ def runs_of(network: str, images: str, seed: int) -> Iterator[dict]:
         lr = best_rate(network, images, way)
         for width in WIDTHS:
             yield dict(study="ways", network=network, images=images, width=width, way=way, seed=seed, lr=lr, more="")
-    if images == "512" and network != "convnext":
-        yield from further_runs(network, images, seed)
 
 
 def further_runs(network: str, images: str, seed: int) -> Iterator[dict]:
     """At half of the widths, one thing after the other is varied."""
     one = dict(network=network, images=images, width="1_2", seed=seed)
-    for way in WAYS:
+    for way in WAYS[:3]:
         for lr in MORE_RATES:
             yield {"study": "rates", **one, "way": way, "lr": lr, "more": ""}
-    lr = best_rate(network, images, "csgd")
     for way in ("csgd", "merge"):
         kernels = ("" if way == "csgd" else f"method={way} ") + "clustering.of=pacesetter"
         yield {"study": "kernels", **one, "way": way, "lr": best_rate(network, images, way), "more": kernels}
@@ -163,6 +167,47 @@ def outcome(told: str) -> dict:
         "seconds": round(seconds["cluster"] + seconds["csgd"] + seconds["trim"], 1),
         "torch": summary["versions"]["torch"],
     }
+
+
+def draw() -> None:
+    """Accuracy right after the cut and at the end against the width, a panel for each network and number of images."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = [row for row in rows() if row["study"] == "ways"]
+    figure, panels = plt.subplots(2, len(NETWORKS), figsize=(11, 6.4), sharex=True, sharey="row")
+    for line, images in zip(panels, IMAGES, strict=True):
+        for panel, network in zip(line, NETWORKS, strict=True):
+            here = [row for row in found if (row["network"], row["images"]) == (network, images)]
+            draw_panel(panel, here)
+            panel.set_title(f"{NAMES[network]}, {int(images):,} images", fontsize=10)
+        line[0].set_ylabel("test accuracy, %")
+    for panel in panels[-1]:
+        panel.set_xticks(range(len(WIDTHS)), [width.replace("_", "/") for width in WIDTHS])
+        panel.set_xlabel("of every width")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(PICTURE, dpi=110)
+
+
+def draw_panel(panel, here: list[dict]) -> None:
+    """A way's mean over seeds at the end as a line, its seeds as dots; right after the cut as a dashed line."""
+    for place, (way, color) in enumerate(COLORS.items()):
+        for key, style in (("end", "-"), ("after_cut", ":")):
+            values = {width: [100 * r[key] for r in here if (r["way"], r["width"]) == (way, width)] for width in WIDTHS}
+            if not all(values.values()) or (key == "after_cut" and way == "scratch"):
+                continue
+            at = [x + 0.05 * (place - 1.5) for x in range(len(WIDTHS))]
+            label = f"{TOLD[way]}, {'at the end' if key == 'end' else 'after the cut'}"
+            panel.plot(at, [mean(values[width]) for width in WIDTHS], style, color=color, label=label)
+            for x, width in zip(at, WIDTHS, strict=True):
+                panel.plot([x] * len(values[width]), values[width], ".", color=color, markersize=4)
+    bases = {row["seed"]: 100 * row["base"] for row in here if row["way"] != "scratch"}
+    if bases:
+        panel.axhline(mean(bases.values()), color="0.6", linewidth=0.8, label="base network")
 
 
 if __name__ == "__main__":
