@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import hydra
-from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -159,6 +158,8 @@ def _leave_failure(output_dir: Path, found: int | None, line: str) -> None:
 
     found  what `_begun` said before
     """
+    from filelock import FileLock, Timeout  # not for --help
+
     try:
         with FileLock(output_dir / ".lock", timeout=0):
             if (now := _begun(output_dir)) is None or now != found:

@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
 sys.path[:0] = [str(HERE.parent), str(HERE / "bench")]
 
+import study_ways  # noqa: E402
 from ratios import sentence  # noqa: E402
 
 from csgd.report import table  # noqa: E402
@@ -27,6 +28,18 @@ MAIN_JOB = {
     "schedule.csgd.optimizer=sgd": "Collapse beside SGD",
     "centri_strength=auto": "as published, ε solved for",
 }
+VARIED = {
+    "kernels": "{way}, k-means on kernels",
+    "importance": "deleted, {more}",
+    "sgd": "csgd, beside SGD at {lr}",
+    "published": "the pull as published, ε solved for, SGD at {lr}",
+}
+STANDARD = {
+    "csgd": "csgd, AdamW, k-means on outputs",
+    "merge": "merged at once, on outputs",
+    "prune": "deleted, group L2",
+}
+WAYS_SUMMARY = """(what to use when)"""
 OTHER_WAYS = {
     "scratch": "narrow from scratch, twice the steps",
     "one_shot": "one-shot merging, fine-tuning",
@@ -35,7 +48,7 @@ OTHER_WAYS = {
 
 
 def page() -> str:
-    runs = (main_job, front, rivals, curves, ramps, one_stroke)
+    runs = (ways, rates, variations, main_job, front, rivals, curves, ramps, one_stroke)
     costs = (step, step_beside, training_step, latency, memory, clusters, spaces, growth, loading)
     return "\n\n".join([HEAD, *(part() for part in (*runs, *costs))]) + "\n"
 
@@ -48,6 +61,91 @@ Everything on this page was measured on a CPU of two cores, and is made from the
 table says how often (n), how far apart (least … most, quartiles, or ± a standard error), with which commit and by which
 command. Data are scikit-learn's digits unless another is named: 1,437 images to train on and 360 to test, so that one
 image is 0.0028 of an accuracy. What is said here holds for small networks on a small dataset."""
+
+
+def ways() -> str:
+    rows = [row for row in lines(HERE / "study_ways.jsonl") if row["study"] == "ways"]
+    body, after = [], []
+    for (network, images, width), members in grouped(rows, at("network", "images", "width")).items():
+        of = grouped(members, lambda row: row["way"])
+        place = study_ways.NAMES[network], f"{int(images):,}", width.replace("_", "/")
+        (macs,) = {round(100 * row["macs"]) for row in members}
+        base = spread([100 * row["base"] for row in of["csgd"]], ".1f")
+        ends = [percent(of.get(way, []), "end") for way in study_ways.WAYS]
+        body.append((*place, f"{macs} %", base, *ends, "/".join(str(len(of.get(way, []))) for way in study_ways.WAYS)))
+        after.append((*place, base, *(percent(of.get(way, []), "after_cut") for way in study_ways.WAYS[:3])))
+    commit, torch = common(rows, "commit", "torch")
+    trials = [row for row in lines(HERE / "study_ways.jsonl") if row["study"] == "trial"]
+    tuned = []
+    for (network, images), members in grouped(trials, at("network", "images")).items():
+        of = grouped(members, lambda row: row["way"])
+        told = [", ".join(f"{100 * row['end']:.1f}" for row in of.get(way, [])) for way in study_ways.WAYS]
+        tuned.append((study_ways.NAMES[network], f"{int(images):,}", *told))
+    about = f"""Fashion-MNIST, test accuracy in per cent at the last epoch: mean (least … most) of n seeds. All have
+the same base networks, channel spaces and widths, and the training cost of the C-SGD run in multiply-accumulates, what
+choosing takes included; from scratch also the base network's. `csgd` and `merge` cluster by outputs, the deletion is
+of the channels of least group L2. Commit `{commit[:7]}`, torch {torch}, one thread; every row of
+`experiments/study_ways.jsonl` holds its command, `python experiments/study_ways.py run` makes them all."""
+    rates = ", ".join(f"{rate:g}" for rate in study_ways.RATES)
+    picture = "![accuracy after the cut and at the end against the width](../experiments/study_ways.png)"
+    header, ways = ("network", "images", "widths"), [study_ways.TOLD[way] for way in study_ways.WAYS]
+    return section(
+        "Four ways at one cost",
+        WAYS_SUMMARY,
+        picture,
+        about,
+        "At the end:",
+        table((*header, "MACs", "base", *ways, "n"), body),
+        "Right after the cut, before any training behind it:",
+        table((*header, "base", *ways[:3]), after),
+        f"Trials: the score on images held out, with the rates {rates}; seed 0, half of the widths.",
+        table(("network", "images", *ways), tuned),
+    )
+
+
+def rates() -> str:
+    rows = [row for row in lines(HERE / "study_ways.jsonl") if row["study"] == "rates"]
+    body = []
+    for (network, way), members in grouped(rows, at("network", "way")).items():
+        of = grouped(members, lambda row: row["lr"])
+        means = [statistics.fmean(100 * row["end"] for row in of[lr]) for lr in sorted(of)]
+        told = [percent(of[lr], "end") for lr in sorted(of)]
+        body.append((study_ways.NAMES[network], study_ways.TOLD[way], *told, f"{max(means) - min(means):.1f}"))
+    header = ("network", "way", *(f"{rate:g}" for rate in study_ways.MORE_RATES), "apart")
+    seeds = sorted({row["seed"] for row in rows})
+    about = f"""512 images, half of the widths, at the end, by learning rate (AdamW); n = {len(seeds)} seeds. *apart* is
+the best mean less the worst: what one has to tune. Made by `python experiments/study_ways.py more --images 512`."""
+    return section("How much hangs on the learning rate", about, table(header, body))
+
+
+def variations() -> str:
+    everything = lines(HERE / "study_ways.jsonl")
+    usual = [row for row in everything if row["study"] == "ways" and (row["images"], row["width"]) == ("512", "1_2")]
+    rows = [row for row in everything if row["study"] in VARIED]
+    body = []
+    for network, members in grouped(usual, lambda row: row["network"]).items():
+        if not any(row["network"] == network for row in rows):
+            continue
+        for way in ("csgd", "merge", "prune"):
+            of = [row for row in members if row["way"] == way]
+            body.append(
+                (study_ways.NAMES[network], STANDARD[way], percent(of, "after_cut"), percent(of, "end"), len(of))
+            )
+        varied = [row for row in rows if row["network"] == network]
+        for (study, way, lr, more), of in grouped(varied, at("study", "way", "lr", "more")).items():
+            told = VARIED[study].format(way=study_ways.TOLD[way], lr=f"{lr:g}", more=more)
+            body.append((study_ways.NAMES[network], told, percent(of, "after_cut"), percent(of, "end"), len(of)))
+    about = """512 images, half of the widths; the rates are the tuned ones of each way, of SGD each that was tried.
+Mean (least … most), by the same command as above."""
+    return section("One thing varied", about, table(("network", "", "after the cut", "at the end", "n"), body))
+
+
+def percent(rows: Sequence[Row], key: str) -> str:
+    return spread([100 * row[key] for row in rows], ".1f") if rows else ""
+
+
+def at(*keys: str) -> Callable[[Row], tuple]:
+    return lambda row: tuple(row[key] for key in keys)
 
 
 def main_job() -> str:
