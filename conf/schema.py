@@ -363,6 +363,10 @@ class Config:
         _require(self.cost is None or not pulls, "cost", f"null {where}", self.cost)
         _require(pulls or self.trim_at is TrimAt.collapse, "trim_at", f"collapse {where}", self.trim_at)
         _require(pulls or self.after_trim is AfterTrim.plain, "after_trim", f"plain {where}", self.after_trim)
+        if self.method in (Way.prune, Way.scratch):  # which make no clusters
+            of, method = self.clustering.of, self.clustering.method
+            _require(method is Method.kmeans, "clustering.method", f"{Method.kmeans} {where}", str(method))
+            _require(of is Of.pacesetter, "clustering.of", f"{Of.pacesetter} {where}", str(of))
         if self.method is Way.scratch:
             _require(self.deps.stages is None, "deps.stages", f"null {where}", self.deps.stages)
             _require(self.base.weights is None, "base.weights", f"null {where}", self.base.weights)

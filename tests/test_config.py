@@ -46,14 +46,14 @@ def test_the_groups_are_the_documented_ones():
         "model", "dataset", "deps", "clustering", "schedule", "wandb", "experiment",
     }  # fmt: skip
     assert [option for group, option in OPTIONS if group == "deps"] == [
-        "11_16", "13_16", "1_2", "1_4", "3_4", "3_8", "5_8", "resnet50_50", "resnet50_60",
-        "resnet50_70", "staged_5_8",
+        "11_16", "13_16", "1_2", "1_4", "3_4", "3_8", "5_8", "densenet40", "densenet40_3",
+        "resnet50_50", "resnet50_60", "resnet50_70", "staged_5_8",
     ]  # fmt: skip
 
 
 def test_the_fractions_are_what_their_names_say():
     for group, option in OPTIONS:
-        if group == "deps" and not option.startswith("resnet50"):
+        if group == "deps" and not option.startswith(("resnet50", "densenet40")):
             above, below = map(int, option.removeprefix("staged_").split("_"))
             assert composed(f"deps={option}").deps.fraction == above / below
 

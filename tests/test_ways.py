@@ -1,8 +1,10 @@
 """Rivals of the pull, run as it is: the same clusters merged at once, deletion, and the narrow network from scratch."""
 
 import copy
+import inspect
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ from test_pull import SMOKE, rows_of, summary_of
 import csgd
 from conf.schema import ConfigError, Importance, Way
 from csgd.drop import BY
+from csgd.models import lenet5, resnet20, vgg16_bn
 from csgd.pipeline import run
 from csgd.pipeline.foresee import foresee, levelled
 from csgd.pipeline.setup import prepare
@@ -200,6 +203,48 @@ def test_from_scratch_the_narrow_network_is_drawn_as_wide_ones_are():
     assert math.isclose(spreads[1] * 2, (1 / 128 / 3) ** 0.5, rel_tol=0.05), "as torch draws a layer of 128 inputs"
 
 
+def by_outputs(weight):
+    return 2 / weight[:, 0].numel()  # He et al. 2015, mode="fan_out"
+
+
+def by_inputs(weight):
+    return 1 / 3 / weight[0].numel()  # torch's own layers
+
+
+@pytest.mark.parametrize("build, conv", [(vgg16_bn, by_outputs), (resnet20, by_outputs), (lenet5, by_inputs)])
+def test_from_scratch_each_layer_is_spread_as_the_narrow_network_itself_would_draw_it(build, conv):
+    sized = {"image_size": 32} if "image_size" in inspect.signature(build).parameters else {}
+    torch.manual_seed(0)
+    model = build(num_classes=10, **sized)
+    last = next(p for p in reversed(list(model.parameters())) if p.dim() == 2)
+    torch.nn.init.normal_(last, std=0.05)  # a spread that depends on no width
+    spaces = csgd.find_spaces(model, torch.randn(2, 3, 32, 32), trial=False)
+    widths = csgd.target_widths(spaces, 0.5) | {spaces[1].name: spaces[1].size * 2 // 3}
+    begin_anew(model, spaces, csgd.cluster(model, spaces, widths, "even"))
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            variance = 0.05**2 if p is last else conv(p) if p.dim() == 4 else by_inputs(p)
+            assert p.var().item() == pytest.approx(variance, rel=4 * (2 / p.numel()) ** 0.5 + 0.02), name
+
+
+def test_a_rival_is_wrapped_for_training_once_and_narrow(tmp_path, monkeypatch):
+    wrapped = []
+
+    def watched(model, compiles):
+        wrapped.append(model.conv1.out_channels)
+        return model
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    for module in ("learners", "stage"):
+        monkeypatch.setattr(f"csgd.pipeline.{module}.as_trained", watched)
+    monkeypatch.setattr(sys.modules["csgd.pipeline.run"], "go_on_narrow", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(composed(*SMOKE, "method=scratch"), tmp_path)
+    assert wrapped == [10]
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -208,6 +253,8 @@ def test_from_scratch_the_narrow_network_is_drawn_as_wide_ones_are():
         (["method=merge", "importance=l2"], "importance must be null where method is merge"),
         (["method=prune", "trim_at=end"], "trim_at must be collapse where method is prune"),
         (["method=prune", "after_trim=same_run"], "after_trim must be plain where method is prune"),
+        (["method=prune", "clustering=even"], "clustering.method must be kmeans where method is prune, got 'even'"),
+        (["method=scratch", "clustering.of=outputs"], "clustering.of must be pacesetter where method is scratch"),
         (["method=scratch", "deps.stages=[0.75,0.5]"], "deps.stages must be null where method is scratch"),
         (["method=scratch", "base.weights=x.pt"], "base.weights must be null where method is scratch"),
     ],

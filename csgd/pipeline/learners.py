@@ -39,6 +39,11 @@ def pulled_learner(setup: Setup, spaces: list[ChannelSpace], clusters: Clusters)
     return _collapsing(setup, free_learner(setup), spaces, clusters)
 
 
+def uncalled_learner(setup: Setup) -> Learner:
+    """The network of a stage that is cut before its first step: nothing calls it the way it is trained."""
+    return Learner.of(setup.model, csgd_optimizer(setup.spec, setup.model, [], {}))
+
+
 def free_learner(setup: Setup) -> Learner:
     """The network as it is, wide or narrow, by an optimizer that pulls nothing."""
     optimizer = csgd_optimizer(setup.spec, setup.model, [], {})

@@ -16,7 +16,7 @@ from csgd.optim import CSGD
 from csgd.pipeline.by_layer import deviations
 from csgd.pipeline.device import as_trained
 from csgd.pipeline.foresee import stage_plan
-from csgd.pipeline.learners import base_learner, free_learner, pulled_learner, saved_learner
+from csgd.pipeline.learners import base_learner, free_learner, pulled_learner, saved_learner, uncalled_learner
 from csgd.pipeline.progress import Checkpoint, Part, Progress, StageResult
 from csgd.pipeline.setup import Setup, spaces_of
 from csgd.pipeline.spec import CutSpec
@@ -48,7 +48,10 @@ def begin(setup: Setup, progress: Progress, watch: Watch) -> None:
         if way.proven:
             check_proof(setup, progress.spaces, progress.clusters)
     progress.pace = {}
-    progress.learner = pulled_learner(setup, progress.spaces, progress.clusters) if way.pulls else free_learner(setup)
+    if way.pulls:
+        progress.learner = pulled_learner(setup, progress.spaces, progress.clusters)
+    else:
+        progress.learner = uncalled_learner(setup)
     progress.plan = stage_plan(setup, groups_pulled(progress.learner), watch.plan.stage.strengths)
     progress.apart = deviations(setup.model, progress.spaces, progress.clusters)
     progress.start = {name: float(deviation) for name, deviation in progress.learner.deviations().items()}
@@ -161,7 +164,8 @@ def cut_stage(setup: Setup, progress: Progress, watch: Watch) -> None:
     if not way.pulls:
         progress.learner = free_learner(setup)
     progress.save(setup)
-    progress.learner.network = as_trained(setup.model, spec.machine.compile)
+    if way.pulls:
+        learner.network = as_trained(setup.model, spec.machine.compile)
 
 
 def tell_cut(judged: Verdict, way: Way, step: int, steps: int) -> None:

@@ -1,14 +1,15 @@
 """The ways to a narrow network: which channels stay, what becomes of the others.  A way is a function and a line."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from csgd import ranks
-from csgd.clusters import ClusteredTensor, Clusters, cluster, clustered_tensors
+from csgd.clusters import Clusters, cluster
 from csgd.data import Batches
 from csgd.drop import drop, importance, most_important
 from csgd.graph import ChannelSpace
@@ -19,6 +20,7 @@ from csgd.trim import merge_equal, trim
 
 SEEN = 8  # batches on which outputs, or gradients, are measured
 FORWARD = 1 / 3  # of what a step costs
+GAINS = (2.0, 1.0, 1 / 3)  # variance × fan: He et al. 2015; LeCun, or Glorot and Bengio 2010; torch's own layers
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,37 @@ def prune(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> N
 
 @torch.no_grad()
 def begin_anew(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> None:
-    """The narrow network with the weights of the wide one as it was drawn, times √(inputs before / after), so that sums
-    over fewer inputs stay as large: as where the variance that is drawn is the inverse of the number of inputs."""
-    readers: list[tuple[ClusteredTensor, int]] = [
-        (t, t.tensor.size(t.summed[0])) for t in clustered_tensors(model, spaces, clusters, for_cut=False) if t.summed
-    ]
+    """The narrow network with weights of the wide one as they were drawn, spread as a network of its widths draws them.
+
+    Most initialisations draw a weight with a variance of a constant over a fan: `drawing` tells which from the numbers
+    themselves.  A weight that agrees with none of these stays as it was drawn (a fixed spread, as 0.02), biases do too.
+    """
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    drawn, before = drawing(weights), [fans(p) for p in weights]
     prune(model, spaces, clusters)
-    for t, before in readers:
-        t.tensor.mul_((before / t.tensor.size(t.summed[0])) ** 0.5)
+    for p, fan, wide in zip(weights, drawn, before, strict=True):
+        if fan:
+            p.mul_((wide[fan] / fans(p)[fan]) ** 0.5)
+
+
+def drawing(weights: Sequence[Tensor]) -> list[str | None]:
+    """The fan that each weight was drawn by, None where its variance is of none; the rule that explains most of the
+    weights goes first, as a layer of twice as many outputs as inputs agrees with two."""
+    agreeing = []
+    for weight in weights:
+        variance, slack = float(weight.float().var(correction=0)), max(0.02, 4 * (2 / weight.numel()) ** 0.5)
+        rules = [(fan, gain) for fan in fans(weight) for gain in GAINS]
+        agreeing.append([(fan, g) for fan, g in rules if abs(variance * fans(weight)[fan] / g - 1) < slack])
+    explains = Counter(rule for rules in agreeing for rule in rules)
+    return [max(rules, key=explains.__getitem__)[0] if rules else None for rules in agreeing]
+
+
+def fans(weight: Tensor) -> dict[str, float]:
+    """How many entries an output is the sum of, how many outputs an input goes to, as torch.nn.init counts them, and
+    the mean of both."""
+    positions = weight[0, 0].numel()
+    inputs, outputs = weight.size(1) * positions, weight.size(0) * positions
+    return {"inputs": inputs, "outputs": outputs, "both": (inputs + outputs) / 2}
 
 
 def outputs_passes(setup: Setup) -> float:
