@@ -43,6 +43,12 @@ class Cost:
         return {"macs": self.macs, "params": self.params}
 
 
+def saving(before: Cost, after: Cost) -> dict[str, int]:
+    """As plain JSON."""
+    costs = {"before": before.whole(), "after": after.whole()}
+    return {f"{key}_{when}": cost[key] for when, cost in costs.items() for key in cost}
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """What a stage will do to the deviation of each clustered group.
