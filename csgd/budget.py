@@ -102,6 +102,11 @@ def budget_widths(
     return Budget(widths, price(widths), least, threshold)
 
 
+def least_cost(model: nn.Module, spaces: list[ChannelSpace], example: Any, what: str, **options: Any) -> float:
+    """The least that a budget of macs, params or latency can be met with; options as for `budget_widths`."""
+    return PRICES[what](model, spaces, example)(fitting_widths(spaces, LEAST, **options)[0])
+
+
 @dataclass(frozen=True)
 class Step:
     """One space, or those that are tied, narrower: {space name: width}, for a change of the loss.

@@ -62,6 +62,10 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def sensitivity(self) -> Path:
+        return self.path / "sensitivity.json"
+
+    @property
     def card(self) -> Path:
         return self.path / "pruned.md"
 
@@ -115,7 +119,7 @@ class RunFolder:
               networks between its stages
         """
         pictures = [*self.report.glob("*.png"), *self.report.glob("*.gif")]
-        pictures += [self.filters, self.film, self.outputs] if anew else []
+        pictures += [self.filters, self.film, self.outputs, self.sensitivity] if anew else []
         networks = [path for path in self.path.glob("pruned_*") if path.name[7:].isdigit()] if anew else []
         kept = [path / name for path in networks for name in (WEIGHTS, DESCRIPTION)]
         for path in (self.summary, self.failure, self.card, self.page, *pictures, *kept):
