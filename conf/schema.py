@@ -74,6 +74,11 @@ class Of(StrEnum):
     outputs = auto()
 
 
+class Allot(StrEnum):
+    uniform = auto()
+    sensitivity = auto()
+
+
 class Mode(StrEnum):
     online = auto()
     offline = auto()
@@ -217,13 +222,15 @@ class Schedule:
 @dataclass
 class Deps:
     """Target widths: `widths` if given, else `layers` with `fraction` for the rest, else those that meet the budget
-    `macs` or `params`, else `fraction` of every layer."""
+    `macs`, `params` or `latency`, else `fraction` of every layer."""
 
     fraction: float = MISSING  # of the channels of every space, that are left
     widths: list[int] | None = None  # one for each layer that can be cut, or for each space, in place of fraction
     layers: Any = None  # {pattern of layer names: fraction or width}; the last match wins, fraction is the rest's
     macs: float | None = None  # budget: the fraction of the multiply-accumulates that is left, at most
     params: float | None = None  # budget: the fraction of the parameters that is left, at most
+    latency: float | None = None  # budget: the fraction of the time that eight images take on this machine, at most
+    allot: Allot = Allot.uniform  # of a budget: one fraction of every layer, or by what merging each alone does
     stages: list[float] | None = None  # fractions of the widths at the start, one cut after the other
     min_width: int = 2  # no layer becomes narrower: one channel breaks squeeze()
     round_to: int = 1  # fractions give multiples of it, which some devices are faster with
@@ -233,12 +240,15 @@ class Deps:
         _require(0 < self.fraction <= 1, "deps.fraction", "above 0 and at most 1", self.fraction)
         _require(self.layers is None or isinstance(self.layers, dict), "deps.layers", "a mapping", self.layers)
         _require(self.layers is None or self.widths is None, "deps.layers", "null beside deps.widths", self.layers)
-        given = [key for key in ("widths", "layers", "stages", "macs", "params") if getattr(self, key) is not None]
-        for key in ("macs", "params"):
+        budgets = ("macs", "params", "latency")
+        given = [key for key in ("widths", "layers", "stages", *budgets) if getattr(self, key) is not None]
+        for key in budgets:
             budget = getattr(self, key)
             _require(budget is None or 0 < budget <= 1, f"deps.{key}", "above 0 and at most 1, or null", budget)
             others = " and ".join(f"deps.{other}" for other in given if other != key)
             _require(budget is None or not others, f"deps.{key}", f"null beside {others}", budget)
+        even = self.allot is Allot.uniform or not {*budgets}.isdisjoint(given)
+        _require(even, "deps.allot", "uniform without a budget (deps.macs, params or latency)", str(self.allot))
         if self.stages is not None:
             falling = bool(self.stages) and all(a > b for a, b in zip(self.stages, self.stages[1:], strict=False))
             fits = falling and self.stages[-1] > 0 and self.stages[0] <= 1

@@ -26,6 +26,7 @@ from csgd.optim import CSGD, param_groups
 from csgd.proof import Proof, prove
 from csgd.pruned import load_pruned, save_pruned
 from csgd.reload import load_trimmed
+from csgd.sensitivity import sensitivity
 from csgd.trial import find_spaces, pin_failures
 from csgd.trim import merge_equal, trim
 from csgd.widths import target_widths
@@ -58,6 +59,7 @@ __all__ = [
     "prove",
     "relative_deviation",
     "save_pruned",
+    "sensitivity",
     "target_widths",
     "trim",
 ]

@@ -76,7 +76,8 @@ def cluster(
         rows = output_rows(model, by_kmeans, weights, data)
     else:
         rows = {space.name: filters(model, space, of) for space in by_kmeans}
-    found |= _kmeans(rows, by_name, widths, seed)
+    if rows:  # looking for the threads of libraries takes a while
+        found |= _kmeans(rows, by_name, widths, seed)
     clusters = {name: found[name] for name in widths}
     check_clusters(spaces, clusters)
     return clusters

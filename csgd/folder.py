@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from csgd.errors import InputError
+from csgd.pruned import DESCRIPTION, WEIGHTS
 
 
 class Status(StrEnum):
@@ -61,8 +62,16 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def sensitivity(self) -> Path:
+        return self.path / "sensitivity.json"
+
+    @property
     def card(self) -> Path:
         return self.path / "pruned.md"
+
+    def between(self, stage: int) -> Path:
+        """The folder of the network as it is after a stage (1, 2, …) that is not the last."""
+        return self.path / f"pruned_{stage}"
 
     @property
     def failure(self) -> Path:
@@ -110,13 +119,19 @@ class RunFolder:
     def clear(self, anew: bool = True) -> None:
         """Removes what says that an older run came to its end; its weights stay until this one's take their place.
 
-        anew  whether no stage has begun, so that what pictures are drawn from is an older run's too
+        anew  whether no stage has begun, so that what pictures are drawn from is an older run's too, and so are the
+              networks between its stages
         """
         pictures = [*self.report.glob("*.png"), *self.report.glob("*.gif")]
-        pictures += [self.filters, self.film, self.outputs] if anew else []
-        for path in (self.summary, self.failure, self.card, self.page, *pictures):
+        pictures += [self.filters, self.film, self.outputs, self.sensitivity] if anew else []
+        networks = [path for path in self.path.glob("pruned_*") if path.name[7:].isdigit()] if anew else []
+        kept = [path / name for path in networks for name in (WEIGHTS, DESCRIPTION)]
+        for path in (self.summary, self.failure, self.card, self.page, *pictures, *kept):
             if path.is_file():
                 path.unlink()
+        for path in networks:
+            with suppress(OSError):  # of the user's own, with other files in it
+                path.rmdir()
 
     def status(self) -> Status:
         """How far the run in it has come."""

@@ -29,6 +29,7 @@ FLOORS = {
     "csgd.trim": 1,
     "csgd.budget": 1,
     "csgd.drop": 1,
+    "csgd.sensitivity": 1,
     "csgd.proof": 1,
     "csgd.trial": 1,
     "csgd.plan": 1,

@@ -309,6 +309,9 @@ def test_sweeps_over_strengths_and_widths_compose():
     [
         (["deps.macs=1.5"], "deps.macs must be above 0 and at most 1, or null, got 1.5"),
         (["deps.macs=0.5", "deps.params=0.5"], "deps.macs must be null beside deps.params, got 0.5"),
+        (["deps.latency=0.5", "deps.params=0.4"], "deps.params must be null beside deps.latency, got 0.4"),
+        (["deps.latency=0"], "deps.latency must be above 0 and at most 1, or null, got 0.0"),
+        (["deps.allot=sensitivity"], "deps.allot must be uniform without a budget (deps.macs, params or latency), got"),
         (["deps.params=0.5", "deps.stages=[0.75,0.5]"], "deps.params must be null beside deps.stages, got 0.5"),
     ],
 )

@@ -63,6 +63,9 @@ def assert_same_run(a: Path, b: Path) -> None:
         if key == "base":
             one, other = one["accuracy"], other["accuracy"]
         assert one == other, key
+    for name in ("pruned.safetensors", "pruned.json"):  # of the network between the stages
+        one, other = ((out / "pruned_1" / name).read_bytes() for out in (a, b))
+        assert one == other, name
     rows = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (a, b)]
     assert len(rows[0]) == len(rows[1])
     for one, other in zip(*rows, strict=True):

@@ -6,10 +6,11 @@ import pytest
 from test_config import composed
 from test_sweep import TINY
 
-from csgd import InputError
+from csgd import InputError, load_pruned
 from csgd.folder import RunFolder, Status
 from csgd.pipeline import run
 from csgd.report.tables import verdict_rows
+from evaluate import evaluate
 
 
 @pytest.fixture
@@ -64,6 +65,27 @@ def test_a_run_in_the_place_of_another_says_so_and_one_of_stages_which_cut_it_te
     rows = {what: word for what, _, word in verdict_rows(summary)}
     assert rows["… before the last cut"] == f"step {summary['cut']['step']} of stage 2"
     assert "… after the last cut" in rows
+
+
+def test_the_network_between_two_stages_is_kept_as_a_folder_that_loads(tmp_path):
+    job = [*TINY[:-1], "wandb=disabled", f"base.cache={tmp_path}/base"]
+    run(composed(*job, "deps.stages=[0.9,0.75,0.5]", "schedule.csgd.epochs=2"), tmp_path / "out")
+    stages = json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]
+    assert sorted(path.name for path in tmp_path.glob("out/pruned_*")) == ["pruned_1", "pruned_2"]
+    for number, stage in enumerate(stages[:-1], 1):
+        folder = tmp_path / "out" / f"pruned_{number}"
+        for name, module in load_pruned(folder, allow=["nets"]).named_modules():
+            assert stage["widths"].get(name) in (None, len(getattr(module, "weight", ()))), name
+        assert f"test accuracy {stage['verdict']['accuracy']:.4f}" in evaluate(folder, [], ["nets"])
+        told = json.loads((folder / "pruned.json").read_text())
+        assert told["verdict"] == stage["verdict"]
+        assert told["cost"]["params_after"] == sum(p.numel() for p in load_pruned(folder, allow=["nets"]).parameters())
+    assert stages[0]["widths"] != stages[1]["widths"]
+    (tmp_path / "out" / "pruned_2" / "mine.txt").write_text("")
+    run(composed(*job), tmp_path / "out")
+    left = [path.relative_to(tmp_path / "out").as_posix() for path in tmp_path.glob("out/pruned_*/**/*")]
+    assert left == ["pruned_2/mine.txt"], "the networks of an older run are gone"
+    assert not (tmp_path / "out" / "pruned_1").exists()
 
 
 @pytest.mark.parametrize("anew", [True, False])

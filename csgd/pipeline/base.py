@@ -83,7 +83,8 @@ def _cached_or_trained(setup: Setup, progress: Progress, watch: Watch) -> str:
     first = ranks.is_first()
     path = ranks.from_first(cache_path(setup.spec, setup.model, setup.data) if first else None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(Path(f"{path}.lock")):  # the jobs of a parallel sweep wait for the first one
+    # The jobs of a parallel sweep wait for the first one.
+    with locked(Path(f"{path}.lock"), "base network: another run is training it"):
         if weights := ranks.from_first(load_weights(path) if first and path.exists() else None):
             setup.model.load_state_dict(weights)
             log.info("base network: from the cache, %s", path)
@@ -98,8 +99,11 @@ def _cached_or_trained(setup: Setup, progress: Progress, watch: Watch) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Within it rank 0 holds a lock; the others hear from it while it waits, else they would give up on it."""
+def locked(path: Path, waits: str) -> Iterator[None]:
+    """Within it rank 0 holds a lock; the others hear from it while it waits, else they would give up on it.
+
+    waits  the line that is told meanwhile
+    """
     lock = FileLock(path)
 
     def tried() -> bool:
@@ -108,7 +112,7 @@ def _locked(path: Path) -> Iterator[None]:
         return lock.is_locked
 
     while not ranks.from_first(tried() if ranks.is_first() else None):
-        log.info("base network: another run is training it")
+        log.info(waits)
     try:
         yield
     finally:

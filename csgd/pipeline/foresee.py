@@ -14,7 +14,7 @@ from csgd.pipeline.by_layer import of_modules, params_by_space
 from csgd.pipeline.learners import csgd_optimizer, stop_of
 from csgd.pipeline.setup import Setup
 from csgd.pipeline.spec import timetable_of
-from csgd.pipeline.ways import WAYS
+from csgd.pipeline.ways import WAYS, sensitivity_passes
 from csgd.plan import Collapsed, Plan, plan, plan_of_curve, strengths_by
 from csgd.trim import cut, statistics_momentum
 from csgd.verify import count_params, macs_by_module
@@ -41,6 +41,12 @@ class Cost:
 
     def whole(self) -> dict[str, int]:
         return {"macs": self.macs, "params": self.params}
+
+
+def saving(before: Cost, after: Cost) -> dict[str, int]:
+    """As plain JSON."""
+    costs = {"before": before.whole(), "after": after.whole()}
+    return {f"{key}_{when}": cost[key] for when, cost in costs.items() for key in cost}
 
 
 @dataclass(frozen=True)
@@ -86,16 +92,21 @@ class RunPlan:
 
 
 def levelled(setup: Setup) -> Setup:
-    """With as many steps for a rival of csgd as cost what csgd does, its base network and its choice included."""
-    spec, way = setup.spec, WAYS[setup.spec.cut.way]
+    """With as many steps for a rival of csgd as cost what csgd does, its base network and its choice included.
+
+    Where widths go by sensitivity, all measure it but those without a base network, which take the steps instead.
+    """
+    spec, way, per_epoch = setup.spec, WAYS[setup.spec.cut.way], setup.data.steps_per_epoch
     if way.pulls or not spec.cut.equal_cost:
         return setup
-    pulled = foresee(replace(setup, spec=replace(spec, cut=replace(spec.cut, way="csgd"))))
+    its = timetable_of(spec.pull.rates, per_epoch, spec.pull)
+    pulled = foresee(replace(setup, csgd=its, spec=replace(spec, cut=replace(spec.cut, way="csgd"))))
     stages = range(len(setup.widths))
     chosen = sum(pulled.weight(stage) for stage in stages) * (WAYS["csgd"].passes(setup) - way.passes(setup))
+    chosen += 0.0 if way.trained else sensitivity_passes(setup)
     work = pulled.work(trains_base=not way.trained) + chosen
     steps = round(work / sum(pulled.weight(stage + 1) for stage in stages))
-    return replace(setup, csgd=timetable_of(spec.pull.rates, setup.data.steps_per_epoch, length=max(1, steps)))
+    return replace(setup, csgd=timetable_of(spec.pull.rates, per_epoch, length=max(1, steps)))
 
 
 def foresee(setup: Setup) -> RunPlan:

@@ -19,13 +19,17 @@ def tell_plan(setup: Setup, plan: RunPlan) -> None:
         reasons.setdefault("; ".join(space.pinned), []).append(space.name)
     for reason, names in reasons.items():
         log.info("  %s: %s", listed(names), reason)
-    before, after = plan.costs[0], plan.costs[-1]
-    log.info("cut: %.1f%% of the multiply-accumulates, %.1f%% of the parameters", *_saved(before, after))
+    tell_cut(plan)
     way, stages = WAYS[setup.spec.cut.way], len(setup.widths)
     told = f"{plan.csgd_steps} steps" if stages == 1 else f"{stages} times {plan.csgd_steps} steps"
     kind = "of C-SGD" if way.pulls else f"of the narrow network ({way.told})"
     log.info("training: %d steps of the base network, %s %s", plan.base_steps, told, kind)
     tell_forecast(plan.stage)
+
+
+def tell_cut(plan: RunPlan) -> None:
+    before, after = plan.costs[0], plan.costs[-1]
+    log.info("cut: %.1f%% of the multiply-accumulates, %.1f%% of the parameters", *_saved(before, after))
 
 
 def _saved(before: Cost, after: Cost) -> tuple[float, float]:

@@ -17,15 +17,14 @@ from csgd.folder import RunFolder
 from csgd.pipeline.by_layer import IMAGES, latencies, of_modules
 from csgd.pipeline.console import headline
 from csgd.pipeline.device import device_name, place
-from csgd.pipeline.foresee import Cost, RunPlan
+from csgd.pipeline.foresee import Cost, RunPlan, saving
 from csgd.pipeline.progress import Part, Progress, StageResult
 from csgd.pipeline.provenance import identity, refuse_other, versions
 from csgd.pipeline.setup import Setup
-from csgd.pipeline.ship import ship
+from csgd.pipeline.ship import keep, ship
 from csgd.pipeline.spec import RunSpec, plain
 from csgd.pipeline.watch import warn_instead_of_raising
 from csgd.pipeline.ways import WAYS
-from csgd.pruned import save_pruned
 from csgd.tracking import Tracker
 from csgd.verify import Verdict, worst
 
@@ -45,11 +44,8 @@ def leave(setup: Setup, plan: RunPlan, progress: Progress, tracker: Tracker, com
     summary = _summary(setup, plan, progress, judged) | {"command": command}
     if ranks.is_first():
         summary["latency"] = _latency(setup)
-        facts = {key: summary[key] for key in ("widths", "verdict", "cost", "command", "seed", "versions", "commit")}
-        facts["dataset"] = setup.spec.dataset
-        folder, data = progress.folder, setup.data
-        facts |= {"class_names": data.class_names, "mean": data.mean, "std": data.std}
-        save_pruned(folder.path, setup.model, setup.spec.model, data.example, data.num_classes, **facts)
+        folder = progress.folder
+        keep(setup, folder.path, **{key: summary[key] for key in ("widths", "verdict", "cost", "command")})
         write_json(folder.summary, summary)
         ship(setup, summary, folder)
         _report(summary, tracker, folder, setup.spec.draws_report)
@@ -68,8 +64,7 @@ def finished(config: "Config", path: Path, key: str = "hydra.sweep.dir") -> Verd
 
 
 def _summary(setup: Setup, plan: RunPlan, progress: Progress, judged: Verdict) -> dict[str, Any]:
-    before, last = plan.costs[0], progress.results[-1]
-    after = Cost.of(setup.model, setup, last.widths)
+    last = progress.results[-1]
     seconds, data, way = progress.seconds, setup.data, WAYS[setup.spec.cut.way]
     return {
         "date": datetime.now().astimezone().isoformat(timespec="minutes"),
@@ -84,12 +79,7 @@ def _summary(setup: Setup, plan: RunPlan, progress: Progress, judged: Verdict) -
         },
         "way": {"pulls": way.pulls, "trained": way.trained, "told": way.told},
         "base": asdict(progress.base),
-        "cost": {
-            "macs_before": before.macs,
-            "params_before": before.params,
-            "macs_after": after.macs,
-            "params_after": after.params,
-        },
+        "cost": saving(plan.costs[0], Cost.of(setup.model, setup, last.widths)),
         "seconds": asdict(seconds) | {"csgd": seconds.csgd_wide + seconds.csgd_trimmed},
         "stages": [_stage(result) for result in progress.results],
         "ranks": ranks.own_share().ranks,

@@ -15,8 +15,9 @@ from csgd.graph.twin import tensors_in
 from csgd.pipeline.base import weights_at_hand
 from csgd.pipeline.console import headline
 from csgd.pipeline.device import device_name
-from csgd.pipeline.foresee import RunPlan, tell_forecast
+from csgd.pipeline.foresee import RunPlan, foresee, tell_forecast
 from csgd.pipeline.learners import free_learner, pulled_learner
+from csgd.pipeline.settle import settled
 from csgd.pipeline.setup import Setup
 from csgd.pipeline.stage import check_proof
 from csgd.pipeline.ways import WAYS
@@ -30,6 +31,9 @@ LONG_ENOUGH = 0.5  # seconds of a step that are measured well
 def preview(setup: Setup, plan: RunPlan, folder: RunFolder) -> None:
     """Tells the plan and writes it to plan.json; the model is spoilt."""
     ready, way = weights_at_hand(setup), WAYS[setup.spec.cut.way]
+    if not setup.settled and (ready or not way.trained):
+        setup = settled(setup, folder)
+        plan = foresee(setup)
     found = _clusters(setup, ready)
     clusters = found or cluster(setup.model, setup.spaces, setup.widths[0], "even")
     proof = check_proof(setup, setup.spaces, clusters) if way.proven else None
@@ -40,6 +44,7 @@ def preview(setup: Setup, plan: RunPlan, folder: RunFolder) -> None:
     planned = {
         "layers": plan.layers(setup),
         "widths": setup.widths,
+        "settled": setup.settled,
         "clusters": {name: [len(part) for part in parts] for name, parts in found.items()},
         "cost": [cost.whole() for cost in plan.costs],
         "proof": proof and {"changes": proof.changes, "control": proof.control},
@@ -72,6 +77,8 @@ def _tell(planned: dict[str, Any], plan: RunPlan, clusters: Clusters) -> None:
     ]
     layers = report.layer_rows(planned["layers"], clusters)
     headline.info("layers\n\n%s\n", report.table(report.LAYER_HEADER, layers))
+    if not planned["settled"]:
+        headline.info("widths: evenly by size; by sensitivity they need the base network, which is not at hand")
     if not clusters:
         headline.info("clusters: found from the weights of the base network, which are not at hand")
     headline.info("cost\n\n%s\n", report.table(header, rows))

@@ -19,6 +19,7 @@ from csgd.pipeline.foresee import StagePlan
 from csgd.pipeline.learners import Groups, groups_of
 from csgd.pipeline.provenance import FREE_TO_GO_ON, identity, refuse_other, versions
 from csgd.pipeline.setup import Setup
+from csgd.pipeline.spec import RunSpec
 from csgd.reload import load_trimmed
 from csgd.schedule import Timetable
 from csgd.seeds import RandomState, random_state, seed_all, set_random_state
@@ -121,6 +122,7 @@ class Checkpoint(TypedDict):
 class Progress:
     """The facts are saved as they are; what MADE_AGAIN lists is not.
 
+    widths  of each stage; None until they are settled
     step   within the part; of a stage, wide and narrow
     start  Σ‖W − ΓW‖² of each group before the first step of the stage
     apart  ‖W − ΓW‖ / ‖W‖ of each space, then
@@ -132,6 +134,7 @@ class Progress:
     part: Part = Part.BASE
     stage: int = 0
     step: int = 0
+    widths: list[dict[str, int]] | None = None
     base: BaseResult | None = None
     clusters: Clusters = field(default_factory=dict)
     start: dict[str, float] = field(default_factory=dict)
@@ -201,22 +204,16 @@ class Progress:
         save_checkpoint(self.folder.checkpoint, saved)
 
 
-def begin_or_resume(setup: Setup, folder: RunFolder, resume: Callable[[Setup, Progress, Checkpoint], None]) -> Progress:
-    """A run at its last checkpoint if it is to go on and there is one, else at its start.
+def last_checkpoint(spec: RunSpec, folder: RunFolder) -> Checkpoint | None:
+    """That of a run which is to go on, if there is one.
 
-    resume  makes what is not saved, for the part that is under way
-
-    InputError if the checkpoint is of a run whose result would not be this one's, with the differences, or of another
-    form, or if checkpoints are there and none of them can be read.
+    InputError if it is of a run whose result would not be this one's, with the differences, or of another form, or if
+    checkpoints are there and none of them can be read.
     """
-    spec, path = setup.spec, folder.checkpoint
-    saved = ranks.from_first(load_checkpoint(path) if spec.resume and ranks.is_first() else None)
+    goes_on, path = spec.resume and not spec.plan_only, folder.checkpoint
+    saved = ranks.from_first(load_checkpoint(path) if goes_on and ranks.is_first() else None)
     if saved is None:
-        if spec.resume:
-            log.info("resume=auto: there is no checkpoint in '%s', the run starts anew", folder)
-        elif ranks.is_first() and folder.metrics.exists():
-            log.warning("'%s' holds an earlier run, whose place this one takes; resume=auto would go on", folder)
-        return _with_preparation(Progress(folder), setup)
+        return None
     if "config" not in saved:
         raise InputError(f"resume=auto: '{path}' is no checkpoint of a run: it has no 'config'")
     refuse_other("resume=auto", folder.path, saved["config"], identity(spec.config, versions()), FREE_TO_GO_ON)
@@ -225,6 +222,23 @@ def begin_or_resume(setup: Setup, folder: RunFolder, resume: Callable[[Setup, Pr
             f"resume=auto: '{path}' is a checkpoint of form {saved.get('form', 1)}, this version writes form {FORM}; "
             "move the folder away or say resume=never to start anew"
         )
+    return saved
+
+
+def begin_or_resume(
+    setup: Setup, folder: RunFolder, saved: Checkpoint | None, resume: Callable[[Setup, Progress, Checkpoint], None]
+) -> Progress:
+    """A run at its last checkpoint, or at its start.
+
+    resume  makes what is not saved, for the part that is under way
+    """
+    spec, path = setup.spec, folder.checkpoint
+    if saved is None:
+        if spec.resume:
+            log.info("resume=auto: there is no checkpoint in '%s', the run starts anew", folder)
+        elif ranks.is_first() and folder.metrics.exists():
+            log.warning("'%s' holds an earlier run, whose place this one takes; resume=auto would go on", folder)
+        return _with_preparation(Progress(folder, widths=setup.widths if setup.settled else None), setup)
     progress = _restored(saved, setup, folder)
     resume(setup, progress, saved)
     rank, states = ranks.own_share().rank, saved["random_states"]

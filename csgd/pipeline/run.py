@@ -11,11 +11,12 @@ from csgd.pipeline.base import base
 from csgd.pipeline.console import console
 from csgd.pipeline.device import threads_of
 from csgd.pipeline.foresee import foresee, levelled
-from csgd.pipeline.header import tell_plan
+from csgd.pipeline.header import tell_cut, tell_plan
 from csgd.pipeline.launch import check_ranks, join_ranks, launch, started_first
 from csgd.pipeline.leave import finished, leave
 from csgd.pipeline.preview import preview
-from csgd.pipeline.progress import Part, begin_or_resume
+from csgd.pipeline.progress import Part, begin_or_resume, last_checkpoint
+from csgd.pipeline.settle import settle
 from csgd.pipeline.setup import prepare
 from csgd.pipeline.spec import RunSpec
 from csgd.pipeline.stage import begin, cut_stage, go_on_narrow, pull, resume
@@ -52,17 +53,21 @@ def _tried(trial: "Config", path: Path, logs: Mapping[str, Any] | None) -> Verdi
 
 def _one_rank(spec: RunSpec, folder: RunFolder, command: str | None) -> Verdict | None:
     with join_ranks(spec.machine), console(spec.quiet):
-        setup = levelled(prepare(spec))
+        saved = last_checkpoint(spec, folder)
+        setup = levelled(prepare(spec, saved and saved["facts"].get("widths")))
         plan = foresee(setup)
         if spec.plan_only:
             return preview(setup, plan, folder) if ranks.is_first() else None
-        progress = begin_or_resume(setup, folder, resume)
+        progress = begin_or_resume(setup, folder, saved, resume)
         with Watch(setup, plan, progress) as watch:
             if ranks.is_first():  # the folder is this run's from here on
                 folder.clear(anew=progress.part is Part.BASE)
             tell_plan(setup, plan)
             if progress.part is Part.BASE:
                 base(setup, progress, watch)
+            if not setup.settled:
+                setup, watch.plan = settle(setup, progress)
+                tell_cut(watch.plan)
             while progress.stage < len(setup.widths):
                 if progress.part is Part.BETWEEN:
                     begin(setup, progress, watch)
@@ -70,4 +75,4 @@ def _one_rank(spec: RunSpec, folder: RunFolder, command: str | None) -> Verdict 
                     pull(setup, progress, watch)
                     cut_stage(setup, progress, watch)
                 go_on_narrow(setup, progress, watch)
-            return leave(setup, plan, progress, watch.tracker, command)
+            return leave(setup, watch.plan, progress, watch.tracker, command)

@@ -3,13 +3,12 @@
 import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from csgd import ranks
-from csgd.budget import budget_widths
 from csgd.build import build, label
 from csgd.data import Data
 from csgd.errors import InputError
@@ -19,6 +18,7 @@ from csgd.graph import ChannelSpace, Kind, conditions
 from csgd.graph.twin import keep_random_state, twin_of
 from csgd.optim import check_stability
 from csgd.pipeline.by_layer import relations
+from csgd.pipeline.deps import stages_of
 from csgd.pipeline.device import check_compiler, check_fit, check_task, device_name, device_of, place
 from csgd.pipeline.launch import rank_count
 from csgd.pipeline.provenance import commit
@@ -27,10 +27,6 @@ from csgd.schedule import Timetable
 from csgd.seeds import seed_all
 from csgd.trial import find_spaces
 from csgd.verify import count_params
-from csgd.widths import target_widths
-
-if TYPE_CHECKING:
-    from conf.schema import Deps
 
 log = logging.getLogger("csgd")
 
@@ -39,7 +35,9 @@ log = logging.getLogger("csgd")
 class Setup:
     """The network, its data and its two trainings; its channel spaces before the first cut, and each stage's widths.
 
-    commit       of the code, as the run begins
+    settled  whether the widths are those of the run; else they cost as much, and go evenly by size until the base
+             network can tell what each layer can spare
+    commit   of the code, as the run begins
     began, sought  when its preparation began, and the search for its spaces
     """
 
@@ -50,6 +48,7 @@ class Setup:
     csgd: Timetable
     spaces: list[ChannelSpace]
     widths: list[dict[str, int]]
+    settled: bool
     commit: str | None
     began: float
     sought: float
@@ -77,8 +76,11 @@ class Setup:
         ]
 
 
-def prepare(spec: RunSpec) -> Setup:
-    """InputError for what cannot be run: device, packages, strengths, data, network, batches, widths."""
+def prepare(spec: RunSpec, widths: list[dict[str, int]] | None = None) -> Setup:
+    """InputError for what cannot be run: device, packages, strengths, data, network, batches, widths.
+
+    widths  of each stage, of a run that goes on and has settled them
+    """
     began, device = time.perf_counter(), device_of(spec.machine.device)
     if spec.export:
         check_packages(spec.export)
@@ -99,8 +101,9 @@ def prepare(spec: RunSpec) -> Setup:
     base = timetable_of(spec.base.rates, data.steps_per_epoch)
     csgd = timetable_of(spec.pull.rates, data.steps_per_epoch, spec.pull)
     sought, spaces = time.perf_counter(), spaces_of(model, data.example, published=spec.pull.published is not None)
-    widths = stages_of(spec.deps, spaces, model, data.example)
-    return Setup(spec, model, data, base, csgd, spaces, widths, commit(), began, sought)
+    settled = bool(widths) or spec.deps.allot != "sensitivity"
+    widths = widths or stages_of(spec.deps, spaces, model, data.example)
+    return Setup(spec, model, data, base, csgd, spaces, widths, settled, commit(), began, sought)
 
 
 def tell_task(spec: RunSpec, model: nn.Module, data: Data) -> None:
@@ -174,30 +177,3 @@ def spaces_of(model: nn.Module, example: Tensor, trial: bool = True, published: 
     )
     conditions.pin(spaces, {name: f"training does not change {condition.why}" for name, condition in out_of_reach})
     return spaces
-
-
-def stages_of(deps: "Deps", spaces: list[ChannelSpace], model: nn.Module, example: Tensor) -> list[dict[str, int]]:
-    """The widths of each stage: those of deps, those that meet its budget, or deps.stages of those at the start."""
-    budget = {key: value for key in ("macs", "params") if (value := getattr(deps, key)) is not None}
-    options = dict(min_width=deps.min_width, round_to=deps.round_to, keep=deps.keep)
-    if deps.stages is not None:
-        stages = []
-        for fraction in deps.stages:
-            stages.append(target_widths(spaces, fraction, after=stages[-1] if stages else None, **options))
-    elif budget:
-        (told,) = (f"deps.{key}={value:g}" for key, value in budget.items())
-        try:
-            found = budget_widths(model, spaces, example, **budget, **options)
-        except InputError as error:
-            raise InputError(f"{told}: {error}") from None
-        log.info("budget: %s is met with %.4f; from %.4f to 1 can be reached", told, found.cost, found.least)
-        stages = [found.widths]
-    elif deps.widths is not None:
-        stages = [target_widths(spaces, deps.widths, **options)]
-    elif deps.layers:
-        stages = [target_widths(spaces, deps.layers, rest=deps.fraction, **options)]
-    else:
-        stages = [target_widths(spaces, deps.fraction, **options)]
-    if all(stages[0].get(space.name, space.size) == space.size for space in spaces):
-        raise InputError("deps: nothing is left to trim, every layer keeps its width")
-    return stages

@@ -3,6 +3,7 @@
 import logging
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from csgd import card, export
@@ -11,12 +12,21 @@ from csgd.checkpoint import write_json
 from csgd.errors import line_of
 from csgd.folder import RunFolder
 from csgd.pipeline.device import device_name, place
+from csgd.pipeline.provenance import versions
 from csgd.pipeline.setup import Setup
-from csgd.pruned import load_pruned
+from csgd.pruned import load_pruned, save_pruned
 
 log = logging.getLogger("csgd")
 
 FILES = {"onnx": "pruned.onnx", "torch": "pruned.pt2"}
+
+
+def keep(setup: Setup, folder: Path, **facts: Any) -> None:
+    """Writes the network as it is into a folder that loads; `facts` are told beside where it comes from."""
+    spec, data = setup.spec, setup.data
+    facts |= {"seed": spec.seed, "versions": versions(), "commit": setup.commit, "dataset": spec.dataset}
+    facts |= {"class_names": data.class_names, "mean": data.mean, "std": data.std}
+    save_pruned(folder, setup.model, spec.model, data.example, data.num_classes, **facts)
 
 
 def ship(setup: Setup, summary: dict[str, Any], folder: RunFolder) -> None:

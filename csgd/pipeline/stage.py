@@ -1,7 +1,7 @@
 """One stage: to its clusters, to its collapse, through its cut, and on as the narrow network."""
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -15,10 +15,11 @@ from csgd.graph import ChannelSpace
 from csgd.optim import CSGD
 from csgd.pipeline.by_layer import deviations
 from csgd.pipeline.device import as_trained
-from csgd.pipeline.foresee import stage_plan
+from csgd.pipeline.foresee import saving, stage_plan
 from csgd.pipeline.learners import base_learner, free_learner, pulled_learner, saved_learner, uncalled_learner
 from csgd.pipeline.progress import Checkpoint, Part, Progress, StageResult
 from csgd.pipeline.setup import Setup, spaces_of
+from csgd.pipeline.ship import keep
 from csgd.pipeline.spec import CutSpec
 from csgd.pipeline.watch import Watch
 from csgd.pipeline.ways import WAYS, Way
@@ -248,5 +249,8 @@ def go_on_narrow(setup: Setup, progress: Progress, watch: Watch) -> None:
     result = progress.results[-1]
     judged = replace(result.verdict, accuracy=measured(setup.model, setup.data))
     progress.results[-1] = replace(result, verdict=judged)
+    if ranks.is_first() and (number := progress.stage + 1) < len(setup.widths):
+        cost = saving(watch.plan.costs[0], watch.plan.costs[number])
+        keep(setup, progress.folder.between(number), widths=result.widths, verdict=asdict(judged), cost=cost)
     progress.part, progress.stage, progress.step, progress.learner = Part.BETWEEN, progress.stage + 1, 0, None
     progress.save(setup)

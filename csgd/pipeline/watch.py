@@ -14,6 +14,7 @@ from csgd import ranks
 from csgd.build import label
 from csgd.errors import line_of
 from csgd.pipeline.album import Album, keep_outputs
+from csgd.pipeline.deps import wish_of
 from csgd.pipeline.film import Film
 from csgd.pipeline.foresee import RunPlan
 from csgd.pipeline.progress import Part, Progress
@@ -162,9 +163,8 @@ def widths_label(deps: "Deps") -> str:
         return "to".join(f"{fraction:g}" for fraction in deps.stages)
     if deps.widths is not None:
         return f"widths{sum(deps.widths)}"
-    for key in ("macs", "params"):
-        if (budget := getattr(deps, key)) is not None:
-            return f"{key}{budget:g}"
+    for key, budget in wish_of(deps).items():
+        return f"{key}{budget:g}" + ("by_sensitivity" if deps.allot == "sensitivity" else "")
     return f"{deps.fraction:g}" + ("layers" if deps.layers else "")
 
 

@@ -13,12 +13,15 @@ from csgd.clusters import Clusters, cluster
 from csgd.data import Batches
 from csgd.drop import drop, importance, most_important
 from csgd.graph import ChannelSpace
+from csgd.graph.conditions import tied
 from csgd.graph.twin import keep_random_state, set_random_state, twin_of
 from csgd.pipeline.setup import Setup
+from csgd.sensitivity import FRACTIONS
 from csgd.train import loss_of
 from csgd.trim import merge_equal, trim
 
-SEEN = 8  # batches on which outputs, or gradients, are measured
+SEEN = 8  # batches on which outputs, or gradients, are measured, at least
+MEASURED = 1024  # images on which a loss is
 FORWARD = 1 / 3  # of what a step costs
 GAINS = (2.0, 1.0, 1 / 3)  # variance × fan: He et al. 2015; LeCun, or Glorot and Bengio 2010; torch's own layers
 
@@ -72,15 +75,17 @@ def most_important_of(setup: Setup, spaces: list[ChannelSpace], widths: dict[str
     return {name: [[slot] for slot in slots] for name, slots in most_important(spaces, scores, widths).items()}
 
 
-def batches_seen(setup: Setup) -> int:
-    """SEEN, or an epoch if that has less; of several ranks the first sees its own share, of as many more."""
-    return min(SEEN * ranks.own_share().ranks, setup.csgd.steps_per_epoch)
+def batches_seen(setup: Setup, images: int = 0) -> int:
+    """SEEN, more for so many images, or an epoch if that has less; of several ranks the first sees its own share, of as
+    many more."""
+    count = max(SEEN, -(-images // setup.spec.batch_size))
+    return min(count * ranks.own_share().ranks, setup.csgd.steps_per_epoch)
 
 
-def some_batches(setup: Setup) -> Batches:
+def some_batches(setup: Setup, images: int = 0) -> Batches:
     """The first of an epoch, those with which a run trains; whatever was drawn before, the same ones are drawn."""
     set_random_state(setup.model, setup.spec.seed)
-    return islice(setup.data.train_batches(0), batches_seen(setup))
+    return islice(setup.data.train_batches(0), batches_seen(setup, images))
 
 
 def first_of(setup: Setup, spaces: list[ChannelSpace], widths: dict[str, int]) -> Clusters:
@@ -141,9 +146,15 @@ def gradient_passes(setup: Setup) -> float:
     return steps_seen(setup) if setup.spec.cut.importance == "taylor" else 0.0
 
 
-def steps_seen(setup: Setup) -> float:
+def sensitivity_passes(setup: Setup) -> float:
+    """What it costs to measure it, with the widths that go by it."""
+    measured = 1 + len(FRACTIONS) * len(tied(setup.spaces))
+    return FORWARD * steps_seen(setup, MEASURED) * measured if setup.spec.deps.allot == "sensitivity" else 0.0
+
+
+def steps_seen(setup: Setup, images: int = 0) -> float:
     """Of a step each rank has a share."""
-    return batches_seen(setup) / ranks.own_share().ranks
+    return batches_seen(setup, images) / ranks.own_share().ranks
 
 
 def no_passes(_: Setup) -> float:

@@ -70,7 +70,11 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
     return [
         *_tuned(summary),
-        (f"{'held-out' if summary['config'].get('validation') else 'test'} {score}, base network", f"{base['accuracy']:.4f}", _trained(summary)),
+        (
+            f"{'held-out' if summary['config'].get('validation') else 'test'} {score}, base network",
+            f"{base['accuracy']:.4f}",
+            _trained(summary),
+        ),
         (
             f"… before the {last}cut",
             f"{verdict['accuracy_before_trim']:.4f}",
