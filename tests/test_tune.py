@@ -36,7 +36,9 @@ def test_what_is_held_out_of_the_training_images_is_not_trained_on_and_the_test_
     )
     assert (part.train_size, part.test_size) == (1293, 144)
     assert trained | held == set(images_of(whole.train_batches(0)))
-    assert not trained & held and len(held) == 144 and not held <= test
+    assert not trained & held
+    assert len(held) == 144
+    assert not held <= test
     again = digits(image_size=8, shift=0, batch_size=32, seed=4, device=CPU).held_out(0.1)
     assert set(images_of(again.test_batches())) == held, "the same for every seed"
 
@@ -49,7 +51,9 @@ def test_held_out_images_of_a_dataset_are_judged_as_its_test_images_are():
     part = Data.of(augmented, plain, plain=plain, **how).held_out(0.25)
     held = torch.cat([images for images, _ in part.test_batches()])
     trained = torch.cat([images for images, _ in part.train_batches(0)])
-    assert len(held) == 5 and (held < 100).all() and (trained >= 100).all()
+    assert len(held) == 5
+    assert (held < 100).all()
+    assert (trained >= 100).all()
     assert not set(held.flatten().tolist()) & set((trained - 100).flatten().tolist())
     as_trained = Data.of(augmented, plain, **how).held_out(0.25)
     assert all((images >= 100).all() for images, _ in as_trained.test_batches()), "where there are no others"
@@ -59,11 +63,14 @@ def test_the_best_rate_of_the_trials_makes_the_run_and_each_trial_is_a_run_of_it
     tried = run(composed(*SHORT, base_cache, SGD, "tune.lr=[1.0e-5,0.05,1.0e+6]"), tmp_path / "tuned")
     told = summary_of(tmp_path / "tuned")["tuned"]
     scores = [trial["score"] for trial in told["trials"]]
-    assert told["lr"] == 0.05 and scores[1] > scores[0] and scores[2] is None
+    assert told["lr"] == 0.05
+    assert scores[1] > scores[0]
+    assert scores[2] is None
     assert "not a number" in told["trials"][2]["failure"]
     by_hand = run(composed(*SHORT, base_cache, SGD, "schedule.csgd.lr=0.05"), tmp_path / "plain")
     weights = [(tmp_path / name / "pruned.safetensors").read_bytes() for name in ("tuned", "plain")]
-    assert weights[0] == weights[1] and tried == by_hand
+    assert weights[0] == weights[1]
+    assert tried == by_hand
     trial = run(composed(*SHORT, base_cache, SGD, "schedule.csgd.lr=0.05", "validation=0.1"), tmp_path / "trial")
     assert trial.accuracy == scores[1] != tried.accuracy
     assert "learning rate" in (tmp_path / "tuned" / "report.html").read_text("utf-8")
@@ -78,7 +85,8 @@ def test_a_run_that_goes_on_does_not_repeat_its_trials(tmp_path, base_cache):
     (tmp_path / "trials" / "lr_0.05" / "summary.json").unlink()  # as if killed at the end of the second
     assert run(config, tmp_path) == first
     after = [path.stat().st_mtime_ns for path in trials]
-    assert before[0] == after[0] and before[1] < after[1]
+    assert before[0] == after[0]
+    assert before[1] < after[1]
 
 
 def without_held_out(batch_size, seed, device):
@@ -108,5 +116,7 @@ def test_tests_come_at_the_end_of_every_so_many_epochs_and_of_the_last(tmp_path,
     ]
     assert verdicts[0] == verdicts[1]
     steps = [[row["step"] for row in rows_of(folder) if row["phase"] == "csgd"] for folder in (often, seldom)]
-    assert len(steps[1]) < len(steps[0]) and set(steps[1]) <= set(steps[0]) and steps[1][-1] == steps[0][-1]
+    assert len(steps[1]) < len(steps[0])
+    assert set(steps[1]) <= set(steps[0])
+    assert steps[1][-1] == steps[0][-1]
     assert json.loads((seldom / "summary.json").read_text())["config"]["schedule"]["test_every"] == 3
