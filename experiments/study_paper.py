@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python experiments/study_paper.py report    the table
 
 Four convs of 16 to 32 filters without batch norm on the digits (8×8), AdamW at 0.003, cosine.  A base network is
-trained for ten epochs, and for ten more in which the filters that are to go are led to the mean of their cluster, or to zero,
-along one curve, up to three quarters of the steps.  The cut is at the end, exact, and nothing is trained behind it.
+trained for ten epochs, and for ten more in which the filters that are to go are led to the mean of their cluster, or
+to zero, along one curve, up to three quarters of the steps.  The cut is at the end and exact; no training follows.
 Redundant training does so with a wide network from its first step, beside a narrow one that is trained for as long.
 """
 
