@@ -20,6 +20,9 @@ JOB = [*TINY[:-1], "wandb=disabled", "schedule.csgd.epochs=2", "resume=auto"]
 BY = [*JOB, "deps.allot=sensitivity"]
 
 
+REPORT = leave._report
+
+
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     monkeypatch.setattr(leave, "_report", lambda *_: None)
@@ -42,9 +45,13 @@ def measured(monkeypatch):
     return calls
 
 
-def test_a_budget_is_allotted_by_what_was_measured_once(tmp_path, measured):
+def test_a_budget_is_allotted_by_what_was_measured_once(tmp_path, measured, monkeypatch):
     job = [*BY, f"base.cache={tmp_path}/base"]
-    run(composed(*job, "deps.params=0.5"), tmp_path / "one")
+    with monkeypatch.context() as patched:
+        patched.setattr(leave, "_report", REPORT)
+        run(composed(*job, "deps.params=0.5"), tmp_path / "one")
+    assert (tmp_path / "one" / "report" / "sensitivity.png").exists()
+    assert "All were narrowed up to one growth of the loss" in (tmp_path / "one" / "report.html").read_text()
     (kept,) = (tmp_path / "base").glob("*.sensitivity.json")
     told = json.loads((tmp_path / "one" / "sensitivity.json").read_text())
     changes = json.loads(kept.read_text())["changes"]

@@ -91,9 +91,9 @@ def test_the_network_between_two_stages_is_kept_as_a_folder_that_loads(tmp_path)
 @pytest.mark.parametrize("anew", [True, False])
 def test_what_pictures_are_drawn_from_goes_with_an_older_run_and_stays_for_one_that_goes_on(folder, anew):
     """A rival keeps no filters, and drew those of the run before it."""
-    kept = (folder.filters, folder.film, folder.outputs)
+    kept = (folder.filters, folder.film, folder.outputs, folder.sensitivity)
     for path in (*kept, folder.summary):
         path.write_bytes(b"{}")
     folder.clear(anew)
-    assert [path.exists() for path in kept] == [not anew] * 3
+    assert [path.exists() for path in kept] == [not anew] * 4
     assert not folder.summary.exists()

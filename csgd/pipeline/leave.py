@@ -177,7 +177,7 @@ def _draw(tracker: Tracker, folder: RunFolder) -> None:
     with warn_instead_of_raising("report/collapse.gif"):
         report.draw_collapse(folder.path)
     pictures = (report.draw_curves, report.draw_outputs, report.draw_spaces, report.draw_filters, report.draw_widths)
-    for draw in (*pictures, report.draw_sizes):
+    for draw in (*pictures, report.draw_sensitivity, report.draw_sizes):
         with warn_instead_of_raising(f"report/{draw.__name__.removeprefix('draw_')}.png"):
             if path := draw(folder.path):
                 tracker.log_image(f"report/{path.stem}", path)

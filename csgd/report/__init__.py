@@ -3,7 +3,7 @@
 from csgd.report.collapse import draw_collapse
 from csgd.report.curves import draw_curves
 from csgd.report.page import write_page
-from csgd.report.pictures import draw_filters, draw_outputs, draw_sizes, draw_widths
+from csgd.report.pictures import draw_filters, draw_outputs, draw_sensitivity, draw_sizes, draw_widths
 from csgd.report.spaces import draw_spaces
 from csgd.report.tables import (
     LAYER_HEADER,
@@ -23,6 +23,7 @@ __all__ = [
     "draw_curves",
     "draw_filters",
     "draw_outputs",
+    "draw_sensitivity",
     "draw_sizes",
     "draw_spaces",
     "draw_widths",

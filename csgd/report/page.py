@@ -28,6 +28,10 @@ CAPTIONS = {
     "Blue boxes were cut.",
     "filters": "The filters of the first layer that was cut, those of one cluster on one field. Of equal filters one "
     "is enough. Each picture in the scale of its own largest weight.",
+    "sensitivity": "How much the loss grows where a layer alone is merged to a fraction of its channels, without "
+    "training: what that layer can spare. All were narrowed up to one growth of the loss (the blue line on the scale), "
+    "with which the budget is met; triangles are the widths that came of it. Between the fractions that were measured "
+    "the growth is on a straight line, and a narrower width never counts less than a wider one.",
     "widths": "The width of every layer before and after.",
     "sizes": "How many filters became one.",
 }

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ SHADES = ("#eef3f8", "#c6dbef", "#85b8dc", "#3d8bc2", "#0b4f94")
 WHEN = {"start": "at the start", "collapse": "at the collapse", "cut": "after the cut"}
 STAGES = (BLUE, "tab:orange", "tab:green", "tab:purple", "tab:brown")
 LEAST = 1e-9  # where a change of 0 is drawn
+DECADES = 1e-3  # of the largest sensitivity: by its shade what is less looks like 0
 TILE = 24  # pixels of a filter's picture, at least
 
 
@@ -72,6 +74,52 @@ def draw_widths(output_dir: Path) -> Path:
         axes.set(xlim=(0, 1.3 * widest), xlabel="width")
     _title(figure, "Widths before and after")
     return save(figure, output_dir, "widths")
+
+
+def draw_sensitivity(output_dir: Path) -> Path | None:
+    """By how much the loss grows where a layer alone is merged to a fraction of its width, and the width it got;
+    report/sensitivity.png.  None if that was not measured"""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+
+    if not (path := output_dir / "sensitivity.json").is_file():
+        return None
+    measured = json.loads(path.read_text("utf-8"))
+    layers = [layer for layer in summary_of(output_dir)["layers"] if measured["changes"].get(layer["name"])]
+    most = max(change for rows in measured["changes"].values() for _, change in rows)
+    least = min(DECADES * most, (measured["threshold"] or most) / 10)  # so that the threshold is on the scale
+    shades = ScalarMappable(LogNorm(max(least, LEAST), max(most, 10 * LEAST), clip=True), "YlOrRd")
+    width, height = _size(len(layers))
+    figure = figure_of(width, height + 0.8)
+    for axes, part in _columns(figure, layers, "name"):
+        for y, layer in enumerate(part):
+            size, rows = layer["before"], measured["changes"][layer["name"]]
+            at = [1.0, *(width / size for width, _ in rows)]
+            edges = [(a + b) / 2 for a, b in pairwise([*at, 2 * at[-1] - at[-2]])]
+            for (left, right), (_, change), x in zip(pairwise(edges), rows, at[1:], strict=True):
+                color = shades.to_rgba(max(change, LEAST))
+                axes.barh(y, right - left, left=left, height=0.92, color=color, edgecolor="white", linewidth=0.5)
+                ink = "white" if sum(color[:3]) < 1.5 else "black"
+                axes.text(x, y - 0.05, _change(change), ha="center", va="center", fontsize=6, color=ink)
+        got = [layer["after"] / layer["before"] for layer in part]
+        under = [y + 0.36 for y in range(len(part))]
+        axes.plot(got, under, "^", color=BLUE, markeredgecolor="white", markersize=7, label="the width it got")
+        axes.set(xlim=(1.03, 0.03), xticks=[n / 8 for n in range(8, 0, -1)], xlabel="fraction of the channels left")
+        axes.set_xticklabels(["1", "7/8", "3/4", "5/8", "1/2", "3/8", "1/4", "1/8"])
+    _title(figure, "Growth of the loss where this layer alone is merged, without training")
+    bar = figure.colorbar(shades, ax=figure.axes, orientation="horizontal", fraction=0.04, pad=0.02, aspect=60)
+    bar.set_label(f"of the mean loss of {measured['images']:,} training images")
+    if measured["threshold"]:
+        bar.ax.axvline(measured["threshold"], color=BLUE, linewidth=2)
+    return save(figure, output_dir, "sensitivity")
+
+
+def _change(value: float) -> str:
+    """0.0001 → 0, 0.0123 → .012, 0.123 → .12, 3.21 → 3.2, 32.1 → 32"""
+    if abs(value) < 0.0005:
+        return "0"
+    digits = next((count for count, below in ((3, 0.1), (2, 1), (1, 10)) if abs(value) < below), 0)
+    return f"{value:.{digits}f}" if abs(value) >= 1 else f"{value:.{digits}f}".replace("0.", ".")
 
 
 def draw_sizes(output_dir: Path) -> Path | None:
