@@ -35,7 +35,9 @@ class Ledger:
         self.frozen: dict[int, str] = {}  # id of parameter -> why nothing of it may change shape
         self.constants: set[int] = set()  # ids of buffers that training does not change
         self.sizes: dict[tuple[str, str, int], Tensor] = {}  # (module path, attribute that counts channels, its entry)
+        self.parts: dict[bytes, Tensor] = {}  # atoms that are picked, apart from others
         self.means: list[tuple[Tensor, str]] = []  # (atoms [groups, n] of each of which the mean is taken, by what)
+        self.training = False  # whether the pass that runs is one of training
         self.seen: set[int] = set()  # ids of the tensors read since this was last emptied
         self.activations: list[Tensor] = []  # labels of all that was computed
         self._labels = WeakTensorKeyDictionary()
@@ -97,6 +99,16 @@ class Ledger:
             return self.channel.find(compact(labels)).expand(tensor.shape)
         self.pin(labels, "its shape is changed in place")
         return self.blank(tensor, "its shape is changed in place")
+
+    def known(self, tensor: Tensor) -> Tensor | None:
+        """The labels of an activation; None where there are none that fit."""
+        labels = self._labels.get(tensor)
+        return self.canonical(labels) if labels is not None and labels.shape == tensor.shape else None
+
+    def part(self, labels: Tensor) -> None:
+        """Notes that some channels are picked: none of them becomes equal to another one."""
+        atoms = compact(labels).reshape(-1).unique()
+        self.parts[atoms.numpy().tobytes()] = atoms
 
     def blank(self, tensor: Tensor, reason: str) -> Tensor:
         """Labels of a tensor whose entries no rule tells apart: what meets them must stay."""

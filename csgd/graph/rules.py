@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from csgd.graph.labels import along, compact, wide_dims
 from csgd.graph.ledger import Ledger
+from csgd.graph.picks import made, made_like, max_unpool, pick, setitem, spread
 
 # Values leave, or are written into, a tensor behind the tracer's back.
 ESCAPES = {"setitem", "set", "numpy", "tolist", "array", "dlpack"}
@@ -58,12 +59,11 @@ def apply_rule(ledger: Ledger, func: Callable, args: tuple, kwargs: dict, out) -
     if not call.outputs:
         return
     if not call.inputs:
-        for made in call.outputs:
-            ledger.label(made, ledger.blank(made, f"meets what the network's code makes by {call.name}"))
-        return
+        return made(ledger, call)
     ledger.seen.update(map(id, call.inputs))
     try:
-        RULES.get(call.name, unknown)(ledger, call)
+        if reason := RULES.get(call.name, unknown)(ledger, call):
+            unknown(ledger, call, reason)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # a form of the call no rule foresaw
         unknown(ledger, call)
 
@@ -181,9 +181,7 @@ def reshape(ledger: Ledger, call: Call) -> None:
 
 def move(ledger: Ledger, call: Call) -> None:
     labels, out = ledger.labels(call.inputs[0]), call.outputs[0]
-    if call.name in ("expand", "expand_as", "broadcast_to"):
-        moved = labels.expand(out.shape)
-    elif call.func.__name__ == "__get__":
+    if call.func.__name__ == "__get__":
         moved = labels.transpose(-1, -2) if labels.dim() > 1 else labels
     else:
         moved = call.on(labels)
@@ -199,21 +197,6 @@ def join(ledger: Ledger, call: Call) -> None:
             first, second = (compact(part) for part in (parts[0], other))
             ledger.slot.union(*torch.broadcast_tensors(first, second))
     ledger.label(call.outputs[0], call.on(parts))
-
-
-def blank(ledger: Ledger, call: Call) -> None:
-    """Only the shape and the dtype of an operand are read."""
-    for out in call.outputs:
-        ledger.label(out, ledger.blank(out, f"meets what the network's code makes by {call.name}"))
-
-
-def pick(ledger: Ledger, call: Call) -> None:
-    """A selection that leaves every channel where it is moves labels; any other one pins."""
-    labels = ledger.canonical(ledger.labels(call.inputs[0]))
-    for out, moved in zip(call.outputs, tree_leaves(call.on(labels)), strict=True):
-        if not torch.equal(compact(ledger.canonical(moved)).reshape(-1), compact(labels).reshape(-1)):
-            ledger.pin(labels, f"{call.name}: picks channels")
-        ledger.label(out, moved)
 
 
 def chunk(ledger: Ledger, call: Call) -> None:
@@ -394,7 +377,9 @@ RULES: dict[str, Callable[[Ledger, Call], None]] = {
             hardshrink softshrink softplus softsign threshold rrelu erf sin cos dropout dropout1d dropout2d dropout3d
             alpha_dropout feature_dropout feature_alpha_dropout contiguous clone detach to type_as float double half
             bfloat16 masked_fill nan_to_num round floor ceil gt lt ge le eq ne iadd radd isub imul rmul itruediv
-            rtruediv ipow isnan isinf isfinite logical_and logical_or logical_not logical_xor atan cpu""",
+            rtruediv ipow isnan isinf isfinite logical_and logical_or logical_not logical_xor atan cpu
+            zero fill""",
+        max_unpool: "max_unpool1d max_unpool2d max_unpool3d",
         pool: """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d
             adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
             adaptive_max_pool3d lp_pool1d lp_pool2d lp_pool3d interpolate upsample""",
@@ -402,10 +387,13 @@ RULES: dict[str, Callable[[Ledger, Call], None]] = {
             linalg_vector_norm""",
         normalise: "softmax log_softmax softmin normalize cumsum cumprod",
         reshape: "view reshape ravel flatten unflatten squeeze unsqueeze view_as reshape_as",
-        move: "permute transpose t movedim moveaxis swapaxes swapdims expand expand_as broadcast_to",
+        move: "permute transpose t movedim moveaxis swapaxes swapdims",
         join: "cat concat concatenate stack",
-        blank: """empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full
-            new_tensor""",
+        spread: "expand expand_as broadcast_to repeat",
+        made_like: """empty_like zeros_like ones_like full_like rand_like randn_like randint_like normal uniform bernoulli
+            exponential""",
+        made: "new_empty new_zeros new_ones new_full new_tensor",
+        setitem: "setitem",
         pick: "split tensor_split split_with_sizes narrow select getitem unbind roll flip",
         chunk: "chunk",
         glu: "glu",

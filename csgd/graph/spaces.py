@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from csgd.graph.ledger import Ledger
 
 
+PART = "part"  # of a use that no tensor has: the channels that are picked from among others
+
+
 @dataclass
 class Ref:
     """One dim of one parameter or buffer that the slots of a space index.
@@ -145,6 +148,7 @@ def spaces_of(ledger: Ledger, model: nn.Module) -> list[ChannelSpace]:
             Ref(owners, dim, role, torch.from_numpy(index.copy()), len(atoms), int(order))
             for order, index in zip(of_use, columns, strict=True)
             for owners, dim, role, atoms in [uses[order]]
+            if role != PART
         ]
         pacesetter = next((ref for ref in refs if ref.role == "out"), None)
         if pacesetter is None:
@@ -174,7 +178,8 @@ def uses_of(ledger: Ledger) -> list[Use]:
     """Every use of channels, in the order of the forward pass."""
     uses = [Use(ledger.owners[key], dim, role, atoms) for (key, dim), (atoms, role) in ledger.uses.items()]
     sizes = ledger.sizes.items()
-    return uses + [Use([(path, attribute)], entry, "size", atoms) for (path, attribute, entry), atoms in sizes]
+    uses += [Use([(path, attribute)], entry, "size", atoms) for (path, attribute, entry), atoms in sizes]
+    return uses + [Use([], 0, PART, atoms) for atoms in ledger.parts.values()]
 
 
 def _lanes(channels: np.ndarray) -> bytes:

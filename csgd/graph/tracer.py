@@ -17,6 +17,7 @@ from csgd.graph.conditions import add_conditions
 from csgd.graph.labels import compact
 from csgd.graph.ledger import Ledger
 from csgd.graph.rules import Call, apply_rule, unknown
+from csgd.graph.sizes import hold, measured
 from csgd.graph.spaces import ChannelSpace, spaces_of
 from csgd.graph.twin import (
     Inputs,
@@ -56,10 +57,18 @@ class _Functions(TorchFunctionMode):
                 self._refuse_originals(args, kwargs)
             out = func(*args, **kwargs)
             with torch._C._DisableTorchDispatch():  # labels need no watching, and are many
+                if isinstance(out, torch.Size) or func is torch.Tensor.size:
+                    return self._measured(args, kwargs, out)
                 apply_rule(self.ledger, func, args, kwargs, out)
         finally:
             self.inside = False
         return out
+
+    def _measured(self, args: tuple, kwargs: dict, out: torch.Size | int) -> torch.Size | int:
+        """A shape, or one size of it, that knows of which channels it is the number."""
+        tensor, *rest = (*args, *kwargs.values())
+        shape = measured(self.ledger, tensor, out if isinstance(out, torch.Size) else torch.Size(tensor.shape))
+        return shape if isinstance(out, torch.Size) else shape[rest[0]]
 
     def _refuse_originals(self, args: tuple, kwargs: dict) -> None:
         for value in (*args, *kwargs.values()):
@@ -124,6 +133,7 @@ def trace_spaces(
                 with torch.no_grad():
                     for buffer, saved in buffers:
                         buffer.copy_(saved)
+        hold(twin)
         originals = {id(tensor): dotted(path, name) for path, _, name, tensor in own_tensors(model)}
         return _trace(twin, inputs, unused, originals)
 
@@ -169,6 +179,7 @@ def _run(
 ) -> bool:
     """One forward pass of which the ledger takes note, the same one whatever was drawn before; whether it draws."""
     set_random_state(model, seed)
+    ledger.training = training
     before, inputs = random_state(model), inputs.copied()
     for tensor in inputs.tensors():
         ledger.label(tensor, ledger.fresh(1, "network input"))
