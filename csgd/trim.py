@@ -217,6 +217,8 @@ def fit_attributes(modules: Iterable[nn.Module], multipliers: dict[nn.Module, in
                 module.out_channels, module.in_channels = weight.size(0), weight.size(1) * module.groups
         elif isinstance(module, nn.Linear) and weight is not None:
             module.out_features, module.in_features = weight.shape
+        elif isinstance(module, nn.Embedding):
+            module.embedding_dim = weight.size(1)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and weight is not None:
             module.normalized_shape = tuple(weight.shape)
         elif isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.PReLU):

@@ -1,7 +1,8 @@
 """The book that the rules write into while a network runs: atoms, what ties them, where they are used."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class Ledger:
         (halves of a chunk, groups of a grouped conv, sub-pixels of a pixel shuffle).
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, maps: Mapping[int, int] = MappingProxyType({})):
         self.channel, self.slot = UnionFind(), UnionFind()
         self.tensors: dict[int, Tensor] = {}  # keeps every tensor alive, so that its id stays its own
         self.owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
@@ -35,6 +36,9 @@ class Ledger:
         self.frozen: dict[int, str] = {}  # id of parameter -> why nothing of it may change shape
         self.constants: set[int] = set()  # ids of buffers that training does not change
         self.sizes: dict[tuple[str, str, int], Tensor] = {}  # (module path, attribute that counts channels, its entry)
+        self.maps = dict(maps)  # id of a tensor of several dims -> the one that lies along the channels (embeddings)
+        self.met: dict[int, int] = {}  # the same, of what this ledger has seen to meet channels
+        self._unplaced: list[tuple[Tensor, Tensor]] = []  # (atom, tensor of several dims)
         self.parts: dict[bytes, Tensor] = {}  # atoms that are picked, apart from others
         self.means: list[tuple[Tensor, str]] = []  # (atoms [groups, n] of each of which the mean is taken, by what)
         self.training = False  # whether the pass that runs is one of training
@@ -85,13 +89,18 @@ class Ledger:
         """The labels of an activation; a per-channel parameter becomes a follower by being asked for."""
         if self.owns(tensor):
             wide = [dim for dim in range(tensor.dim()) if tensor.size(dim) > 1]
+            if id(tensor) in self.maps:
+                wide = [self.maps[id(tensor)]]
             if len(wide) == 1 and tensor.is_floating_point():  # layer scale, a learned offset, a buffer of means
                 use = self.uses.get((id(tensor), wide[0]))
-                atoms = use[0] if use else self.fresh(tensor.numel())
+                atoms = use[0] if use else self.fresh(tensor.size(wide[0]))
                 self.record(tensor, wide[0], atoms, "follow")
                 return along(atoms, wide[0], tensor.dim()).expand(tensor.shape)
             self.freeze(tensor, "parameter used outside conv, linear and norm layers")
-            return self.blank(tensor, f"meets {self.name(tensor)}, which is not one value per channel")
+            blank = self.blank(tensor, f"meets {self.name(tensor)}, which is not one value per channel")
+            if wide and tensor.is_floating_point():
+                self._unplaced.append((compact(blank).reshape(-1), tensor))
+            return blank
         labels = self._labels.get(tensor)
         if labels is None:
             return self.blank(tensor, "meets a constant of the network's code")
@@ -109,6 +118,25 @@ class Ledger:
         """Notes that some channels are picked: none of them becomes equal to another one."""
         atoms = compact(labels).reshape(-1).unique()
         self.parts[atoms.numpy().tobytes()] = atoms
+
+    def learn(self, a: Tensor, b: Tensor, a_shape: Sequence[int], b_shape: Sequence[int]) -> None:
+        """Learns along which dim of a map its channels lie, where what was made of it, b or a, meets channels."""
+        for labels, other, shape in ((a, b, b_shape), (b, a, a_shape)) if self._unplaced else ():
+            if other.numel() == 1 and len(dims := self.apart(labels)) == 1:
+                from_end = dims[0] - labels.dim()
+                if -from_end <= len(shape) and shape[from_end] == labels.size(from_end):
+                    self.learned(other, from_end, shape[from_end])
+
+    def learned(self, labels: Tensor, from_end: int, size: int) -> None:
+        """Notes that the channels of what was made of a map lie along dim `from_end`: that of its own of this size."""
+        labels = compact(labels)
+        if not self._unplaced or labels.numel() != 1 or size < 2:
+            return
+        for atom, tensor in self._unplaced:
+            dims = [dim for dim in range(tensor.dim()) if tensor.size(dim) == size]
+            if dims and torch.equal(self.channel.find(atom), self.channel.find(labels.reshape(-1))):
+                place = tensor.dim() + from_end
+                self.met.setdefault(id(tensor), place if place in dims else dims[0])
 
     def blank(self, tensor: Tensor, reason: str) -> Tensor:
         """Labels of a tensor whose entries no rule tells apart: what meets them must stay."""
@@ -141,7 +169,7 @@ class Ledger:
         earlier, earlier_role = self.uses.setdefault((id(tensor), dim), (atoms, role))
         self.same_channel(earlier, atoms)
         if earlier_role != role:
-            self.pin(atoms, "parameter used in two roles")
+            self.pin(atoms, "parameter used in two roles: a weight of its own for each frees it")
 
     def count(self, module: nn.Module | None, attributes: tuple[str, ...], atoms: Tensor, entry: int = 0) -> None:
         """Notes that integers of a layer, or an entry of a tuple of them, say how many channels there are."""

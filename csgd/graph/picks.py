@@ -22,7 +22,9 @@ def pick(ledger: Ledger, call: "Call") -> str | None:
     """Parts of the channels are cut each for itself, where the numbers that say where they lie follow."""
     labels = ledger.canonical(ledger.labels(call.inputs[0]))
     parts = tree_leaves(call.on(labels))
-    moves = [not torch.equal(compact(ledger.canonical(part)).reshape(-1), compact(labels).reshape(-1)) for part in parts]
+    moves = [
+        not torch.equal(compact(ledger.canonical(part)).reshape(-1), compact(labels).reshape(-1)) for part in parts
+    ]
     apart = ledger.apart(labels) if any(moves) else []
     if len(apart) > 1 or (apart and not _counted(ledger, call, labels, apart[0])):
         ledger.pin(labels, f"{call.name}: picks channels")
@@ -104,6 +106,16 @@ def _index_of(index: Any, ndim: int) -> list[Any]:
         elif part is not None:
             found += [part] * n
     return found + [slice(None)] * (ndim - len(found))
+
+
+def counted(ledger: Ledger, call: "Call", moved: Tensor) -> None:
+    """Lets the integers of modules in the shape of a view follow the channels that lie along their dim."""
+    sizes = call.args[1] if len(call.args) == 2 and isinstance(call.args[1], tuple | list) else call.args[1:]
+    if call.name not in ("view", "reshape") or len(sizes) != moved.dim():
+        return
+    for dim in ledger.apart(moved):
+        if isinstance(sizes[dim], Size) and sizes[dim].is_held:
+            count(ledger, sizes[dim], row(moved, dim), row(moved, dim), call.name)
 
 
 def setitem(ledger: Ledger, call: "Call") -> str | None:

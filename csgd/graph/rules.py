@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from csgd.graph.labels import along, compact, wide_dims
 from csgd.graph.ledger import Ledger
-from csgd.graph.picks import made, made_like, max_unpool, pick, setitem, spread
+from csgd.graph.picks import counted, made, made_like, max_unpool, pick, setitem, spread
 
 # Values leave, or are written into, a tensor behind the tracer's back.
 ESCAPES = {"setitem", "set", "numpy", "tolist", "array", "dlpack"}
@@ -96,6 +96,7 @@ def elementwise(ledger: Ledger, call: Call) -> None:
         if result is None:
             result, shape = labels, size
             continue
+        ledger.learn(result, labels, shape, size)
         if wide_dims(result) and labels.numel() == 1 and all(size[d] == 1 for d in ledger.apart(result)):
             pass
         elif wide_dims(labels) and result.numel() == 1 and all(shape[d] == 1 for d in ledger.apart(labels)):
@@ -176,6 +177,7 @@ def reshape(ledger: Ledger, call: Call) -> None:
     if len(wide) > max(1, len(wide_dims(labels))):  # groups of channels: each loses as many, at the same places
         for dim in wide[:-1]:
             ledger.clustered_alike(compact(moved), dim)
+    counted(ledger, call, moved)
     ledger.label(out, moved)
 
 
@@ -193,6 +195,7 @@ def join(ledger: Ledger, call: Call) -> None:
     parts = [ledger.labels(tensor) for tensor in call.inputs]
     dim = call.arg(1, "dim", 0) % max(1, parts[0].dim())
     for other in parts[1:]:
+        ledger.learn(compact(parts[0]), compact(other), parts[0].shape, other.shape)
         if call.name == "stack" or dim not in {*wide_dims(parts[0]), *wide_dims(other)}:
             first, second = (compact(part) for part in (parts[0], other))
             ledger.slot.union(*torch.broadcast_tensors(first, second))
@@ -264,10 +267,17 @@ def conv(ledger: Ledger, call: Call) -> None:
     transposed = "transpose" in call.name
     x, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
     groups = call.arg(6, "groups", 1)
-    if not ledger.owns(weight):
-        return unknown(ledger, call, "its weight is not a plain parameter")
     dim = x.dim() - weight.dim() + 1
-    ins, n = ledger.channels(ledger.labels(x), dim), call.outputs[0].size(dim)
+    n = call.outputs[0].size(dim)
+    if not ledger.owns(weight):
+        known = ledger.known(weight) if n == groups == x.size(dim) else None
+        if known is None or wide_dims(known) != [0]:
+            return unknown(ledger, call, "its weight is not a plain parameter")
+        ins = ledger.channels(ledger.labels(x), dim)  # a kernel for each channel that is computed (a blur)
+        ledger.same_channel(ins, compact(known).reshape(-1))
+        ledger.record(bias, 0, ins, "follow")
+        return ledger.label(call.outputs[0], along(ins, dim, x.dim()))
+    ins = ledger.channels(ledger.labels(x), dim)
     if groups > 1 and groups == x.size(dim):
         if n == groups:
             outs = ins
@@ -291,6 +301,7 @@ def linear(ledger: Ledger, call: Call) -> None:
     if not ledger.owns(weight):
         return unknown(ledger, call, "its weight is not a plain parameter")
     labels = ledger.labels(x)
+    ledger.learned(labels, -1, x.size(-1))
     if wide_dims(labels) and labels.dim() - 1 not in wide_dims(labels):
         ledger.freeze(weight, "linear over an axis that is not the channels'")
         return ledger.label(call.outputs[0], compact(labels))
@@ -299,6 +310,30 @@ def linear(ledger: Ledger, call: Call) -> None:
     ledger.record(weight, 0, outs, "out")
     ledger.record(bias, 0, outs, "follow")
     ledger.label(call.outputs[0], outs)
+
+
+def addmm(ledger: Ledger, call: Call) -> str | None:
+    """A linear layer whose weight is [in, out]."""
+    bias, x, weight = call.inputs
+    if not ledger.owns(weight):
+        return "its weight is not a plain parameter"
+    outs = _produced(ledger, weight, 1, weight.size(1))
+    ledger.record(weight, 0, ledger.channels(ledger.labels(x), 1), "in")
+    ledger.record(weight, 1, outs, "out")
+    ledger.record(bias, 0, outs, "follow")
+    ledger.label(call.outputs[0], outs)
+    return None
+
+
+def embedding(ledger: Ledger, call: Call) -> str | None:
+    """A table [words, channels] whose columns are filters."""
+    weight = call.arg(1, "weight")
+    if not ledger.owns(weight) or call.arg(3, "max_norm") is not None:
+        return "its table is not a plain parameter"
+    outs = _produced(ledger, weight, 1, weight.size(1))
+    ledger.record(weight, 1, outs, "out")
+    ledger.label(call.outputs[0], outs)
+    return None
 
 
 def _follow(ledger: Ledger, call: Call, first: int, keys: tuple[str, ...]) -> None:
@@ -390,8 +425,8 @@ RULES: dict[str, Callable[[Ledger, Call], None]] = {
         move: "permute transpose t movedim moveaxis swapaxes swapdims",
         join: "cat concat concatenate stack",
         spread: "expand expand_as broadcast_to repeat",
-        made_like: """empty_like zeros_like ones_like full_like rand_like randn_like randint_like normal uniform bernoulli
-            exponential""",
+        made_like: """empty_like zeros_like ones_like full_like rand_like randn_like randint_like normal uniform
+            bernoulli exponential""",
         made: "new_empty new_zeros new_ones new_full new_tensor",
         setitem: "setitem",
         pick: "split tensor_split split_with_sizes narrow select getitem unbind roll flip",
@@ -403,6 +438,8 @@ RULES: dict[str, Callable[[Ledger, Call], None]] = {
         pad: "pad",
         conv: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
         linear: "linear",
+        addmm: "addmm",
+        embedding: "embedding",
         batch_norm: "batch_norm instance_norm",
         group_norm: "group_norm",
         layer_norm: "layer_norm rms_norm",

@@ -53,6 +53,11 @@ class Size(int):
     def of_width(self) -> bool:
         return any(isinstance(source, Width) for source in self.terms)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it is just what a module holds."""
+        return any(isinstance(s, Held) and f == 1 and s.value == self for s, f in self.terms.items())
+
     def __reduce__(self):
         return int, (int(self),)
 

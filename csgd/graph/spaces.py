@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from csgd.graph.ledger import Ledger
 
-
 PART = "part"  # of a use that no tensor has: the channels that are picked from among others
 
 

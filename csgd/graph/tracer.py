@@ -1,10 +1,11 @@
 """Carries labels along a real forward pass, at the level of torch.*, F.* and tensor methods."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -139,9 +140,15 @@ def trace_spaces(
 
 
 def _trace(
-    model: nn.Module, examples: list[Inputs], unused: Sequence[str], originals: dict[int, str]
+    model: nn.Module,
+    examples: list[Inputs],
+    unused: Sequence[str],
+    originals: dict[int, str],
+    maps: Mapping[int, int] = MappingProxyType({}),
 ) -> list[ChannelSpace]:
-    ledger, modes = Ledger(model), modes_of(model)
+    """Spaces by one forward pass in each mode, and again where these have shown along which dims maps follow (`maps`:
+    {id of a tensor: dim})."""
+    ledger, modes = Ledger(model, maps), modes_of(model)
     for mode in [mode for name, mode in modes.items() if name != "train"]:
         set_mode(model, mode)
         for inputs in examples:
@@ -153,6 +160,8 @@ def _trace(
         left = _unreached(ledger, model, evaluated | ledger.seen)
         if used <= ledger.seen and not (left and any(drew)):
             break
+    if ledger.met:
+        return _trace(model, examples, unused, originals, {**ledger.met, **maps})
     _move_statistics(model, examples, [(b, statistics[id(b)]) for b in model.buffers() if id(b) in statistics])
     for module in model.modules():
         for name, buffer in module._buffers.items():
