@@ -9,6 +9,7 @@ from torch import nn
 
 from csgd.graph import ChannelSpace, Ref, conditions, trace_spaces
 from csgd.graph.integers import integers_of, like
+from csgd.graph.twin import Outputs
 from csgd.proof import Trial
 
 
@@ -19,6 +20,7 @@ def find_spaces(
     *,
     examples: Sequence[Any] = (),
     unused: Sequence[str] = (),
+    outputs: Outputs = None,
 ) -> list[ChannelSpace]:
     """The channel spaces of any network, in the order of the forward pass: which channels move together, in which
     tensors and dims, or why they must stay.
@@ -28,17 +30,24 @@ def find_spaces(
     trial     also cut a random float64 twin, and pin what that shows to be inexact
     examples  more of them, for the other ways into the network
     unused    patterns of layers that are never called: a layer that no example reaches pins what it may read
+    outputs   what counts of the value that the network returns: a list of its keys, attributes or positions, or a
+              function of it; what is returned beside it (features, for their shapes) may change.  All, by default
 
     The model and the examples are left as they were found, bit by bit, and so are random states.  Every conv and linear
     layer is in the list: one that cannot be trimmed belongs to a space with the reason in `pinned`.
     InputError if the network cannot be run on an example, or cannot be copied; it names the module.
     """
-    spaces = trace_spaces(model, example, examples=examples, unused=unused, itself=not trial)
-    return pin_failures(model, spaces, example, examples=examples) if trial else spaces
+    spaces = trace_spaces(model, example, examples=examples, unused=unused, outputs=outputs, itself=not trial)
+    return pin_failures(model, spaces, example, examples=examples, outputs=outputs) if trial else spaces
 
 
 def pin_failures(
-    model: nn.Module, spaces: list[ChannelSpace], example: Any, *, examples: Sequence[Any] = ()
+    model: nn.Module,
+    spaces: list[ChannelSpace],
+    example: Any,
+    *,
+    examples: Sequence[Any] = (),
+    outputs: Outputs = None,
 ) -> list[ChannelSpace]:
     """Pins every trimmable space whose trial fails or shows nothing, in place, and returns the list.
 
@@ -49,7 +58,7 @@ def pin_failures(
     clusters = random_clusters(spaces, ratio=None)
     if not clusters:
         return spaces
-    trial = Trial(model, spaces, clusters, example, examples=examples)
+    trial = Trial(model, spaces, clusters, example, examples=examples, outputs=outputs)
     _, reason = trial.changes(clusters)
     while reason and trial.raised_in is not None and follow_widths(model, spaces, trial.raised_in):
         _, reason = trial.changes(clusters)

@@ -118,6 +118,14 @@ def pool(ledger: Ledger, call: Call) -> None:
         ledger.label(out, along(atoms, dim, ndim))
 
 
+def sample(ledger: Ledger, call: Call) -> None:
+    """Values at places, of every channel alike; what says where these are must stay."""
+    for places in call.inputs[1:]:
+        if not ledger.owns(places) and places.numel() > 1:
+            ledger.pin(ledger.labels(places), f"{call.name}: says where values are taken")
+    pool(ledger, call)
+
+
 def reduce(ledger: Ledger, call: Call) -> None:
     """Mixes values; over the channels themselves only a mean leaves them free, on the condition of fact F12."""
     dims = call.arg(2 if "norm" in call.name else 1, "dim", call.kwargs.get("axis"))
@@ -414,6 +422,7 @@ RULES: dict[str, Callable[[Ledger, Call], None]] = {
             bfloat16 masked_fill nan_to_num round floor ceil gt lt ge le eq ne iadd radd isub imul rmul itruediv
             rtruediv ipow isnan isinf isfinite logical_and logical_or logical_not logical_xor atan cpu
             zero fill""",
+        sample: "roi_align roi_pool grid_sample grid_sampler",
         max_unpool: "max_unpool1d max_unpool2d max_unpool3d",
         pool: """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d
             adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d

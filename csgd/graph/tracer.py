@@ -22,18 +22,19 @@ from csgd.graph.sizes import hold, measured
 from csgd.graph.spaces import ChannelSpace, spaces_of
 from csgd.graph.twin import (
     Inputs,
+    Outputs,
     check_examples,
     check_has_values,
     dotted,
     gradients,
     keep_random_state,
     modes_of,
+    outputs_in,
     own_tensors,
     random_state,
     run,
     set_mode,
     set_random_state,
-    tensors_in,
     twin_of,
 )
 
@@ -101,7 +102,13 @@ class _Escapes(TorchDispatchMode):
 
 
 def trace_spaces(
-    model: nn.Module, example: Any, *, examples: Sequence[Any] = (), unused: Sequence[str] = (), itself: bool = True
+    model: nn.Module,
+    example: Any,
+    *,
+    examples: Sequence[Any] = (),
+    unused: Sequence[str] = (),
+    outputs: Outputs = None,
+    itself: bool = True,
 ) -> list[ChannelSpace]:
     """Channel spaces of `model` by label tracing alone, without the trial trim; see `find_spaces`.
 
@@ -113,6 +120,8 @@ def trace_spaces(
     """
     if isinstance(unused, str):
         raise InputError(f"unused must be a list of patterns, got the text {unused!r}")
+    if isinstance(outputs, str):
+        raise InputError(f"outputs must be a list of names or numbers, or a function, got the text {outputs!r}")
     if isinstance(examples, Tensor):
         raise InputError("examples must be a list of examples, got one tensor")
     inputs = [Inputs.of(one) for one in (example, *examples)]
@@ -127,7 +136,7 @@ def trace_spaces(
             modes = [(module, module.training) for module in model.modules()]
             buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
             try:
-                return _trace(model, inputs, unused, {})
+                return _trace(model, inputs, unused, {}, outputs)
             finally:
                 for module, training in modes:
                     module.training = training
@@ -136,7 +145,7 @@ def trace_spaces(
                         buffer.copy_(saved)
         hold(twin)
         originals = {id(tensor): dotted(path, name) for path, _, name, tensor in own_tensors(model)}
-        return _trace(twin, inputs, unused, originals)
+        return _trace(twin, inputs, unused, originals, outputs)
 
 
 def _trace(
@@ -144,6 +153,7 @@ def _trace(
     examples: list[Inputs],
     unused: Sequence[str],
     originals: dict[int, str],
+    outputs: Outputs,
     maps: Mapping[int, int] = MappingProxyType({}),
 ) -> list[ChannelSpace]:
     """Spaces by one forward pass in each mode, and again where these have shown along which dims maps follow (`maps`:
@@ -152,16 +162,16 @@ def _trace(
     for mode in [mode for name, mode in modes.items() if name != "train"]:
         set_mode(model, mode)
         for inputs in examples:
-            _run(ledger, model, inputs, 0, originals, training=mode is not False)
+            _run(ledger, model, inputs, 0, originals, mode is not False, outputs)
     statistics = {id(buffer): buffer.clone() for buffer in model.buffers()}
     used, evaluated, ledger.seen = ledger.seen & statistics.keys(), ledger.seen, set()
     for seed in range(TRAINING_PASSES):
-        drew = [_run(ledger, model.train(), inputs, seed, originals, training=True) for inputs in examples]
+        drew = [_run(ledger, model.train(), inputs, seed, originals, True, outputs) for inputs in examples]
         left = _unreached(ledger, model, evaluated | ledger.seen)
         if used <= ledger.seen and not (left and any(drew)):
             break
     if ledger.met:
-        return _trace(model, examples, unused, originals, {**ledger.met, **maps})
+        return _trace(model, examples, unused, originals, outputs, {**ledger.met, **maps})
     _move_statistics(model, examples, [(b, statistics[id(b)]) for b in model.buffers() if id(b) in statistics])
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -184,7 +194,13 @@ def _move_statistics(model: nn.Module, examples: list[Inputs], buffers: list[tup
 
 
 def _run(
-    ledger: Ledger, model: nn.Module, inputs: Inputs, seed: int, originals: dict[int, str], training: bool
+    ledger: Ledger,
+    model: nn.Module,
+    inputs: Inputs,
+    seed: int,
+    originals: dict[int, str],
+    training: bool,
+    outputs: Outputs,
 ) -> bool:
     """One forward pass of which the ledger takes note, the same one whatever was drawn before; whether it draws."""
     set_random_state(model, seed)
@@ -195,10 +211,7 @@ def _run(
     functions = _Functions(ledger, originals)
     with gradients(model, training), _Escapes(functions), functions:
         out = run(model, inputs)
-    outputs = list(tensors_in(out))
-    if not outputs:
-        raise InputError(f"the model returns no tensor that can be found, but {type(out).__name__}")
-    for tensor in outputs:
+    for tensor in outputs_in(out, outputs):
         if tensor.numel() > 1:
             ledger.pin(ledger.labels(tensor), "network output")
     return random_state(model) != before
