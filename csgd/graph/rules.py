@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from csgd.errors import InputError
 from csgd.graph.labels import along, compact, wide_dims
 from csgd.graph.ledger import Ledger
 from csgd.graph.picks import counted, made, made_like, max_unpool, pick, setitem, spread
@@ -39,6 +40,8 @@ class Call:
         name = getattr(func, "__name__", str(func)).strip("_")
         if name == "get":  # a property of a tensor
             name = PROPERTIES.get(func.__self__.__name__, "get")
+        if (qualified := qualified_name(func)) in RULES:
+            name = qualified
         if kwargs.get("out") is not None:  # written into: no label of it holds, and no rule knows
             name = f"{name} into out="
         inputs, outputs = ([t for t in tree_leaves(value) if isinstance(t, Tensor)] for value in ((args, kwargs), out))
@@ -52,6 +55,12 @@ class Call:
         kwargs = {key: value for key, value in self.kwargs.items() if key not in ("input", "self", "tensors")}
         rest, kwargs = tree_map_only(Tensor, Tensor.cpu, (self.args[1:], kwargs))
         return self.func(labels, *rest, **kwargs)
+
+
+def qualified_name(func: Callable) -> str:
+    """The name of an operator as it was registered, 'mylib::scale'; '' of any other function."""
+    schema = getattr(func, "_schema", None)
+    return schema.name if schema is not None else getattr(func, "_qualified_op_name", "")
 
 
 def apply_rule(ledger: Ledger, func: Callable, args: tuple, kwargs: dict, out) -> None:
@@ -411,7 +420,9 @@ def prelu(ledger: Ledger, call: Call) -> None:
     ledger.label(call.outputs[0], labels)
 
 
-RULES: dict[str, Callable[[Ledger, Call], None]] = {
+Rule = Callable[[Ledger, Call], str | None]
+
+RULES: dict[str, Rule] = {
     name: rule
     for rule, names in {
         elementwise: """add sub rsub mul div rdiv truediv true_divide neg pow rpow sqrt rsqrt exp expm1 log log1p abs
@@ -456,3 +467,52 @@ RULES: dict[str, Callable[[Ledger, Call], None]] = {
     }.items()
     for name in names.split()
 }
+
+
+def rule(name: str, like: str | None = None) -> Callable[[Rule], Rule]:
+    """Teaches the analysis what a function does to channels; one without a rule pins everything that it touches.
+
+    name  of the function as torch calls it: "erfc" of torch.erfc, the tensor method of this name, or F.erfc; or of an
+          operator of your own as it was registered, "mylib::scale".  A function written in Python needs none: what it
+          calls is followed.  An earlier rule of the same name is replaced.
+    like  the function whose rule holds for this one too: csgd.rule("erfc", like="exp").  Else `rule` decorates a
+          function of a ledger and a call:
+
+        @csgd.rule("mylib::affine")  # affine(x, scale, shift): x[:, c] · scale[c] + shift[c]
+        def affine(ledger, call):
+            x, scale, shift = call.inputs
+            channels = ledger.channels(ledger.labels(x), 1)
+            ledger.record(scale, 0, channels, "follow")
+            ledger.record(shift, 0, channels, "follow")
+            ledger.label(call.outputs[0], ledger.labels(x))
+
+    What a call knows: `inputs` and `outputs`, the tensors in the order of the arguments, and `arg(position, key,
+    default)`.  Labels are integers in the shape of a tensor, which say to which channel each entry belongs.
+
+        ledger.labels(tensor)             the labels of an operand
+        ledger.channels(labels, dim)      one label for each position along a dim, [size of dim]
+        ledger.label(tensor, labels)      of a result; what broadcasts to its shape: channels along dim 1 of four are
+                                          channels.view(-1, 1, 1)
+        ledger.fresh(n)                   labels of n new channels, for what a weight produces
+        ledger.record(parameter, dim, channels, role)   dim of a parameter or buffer lies along channels: "out", the
+                                          filters of a producer; "follow", one entry for each; "in", the input slices of
+                                          a consumer, which a cut sums
+        ledger.same_channel(a, b)         channels that meet, as those of a sum
+        ledger.clustered_alike(labels, dim)   channels that are cut together: all that lie along dim
+        ledger.weigh(labels, dims, by)    a mean over channels: clusters of one size (fact F12)
+        ledger.pin(labels, reason)        channels that must stay
+
+    A rule that returns a text pins everything that the call touches, for this reason.  A rule is no proof: the trial of
+    `find_spaces`, and `prove`, cut and compare as ever, and pin what a rule has promised and does not hold.
+    InputError if `like` has no rule.
+    """
+    if like is not None:
+        if like not in RULES:
+            raise InputError(f"rule: like='{like}' has no rule of its own")
+        RULES[name] = RULES[like]
+
+    def taught(function: Rule) -> Rule:
+        RULES[name] = function
+        return function
+
+    return taught

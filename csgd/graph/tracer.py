@@ -17,7 +17,7 @@ from csgd.errors import InputError
 from csgd.graph.conditions import add_conditions
 from csgd.graph.labels import compact
 from csgd.graph.ledger import Ledger
-from csgd.graph.rules import Call, apply_rule, unknown
+from csgd.graph.rules import RULES, Call, apply_rule, unknown
 from csgd.graph.sizes import hold, measured
 from csgd.graph.spaces import ChannelSpace, spaces_of
 from csgd.graph.twin import (
@@ -95,7 +95,9 @@ class _Escapes(TorchDispatchMode):
             self.functions.inside = True
             call = Call.of(func, args, kwargs, out)
             self.functions.ledger.seen.update(map(id, call.inputs))
-            if call.inputs and call.outputs:
+            if call.name in RULES and "::" in call.name:
+                apply_rule(self.functions.ledger, func, args, kwargs, out)
+            elif call.inputs and call.outputs:
                 unknown(self.functions.ledger, call, "runs in compiled code")
             self.functions.inside = False
         return out

@@ -95,8 +95,8 @@ def _entry(out: Any, key: str | int) -> Any:
     try:
         return getattr(out, key) if isinstance(key, str) and not isinstance(out, Mapping) else out[key]
     except (AttributeError, IndexError, KeyError, TypeError):
-        kind = f"a {type(out).__name__}"
-        allowed = ", ".join(map(repr, out)) if isinstance(out, Mapping) else f"{kind} without it"
+        many = f" of {len(out)}" if isinstance(out, list | tuple) else ""
+        allowed = ", ".join(map(repr, out)) if isinstance(out, Mapping) else f"a {type(out).__name__}{many}"
         raise InputError(f"outputs: the network does not return {key!r}, but {allowed}") from None
 
 
