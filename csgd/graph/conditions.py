@@ -6,7 +6,7 @@ from math import gcd
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from csgd.graph.ledger import Ledger
 from csgd.graph.spaces import ChannelSpace, Condition, Kind, Ref, uses_of
@@ -28,7 +28,13 @@ def _still(ledger: Ledger, ref: Ref) -> str | None:
     if ref.role not in ("out", "follow") or tensor is None:
         return None
     still = not tensor.requires_grad if isinstance(tensor, nn.Parameter) else id(tensor) in ledger.constants
-    return dotted(*ref.owners[0]) if still else None
+    return dotted(*ref.owners[0]) if still and not _equal_rows(tensor, ref) else None
+
+
+def _equal_rows(tensor: Tensor, ref: Ref) -> bool:
+    """Whether the rows of all slots are equal as they are (the kernels of a blur)."""
+    rows = tensor.detach().movedim(ref.dim, 0)[ref.index.to(tensor.device)]
+    return torch.equal(rows, rows[:1].expand_as(rows))
 
 
 def _told(names: Sequence[str]) -> str:

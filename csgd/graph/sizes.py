@@ -83,16 +83,16 @@ class Size(int):
     def __mul__(self, other):
         if not isinstance(other, int):
             return int(self) * other
-        if isinstance(other, Size):
-            return int(self) * int(other)
-        return Size.of(int(self) * other, {source: factor * other for source, factor in self.terms.items()})
+        if isinstance(other, Size) and other > self:  # the smaller one counts how often
+            return other * int(self)
+        return Size.of(int(self) * int(other), {source: factor * int(other) for source, factor in self.terms.items()})
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other):
-        if type(other) is not int or not other or int(self) % other:
+        if not isinstance(other, int) or not other or int(self) % int(other):
             return int(self) // other
-        return Size.of(int(self) // other, {source: factor / other for source, factor in self.terms.items()})
+        return Size.of(int(self) // int(other), {source: factor / int(other) for source, factor in self.terms.items()})
 
 
 def terms_of(number: int) -> dict[Source, Fraction]:
@@ -154,9 +154,9 @@ def count(ledger: Ledger, number: int, atoms: Tensor, whole: Tensor, by: str) ->
     rest = int(number) - sum(factor * source.value for source, factor in terms.items())
     if any(isinstance(source, Width) and source.ledger is not ledger for source in terms):
         terms, rest = {}, int(number)
-    full = next((s for s, f in terms.items() if isinstance(s, Width) and f == 1 and s.value == len(whole)), None)
+    full = next((source for source, f in terms.items() if f == 1 and source.value == len(whole)), None)
     if full is not None and len(terms) + bool(rest) > 1:  # all but some: these are counted by the others
-        ledger.slot.union(full.atoms, whole)
+        _follows(ledger, full, Fraction(1), whole)
         atoms = whole[~torch.isin(whole, atoms)]
         terms, rest = {source: -factor for source, factor in terms.items() if source is not full}, -rest
     for source, factor in terms.items():
