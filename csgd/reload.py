@@ -3,13 +3,14 @@
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from csgd.errors import InputError, line_of
-from csgd.graph import Inputs, trace_spaces
+from csgd.graph import ChannelSpace, Inputs, trace_spaces
 from csgd.graph.integers import Integers, at_place, integers_of, like, replaced
 from csgd.graph.twin import dotted, keep_random_state, raised_in, tensors_in
 from csgd.trim import depthwise_multipliers, fit_attributes, replace_data
@@ -20,13 +21,18 @@ Shapes = Mapping[str, torch.Size]
 
 
 @torch.no_grad()
-def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor], *, example=None) -> nn.Module:
+def load_trimmed(
+    model: nn.Module, state_dict: Mapping[str, Tensor], *, example=None, widths: Mapping[str, int] | None = None
+) -> nn.Module:
     """Gives a freshly built wide `model` the widths of a trimmed state_dict, and loads it.
 
     The shapes in the state_dict are the table of widths: no plan file is needed.  They are checked against each other
     before anything of the model changes: within each layer, and between layers by the channel spaces of the wide
     network on an `example` (as `find_spaces` takes it, on the model's device).  Without one, copies of both networks
     are run without data, on inputs that fit a layer of the wide one, as far as it takes any; not where it has hooks.
+
+    Integers that modules hold to say where parts of the channels lie follow.  Where shapes alone do not say how many
+    are left of each part, `widths` does, {space name: width} as `target_widths` returns them.
 
     Parameters and buffers stay the objects that they are.  InputError if keys are missing, left over, of another kind
     or number of dims or wider than the model's, or if the shapes do not fit together.
@@ -44,8 +50,11 @@ def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor], *, example=
         for path, module in model.named_modules():
             _check_layer(path, module, narrowed)
         if example is not None:
-            _check_spaces(model, shapes, example)
-    followed = _check_run(model, versioned, narrowed, shapes, example) if narrowed else {}
+            spaces = _check_spaces(model, shapes, example)
+        if example is None:
+            spaces = _spaces_on_any(model)
+    counted = _counted(model, shapes, spaces, widths or {}) if narrowed else {}
+    followed = counted | (_check_run(model, versioned, narrowed, shapes, example, counted) if narrowed else {})
 
     changed = list(_touched(model.modules(), narrowed))
     multipliers = depthwise_multipliers(model)
@@ -155,10 +164,11 @@ def _misfit(layer: nn.Module) -> tuple[str, tuple[int, ...]] | None:
     return next(((name, asked[name]) for name in odd), None)
 
 
-def _check_spaces(model: nn.Module, shapes: Shapes, example) -> None:
+def _check_spaces(model: nn.Module, shapes: Shapes, example) -> list[ChannelSpace]:
     """Every channel space of the wide network keeps as many slots in each tensor that its slots index.
 
     A dim that several spaces share, as of a concatenation, keeps the sum; one that no space indexes keeps its size.
+    Returns the spaces.
     """
     try:
         spaces = trace_spaces(model, example)
@@ -184,7 +194,7 @@ def _check_spaces(model: nn.Module, shapes: Shapes, example) -> None:
     while left:
         ready = [use for use, lanes in left.items() if sum(alike not in kept for alike in lanes) <= 1]
         if not ready:  # dims of several spaces each: their sums alone say no more
-            return
+            return spaces
         for key, dim in ready:
             lanes = left.pop((key, dim))
             before, size = own[key].size(dim), shapes[key][dim]
@@ -206,10 +216,73 @@ def _check_spaces(model: nn.Module, shapes: Shapes, example) -> None:
                 among = "".join(f", {kept[alike][1]} of {list(shapes[kept[alike][1]])} others" for alike in others)
                 raise InputError(f"weights that do not fit together: {says}{among}")
             kept.setdefault(last, (int(width), key))
+    return spaces
+
+
+def _counted(
+    model: nn.Module, shapes: Shapes, spaces: list[ChannelSpace], widths: Mapping[str, int]
+) -> dict[tuple[str, str], Integers]:
+    """{(module path, attribute): value} of the integers that count channels in these spaces of the wide network, as
+    they are in one of these shapes."""
+    if not any(ref.role == "size" for space in spaces for ref in space.refs):
+        return {}
+    kept = {space.name: space.size if space.pinned else widths.get(space.name) for space in spaces}
+    sums, own = defaultdict(list), model.state_dict()
+    for space in spaces:
+        for ref in space.refs:
+            for key in (dotted(*owner) for owner in ref.owners if ref.role != "size"):
+                if key in shapes:
+                    sums[key, ref.dim].append((space, ref.index.size(1)))
+    before = None
+    while before != kept:
+        before = dict(kept)
+        for (key, dim), terms in sums.items():
+            left = [(space, lanes) for space, lanes in terms if kept[space.name] is None]
+            lost = own[key].size(dim) - shapes[key][dim]
+            lost -= sum(
+                (space.size - kept[space.name]) * lanes for space, lanes in terms if kept[space.name] is not None
+            )
+            for space, lanes in left if len(left) == 1 or not lost else ():
+                kept[space.name] = space.size - lost // lanes
+    counts: dict[tuple[str, str], Integers] = {}
+    for space in spaces:
+        for ref in (ref for ref in space.refs if ref.role == "size"):
+            ((path, attribute),) = ref.owners
+            if kept[space.name] is None and model.get_submodule(path) not in _own_code(model):
+                continue
+            if kept[space.name] is None:
+                name = dotted(path, attribute)
+                raise InputError(
+                    f"{name} counts channels of '{space.name}', and shapes alone do not say how many are left: "
+                    "give widths"
+                )
+            said = counts.get((path, attribute), getattr(model.get_submodule(path), attribute))
+            now = at_place(said, ref.dim) - (space.size - kept[space.name]) * ref.index.size(1)
+            counts[path, attribute] = replaced(said, ref.dim, now)
+    return counts
+
+
+def _spaces_on_any(model: nn.Module) -> list[ChannelSpace]:
+    """The spaces of a wide network, whose modules hold integers, on the first input that it takes."""
+    holds = any(True for module in _own_code(model) for _ in integers_of(module))
+    hooked = any(_has_hooks(module) for module in model.modules())  # which may reach what is the user's
+    for inputs in _inputs_for(model) if holds and not hooked else ():
+        with suppress(InputError):
+            return trace_spaces(model, _zeros(inputs, model), itself=False)
+    return []
+
+
+def _own_code(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if not type(module).__module__.startswith("torch.")]
 
 
 def _check_run(
-    model: nn.Module, state_dict: OrderedDict, narrowed: Mapping[int, torch.Size], shapes: Shapes, example
+    model: nn.Module,
+    state_dict: OrderedDict,
+    narrowed: Mapping[int, torch.Size],
+    shapes: Shapes,
+    example,
+    counted: Mapping[tuple[str, str], Integers],
 ) -> dict[tuple[str, str], Integers]:
     """The narrow network takes what the wide one takes: both are run without data, as far as they can be.
 
@@ -220,6 +293,8 @@ def _check_run(
         wide, narrow = _without_data(model, {}), _without_data(model, narrowed)
     except Exception:  # a model that cannot be copied
         return followed
+    for (path, attribute), value in counted.items():
+        setattr(narrow.get_submodule(path), attribute, value)
     weights = copy.copy(state_dict)
     weights.update((key, value.to("meta")) for key, value in state_dict.items() if isinstance(value, Tensor))
     try:

@@ -185,9 +185,33 @@ PICKS = {
 
 
 @pytest.mark.parametrize("name", PICKS)
-def test_parts_of_the_channels_are_cut_each_for_itself(name):
+def test_parts_of_the_channels_are_cut_each_for_itself_and_reload(name):
     way, parts, free = PICKS[name]
-    check_exact(Net(way, **parts), IMAGES, free=free)
+    wide = Net(way, **parts)
+    _, clusters, narrow = check_exact(wide, IMAGES, free=free)
+    expected = narrow(IMAGES.double())
+    widths = {space: len(members) for space, members in clusters.items()}
+    for how in ({"example": IMAGES}, {}):
+        if name == "sums of attributes":
+            how["widths"] = widths
+        loaded = csgd.load_trimmed(copy.deepcopy(wide), narrow.state_dict(), **how).double().eval()
+        assert csgd.proof.largest_change([expected], [loaded(IMAGES.double())]) <= 1e-5
+
+
+def test_parts_that_shapes_do_not_tell_apart_ask_for_widths():
+    def way(net, x):
+        first, rest = net.a(x)[:, : net.k], net.a(x)[:, net.k :]
+        return net.h(torch.cat([first.relu(), rest], 1))
+
+    wide = Net(way, a=conv(3, 16), h=head(16), k=6)
+    _, clusters, narrow = check_exact(wide, IMAGES, free=16)
+    with pytest.raises(
+        csgd.InputError, match="k counts channels of 'a', and shapes alone do not say how many are left"
+    ):
+        csgd.load_trimmed(wide, narrow.state_dict(), example=IMAGES)
+    widths = {name: len(members) for name, members in clusters.items()}
+    loaded = csgd.load_trimmed(wide, narrow.state_dict(), example=IMAGES, widths=widths)
+    assert loaded.k == narrow.k == widths["a"]
 
 
 def test_attributes_that_say_where_parts_lie_follow_and_are_listed():
