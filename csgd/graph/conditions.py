@@ -32,7 +32,9 @@ def _still(ledger: Ledger, ref: Ref) -> str | None:
 
 
 def _equal_rows(tensor: Tensor, ref: Ref) -> bool:
-    """Whether the rows of all slots are equal as they are (the kernels of a blur)."""
+    """Whether the kernels of all slots are equal as they are (a blur); vectors may be so before weights are loaded."""
+    if tensor.dim() == 1:
+        return False
     rows = tensor.detach().movedim(ref.dim, 0)[ref.index.to(tensor.device)]
     return torch.equal(rows, rows[:1].expand_as(rows))
 
