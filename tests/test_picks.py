@@ -10,6 +10,7 @@ from torch import nn
 import csgd
 from csgd.graph.rules import RULES
 from csgd.trial import random_clusters
+from csgd.verify import count_macs
 
 IMAGES, WORDS, TOKENS = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 16), torch.randint(0, 20, (2, 4))
 
@@ -255,6 +256,96 @@ def test_an_attribute_of_the_same_value_that_counts_nothing_stays():
     net = Net(PICKS["partial conv"][0], **PICKS["partial conv"][1], images=6)
     _, _, narrow = check_exact(net, IMAGES, free=22)
     assert narrow.images == 6 > narrow.k
+
+
+# whole networks
+
+
+class LayerNorm2d(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.weight, self.bias = learned(1, dim, 1, 1), learned(1, dim, 1, 1)
+
+    def forward(self, x):
+        mean = x.mean(1, keepdim=True)
+        return (x - mean) / ((x - mean).pow(2).mean(1, keepdim=True) + 1e-6).sqrt() * self.weight + self.bias
+
+
+class NAFBlock(nn.Module):
+    """As in NAFNet: norms by hand, a gate of halves, channel attention."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm1, self.norm2 = LayerNorm2d(dim), LayerNorm2d(dim)
+        self.conv1, self.conv2 = nn.Conv2d(dim, 2 * dim, 1), conv(2 * dim, 2 * dim, groups=2 * dim)
+        self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(dim, dim, 1))
+        self.conv3, self.conv4, self.conv5 = (nn.Conv2d(dim, n, 1) for n in (dim, 2 * dim, dim))
+        self.beta, self.gamma = learned(1, dim, 1, 1), learned(1, dim, 1, 1)
+
+    def forward(self, x):
+        a, b = self.conv2(self.conv1(self.norm1(x))).chunk(2, 1)
+        y = x + self.conv3(a * b * self.sca(a * b)) * self.beta
+        a, b = self.conv4(self.norm2(y)).chunk(2, 1)
+        return y + self.conv5(a * b) * self.gamma
+
+
+class PLKBlock(nn.Module):
+    """As in PLKSR: a large kernel over the first channels, written in place in eval mode, split in train mode."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.mixer, self.idx = nn.Sequential(conv(dim, 2 * dim), nn.GELU(), nn.Conv2d(2 * dim, dim, 1)), dim // 4
+        self.large, self.refine = nn.Conv2d(self.idx, self.idx, 5, padding=2), nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x):
+        y = self.mixer(x)
+        if self.training:
+            first, rest = torch.split(y, [self.idx, y.size(1) - self.idx], dim=1)
+            y = torch.cat([self.large(first), rest], 1)
+        else:
+            y[:, : self.idx] = self.large(y[:, : self.idx])
+        return x + self.refine(y)
+
+
+class C2f(nn.Module):
+    """As in YOLO v8: halves, of which one goes on through bottlenecks, all joined."""
+
+    def __init__(self, ins, outs, n=2):
+        super().__init__()
+        self.c = outs // 2
+        self.cv1, self.cv2 = nn.Conv2d(ins, 2 * self.c, 1), nn.Conv2d((2 + n) * self.c, outs, 1)
+        self.m = nn.ModuleList(
+            nn.Sequential(conv(self.c, self.c), nn.BatchNorm2d(self.c), nn.SiLU(), conv(self.c, self.c))
+            for _ in range(n)
+        )
+
+    def forward(self, x):
+        parts = list(self.cv1(x).split((self.c, self.c), 1))
+        for block in self.m:
+            parts.append(parts[-1] + block(parts[-1]))
+        return self.cv2(torch.cat(parts, 1))
+
+
+NETWORKS = {
+    "NAFNet": lambda: nn.Sequential(conv(3, 16), NAFBlock(16), NAFBlock(16), conv(16, 3)),
+    "PLKSR": lambda: nn.Sequential(conv(3, 16), PLKBlock(16), PLKBlock(16), conv(16, 12), nn.PixelShuffle(2)),
+    "C2f": lambda: nn.Sequential(conv(3, 16), C2f(16, 24), conv(24, 32, stride=2), C2f(32, 32), head(32)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_such_blocks_lose_most_of_their_cost(name):
+    net = NETWORKS[name]()
+    spaces = csgd.find_spaces(net, IMAGES)
+    clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 1 / 2))
+    proof = csgd.prove(net, spaces, clusters, IMAGES)
+    assert proof.exact, proof
+    assert proof.change <= 1e-12
+    narrow = copy.deepcopy(net)
+    csgd.trim(narrow, spaces, clusters, tolerance=None)
+    assert count_macs(narrow, IMAGES) <= 0.4 * count_macs(net, IMAGES)
+    loaded = csgd.load_trimmed(NETWORKS[name](), narrow.state_dict(), example=IMAGES)
+    assert torch.equal(loaded.eval()(IMAGES), narrow.eval()(IMAGES))
 
 
 # tensors that are made for as many channels

@@ -82,7 +82,29 @@ def frozen_resnet50(torchvision):
     return torchvision.models.resnet50(norm_layer=torchvision.ops.FrozenBatchNorm2d), images(64)
 
 
+def faster_rcnn(torchvision):
+    """Boxes and losses, not only maps: what is chosen by order is chosen again."""
+    build = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
+    boxes = torch.tensor([[10.0, 10.0, 80.0, 90.0], [30.0, 40.0, 150.0, 120.0]])
+    targets = [{"boxes": boxes, "labels": torch.tensor([3, 7])} for _ in range(2)]
+    return build(weights=None, weights_backbone=None), ([*images(160).sigmoid()], targets)
+
+
 ZOO = {
+    **{
+        name: Entry("timm", lambda p, name=name: (p.create_model(name), images(64)), "MACs", 0.70)
+        for name in (
+            "mambaout_femto",
+            "inception_next_atto",
+            "fasternet_t0",
+            "res2net50_14w_8s",
+            "cspdarknet53",
+            "dpn48b",
+            "skresnet18",
+            "ghostnet_100",
+        )
+    },
+    "Faster R-CNN": Entry("torchvision", faster_rcnn, "MACs", 0.70),
     "ConvNeXt": Entry(
         "torchvision", lambda p: (p.models.convnext_tiny(stochastic_depth_prob=0.0), images(64)), "params", 0.60
     ),
