@@ -42,6 +42,7 @@ WORST = 1e-5  # but not below this
 DROPOUTS = {
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout",
 }  # fmt: skip
+ATTENTIONS = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}  # and the place of dropout_p
 VISIBLE = 10  # times the tolerance: what a channel must matter for a cut of it to be judged
 
 
@@ -127,8 +128,13 @@ class _WithoutDropout(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "").strip("_") in DROPOUTS:
+        name = getattr(func, "__name__", "").strip("_")
+        if name in DROPOUTS:
             return args[0] if args else kwargs["input"]
+        if name in ATTENTIONS:
+            place = ATTENTIONS[name]
+            args, kwargs = (*args[:place], 0.0, *args[place + 1 :])[: len(args)], kwargs | {"dropout_p": 0.0}
+            kwargs = kwargs if len(args) <= place else {k: v for k, v in kwargs.items() if k != "dropout_p"}
         return func(*args, **kwargs)
 
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +13,31 @@ from csgd.graph.labels import UnionFind, along, compact, fold_constant_dims, wid
 from csgd.graph.twin import dotted, own_tensors
 
 
+class Product(NamedTuple):
+    """Σ over channels of a query's and a key's: atoms of both, in the same order, and what scales it.
+
+    implied  the function divides by the root of the number of channels that it sees
+    """
+
+    queries: Tensor
+    keys: Tensor
+    implied: bool
+    by: str
+
+
 class Ledger:
     """Atoms of one network and everything the forward passes say about them.
 
-    Two equivalences are kept, the second coarser than the first:
+    Three equivalences are kept, the others coarser than the first:
       * `channel`: atoms that are the same channel (residual sums, gates, batch norm statistics);
       * `slot`: atoms that must be clustered alike without being the same channel, the *lanes* of a slot
-        (halves of a chunk, groups of a grouped conv, sub-pixels of a pixel shuffle).
+        (halves of a chunk, groups of a grouped conv, sub-pixels of a pixel shuffle);
+      * `head`: the same for another way to cut: where channels are seen as [heads, dims], a slot is a dim with a lane in
+        every head, and what `head` ties is a head with a lane for every dim.  Elsewhere the two are alike.
     """
 
     def __init__(self, model: nn.Module, maps: Mapping[int, int] = MappingProxyType({})):
-        self.channel, self.slot = UnionFind(), UnionFind()
+        self.channel, self.slot, self.head = UnionFind(), UnionFind(), UnionFind()
         self.tensors: dict[int, Tensor] = {}  # keeps every tensor alive, so that its id stays its own
         self.owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
         self._registered: dict[tuple[str, str], Tensor] = {}
@@ -46,6 +61,11 @@ class Ledger:
         self.activations: list[Tensor] = []  # labels of all that was computed
         self._labels = WeakTensorKeyDictionary()
         self.pins: list[tuple[Tensor, str]] = []  # (atoms, why they must stay)
+        self.pinned_dims: list[tuple[Tensor, str]] = []  # the same for slots, not for whole heads
+        self.heads: list[Tensor] = []  # atoms [heads] of an attention, tied to all that is of each head
+        self.products: list[Product] = []
+        self.same_width: list[tuple[Tensor, Tensor]] = []  # (stream, channels of all heads): as many before as after
+        self.worked: list[Tensor] = []  # atoms of channels that are not only moved, scaled and multiplied in a product
 
     def tensor_of(self, owner: tuple[str, str]) -> Tensor | None:
         """The tensor that a module registers under a name; None for an attribute that is none."""
@@ -59,8 +79,8 @@ class Ledger:
     def fresh(self, n: int, reason: str | None = None) -> Tensor:
         """n new atoms, pinned when a reason is given."""
         atoms = torch.arange(len(self.channel), len(self.channel) + n, device="cpu")  # whatever the default is
-        self.channel.grow(n)
-        self.slot.grow(n)
+        for ties in (self.channel, self.slot, self.head):
+            ties.grow(n)
         if reason:
             self.pin(atoms, reason)
         return atoms
@@ -68,16 +88,60 @@ class Ledger:
     def pin(self, labels: Tensor, reason: str) -> None:
         self.pins.append((compact(labels).reshape(-1).unique(), reason))
 
+    def pin_picked(self, labels: Tensor, reason: str, picked: Tensor | None = None) -> None:
+        """Pins some of these channels, or all: their dims alone where whole heads go as they are."""
+        apart = self.apart(labels)
+        within = apart and set(apart).isdisjoint(self.heads_apart(labels))
+        pins = self.pinned_dims if within else self.pins
+        pins.append((compact(labels if picked is None else picked).reshape(-1).unique(), reason))
+
     def freeze(self, parameter: Tensor, reason: str) -> None:
         self.frozen.setdefault(id(parameter), reason)
 
     def same_channel(self, a: Tensor, b: Tensor) -> None:
         self.channel.union(a, b)
+        self.alike(a, b)
+
+    def alike(self, a: Tensor, b: Tensor) -> None:
+        """Ties a[i] and b[i] for every i, whatever is cut: lanes of one slot, and of one head."""
         self.slot.union(a, b)
+        self.head.union(a, b)
 
     def clustered_alike(self, atoms: Tensor, dim: int = 0) -> None:
         """Ties everything that lies along `dim`: lanes of one slot."""
-        self.slot.union(atoms.narrow(dim, 0, 1).expand_as(atoms), atoms)
+        self.alike(atoms.narrow(dim, 0, 1).expand_as(atoms), atoms)
+
+    def split(self, atoms: Tensor) -> None:
+        """Channels [..., heads, dims]: dims are cut alike in every head, or whole heads are cut."""
+        for dim in (wide := wide_dims(atoms))[:-1]:
+            self.slot.union(atoms.narrow(dim, 0, 1).expand_as(atoms), atoms)
+        self.head.union(atoms.narrow(wide[-1], 0, 1).expand_as(atoms), atoms)
+
+    def dims(self, labels: Tensor, dim: int) -> Tensor:
+        """Atoms [n] for what has one entry for every dim of a head (a norm's weight, an integer): a lane of each slot,
+        and nothing that whole heads cut."""
+        lanes = self.lanes(labels, dim)
+        if lanes.size(1) == 1:
+            return lanes[:, 0]
+        atoms = self.fresh(len(lanes))
+        self.slot.union(atoms[:, None].expand_as(lanes), lanes)
+        self.head.union(atoms[:1].expand_as(atoms), atoms)
+        return atoms
+
+    def heads_of(self, *parts: Tensor) -> Tensor:
+        """Atoms [n] for what has one entry for every head (scores, an integer): of rows [n, …] of atoms, each a head.
+
+        Nothing that a cut of dims cuts; where rows are of one head (its copies in a batch) they get one atom.
+        """
+        rows = [part.reshape(len(part), -1) for part in parts]
+        for part in rows:
+            self.head.union(part[:, :1].expand_as(part), part)
+            self.head.union(rows[0][:, 0], part[:, 0])
+        roots, which = self.head.find(rows[0][:, 0]).unique(return_inverse=True)
+        atoms = self.fresh(len(roots))
+        self.slot.union(atoms[:1].expand_as(atoms), atoms)
+        self.head.union(atoms, roots)
+        return atoms[which]
 
     # labels of tensors
 
@@ -147,17 +211,29 @@ class Ledger:
             self._labels[tensor] = labels = self.canonical(labels.expand(tensor.shape))
             self.activations.append(labels)
 
+    def work(self, tensor: Tensor) -> None:
+        """Notes that the channels of an activation are read or changed one by one: no sum of them goes through."""
+        labels = None if self.owns(tensor) else self._labels.get(tensor)
+        if labels is not None:
+            self.work_on(labels)
+
+    def work_on(self, labels: Tensor) -> None:
+        self.worked.append(compact(labels).reshape(-1))
+
     def name(self, tensor: Tensor) -> str:
         return dotted(*self.owners[id(tensor)][0])
 
     def channels(self, labels: Tensor, dim: int) -> Tensor:
         """One atom per position along `dim`; what differs along other dims is clustered alike."""
-        size = labels.size(dim)
-        lanes = compact(labels).movedim(dim, 0)
-        lanes = lanes.expand(size, *lanes.shape[1:]).reshape(size, -1)
+        lanes = self.lanes(labels, dim)
         if lanes.size(1) > 1:
             self.clustered_alike(lanes, 1)
         return lanes[:, 0]
+
+    def lanes(self, labels: Tensor, dim: int) -> Tensor:
+        """[size of `dim`, whatever differs along other dims]"""
+        size, lanes = labels.size(dim), compact(labels).movedim(dim, 0)
+        return lanes.expand(size, *lanes.shape[1:]).reshape(size, -1)
 
     def record(self, tensor: Tensor | None, dim: int, atoms: Tensor, role: str) -> None:
         """Notes that `dim` of a parameter or buffer is indexed by `atoms`; a second use ties the two."""
@@ -185,8 +261,15 @@ class Ledger:
 
     def apart(self, labels: Tensor) -> list[int]:
         """The dims along which channels lie that need not be clustered alike: a cut makes these shorter, not others."""
-        slots = self.slot.find(compact(self.canonical(labels)))
-        return [dim for dim in wide_dims(slots) if not torch.equal(slots, slots.narrow(dim, 0, 1).expand_as(slots))]
+        return self._apart(self.slot, labels)
+
+    def heads_apart(self, labels: Tensor) -> list[int]:
+        """The same for a cut of whole heads."""
+        return self._apart(self.head, labels)
+
+    def _apart(self, ties: UnionFind, labels: Tensor) -> list[int]:
+        roots = ties.find(compact(self.canonical(labels)))
+        return [dim for dim in wide_dims(roots) if not torch.equal(roots, roots.narrow(dim, 0, 1).expand_as(roots))]
 
     def mixed(self, labels: Tensor, dims: set[int]) -> Tensor | None:
         """Labels (dims kept, compact) after an operation that mixes values along `dims`.

@@ -27,7 +27,7 @@ def pick(ledger: Ledger, call: "Call") -> str | None:
     ]
     apart = ledger.apart(labels) if any(moves) else []
     if len(apart) > 1 or (apart and not _counted(ledger, call, labels, apart[0])):
-        ledger.pin(labels, f"{call.name}: picks channels")
+        ledger.pin_picked(labels, f"{call.name}: picks channels")
     for out, part, moved in zip(call.outputs, parts, moves, strict=True):
         if moved:
             ledger.part(part)
@@ -63,7 +63,7 @@ def _counted(ledger: Ledger, call: "Call", labels: Tensor, dim: int) -> bool:
         return True
     for part in parts[1:]:  # all are so many, but for the last
         if len(part) == sizes:
-            ledger.slot.union(parts[0], part)
+            ledger.alike(parts[0], part)
         else:
             ledger.pin(part, f"{call.name}: picks channels that remain")
     count(ledger, sizes, parts[0], whole, call.name)
@@ -109,13 +109,20 @@ def _index_of(index: Any, ndim: int) -> list[Any]:
 
 
 def counted(ledger: Ledger, call: "Call", moved: Tensor) -> None:
-    """Lets the integers of modules in the shape of a view follow the channels that lie along their dim."""
-    sizes = call.args[1] if len(call.args) == 2 and isinstance(call.args[1], tuple | list) else call.args[1:]
-    if call.name not in ("view", "reshape") or len(sizes) != moved.dim():
+    """Lets the integers of modules in the shape of a view follow what lies along their dim: channels, dims of a head,
+    or heads."""
+    first = call.arg(1, "dim") % call.inputs[0].dim() if call.name == "unflatten" else 0
+    given = call.args[2:] if first or call.name == "unflatten" else call.args[1:]
+    sizes = given[0] if len(given) == 1 and isinstance(given[0], tuple | list) else given
+    if call.name not in ("view", "reshape", "unflatten") or len(sizes) > moved.dim():
         return
-    for dim in ledger.apart(moved):
-        if isinstance(sizes[dim], Size) and sizes[dim].is_held:
-            count(ledger, sizes[dim], row(moved, dim), row(moved, dim), call.name)
+    for dim, size in enumerate(sizes, first):
+        if isinstance(size, Size) and size.is_held and dim in wide_dims(moved):
+            if dim in ledger.apart(moved):
+                atoms = ledger.dims(moved, dim)
+                count(ledger, size, atoms, atoms, call.name)
+            else:
+                count(ledger, size, atoms := ledger.heads_of(ledger.lanes(moved, dim)), atoms, call.name)
 
 
 def setitem(ledger: Ledger, call: "Call") -> str | None:

@@ -21,6 +21,13 @@ from csgd.graph.picks import counted, made, made_like, max_unpool, pick, setitem
 
 # Values leave, or are written into, a tensor behind the tracer's back.
 ESCAPES = {"setitem", "set", "numpy", "tolist", "array", "dlpack"}
+CARRIED = {
+    *"view reshape ravel flatten unflatten squeeze unsqueeze view_as permute transpose t movedim moveaxis".split(),
+    *"swapaxes swapdims expand expand_as broadcast_to repeat repeat_interleave cat concat concatenate stack split chunk".split(),
+    *"tensor_split split_with_sizes narrow select getitem unbind roll flip contiguous clone detach to type_as".split(),
+    *"float double half bfloat16 cpu matmul rmatmul bmm einsum scaled_dot_product_attention".split(),
+}
+SCALED = {*"mul rmul imul multiply div truediv rtruediv itruediv true_divide neg".split()}  # of one tensor alone
 PROPERTIES = {"T": "t", "mT": "transpose", "data": "detach"}
 
 
@@ -47,6 +54,12 @@ class Call:
         inputs, outputs = ([t for t in tree_leaves(value) if isinstance(t, Tensor)] for value in ((args, kwargs), out))
         return cls(name, func, args, kwargs, inputs, inputs[:1] if name in ESCAPES else outputs)
 
+    @property
+    def carries(self) -> bool:
+        """Whether a sum of channels goes through: values are moved, scaled alike, or the rule says itself."""
+        large = sum(tensor.numel() > 1 for tensor in self.inputs)
+        return self.name in CARRIED or (self.name in SCALED and large == 1)
+
     def arg(self, position: int, key: str, default=None):
         return self.kwargs.get(key, self.args[position] if len(self.args) > position else default)
 
@@ -70,6 +83,9 @@ def apply_rule(ledger: Ledger, func: Callable, args: tuple, kwargs: dict, out) -
     if not call.inputs:
         return made(ledger, call)
     ledger.seen.update(map(id, call.inputs))
+    if not call.carries:
+        for tensor in call.inputs:
+            ledger.work(tensor)
     try:
         if reason := RULES.get(call.name, unknown)(ledger, call):
             unknown(ledger, call, reason)
@@ -95,27 +111,78 @@ def unknown(ledger: Ledger, call: Call, reason: str = "no rule for") -> None:
 
 
 def elementwise(ledger: Ledger, call: Call) -> None:
-    """Channels that meet are the same channel; an operand that treats all channels alike ties nothing."""
-    ndim, result, shape = call.outputs[0].dim(), None, None  # shape: of the result, before broadcasting
-    for tensor in call.inputs[:1] if call.name in ("to", "type_as") else call.inputs:
-        if tensor.numel() <= 1:
-            continue
-        labels, size = compact(ledger.labels(tensor)), (1,) * (ndim - tensor.dim()) + tuple(tensor.shape)
+    tensors = call.inputs[:1] if call.name in ("to", "type_as") else call.inputs
+    operands = [(ledger.labels(tensor), tensor) for tensor in tensors if tensor.numel() > 1]
+    if operands:
+        ledger.label(call.outputs[0], meet(ledger, operands, call.outputs[0].dim()))
+
+
+def meet(ledger: Ledger, operands: list[tuple[Tensor, Tensor]], ndim: int) -> Tensor:
+    """Channels that meet are the same channel; an operand that treats all channels alike ties nothing.
+
+    operands  (labels, tensor) of each
+    """
+    result, shape, first = None, None, None  # shape: of the result, before broadcasting
+    for labels, tensor in operands:
+        labels, size = compact(labels), (1,) * (ndim - labels.dim()) + tuple(labels.shape)
         labels = labels.reshape((1,) * (ndim - labels.dim()) + tuple(labels.shape))
         if result is None:
-            result, shape = labels, size
+            result, shape, first = labels, size, tensor
             continue
         ledger.learn(result, labels, shape, size)
-        if wide_dims(result) and labels.numel() == 1 and all(size[d] == 1 for d in ledger.apart(result)):
+        if wide_dims(result) and labels.numel() == 1 and _treats_alike(ledger, result, labels, size):
+            _tie_what_differs(ledger, result, tensor, size)
+        elif wide_dims(labels) and result.numel() == 1 and _treats_alike(ledger, labels, result, shape):
+            _tie_what_differs(ledger, labels, first, shape)
+            result = labels
+        elif _tie_part(ledger, result, labels, size):
             pass
-        elif wide_dims(labels) and result.numel() == 1 and all(shape[d] == 1 for d in ledger.apart(labels)):
+        elif _tie_part(ledger, labels, result, shape):
             result = labels
         else:
             result, labels = torch.broadcast_tensors(result, labels)
             ledger.same_channel(result, labels)
         shape = tuple(max(a, b) for a, b in zip(shape, size, strict=True))
-    if result is not None:
-        ledger.label(call.outputs[0], result)
+    return result
+
+
+def _treats_alike(ledger: Ledger, labels: Tensor, other: Tensor, size: tuple[int, ...]) -> bool:
+    """Whether an operand of that size, without labels, treats all channels alike, or all heads, whose dims then stay."""
+    if all(size[dim] == 1 for dim in ledger.apart(labels)):
+        return True
+    heads = ledger.heads_apart(labels)
+    if not heads or any(size[dim] > 1 for dim in heads):
+        return False
+    atom = other.reshape(-1)
+    why = (reason for atoms, reason in ledger.pins if torch.isin(atom, atoms).any())
+    ledger.pinned_dims.append((labels.reshape(-1), next(why, "meets a value of its own for each dim of a head")))
+    return True
+
+
+def _tie_part(ledger: Ledger, labels: Tensor, other: Tensor, size: tuple[int, ...]) -> bool:
+    """Where channels are [heads, dims], ties another operand that has one for each dim, or one for each head, alone;
+    whether it is of that kind."""
+    dims, heads, wide = ledger.apart(labels), ledger.heads_apart(labels), set(wide_dims(other))
+    if not (dims and heads and wide) or not set(dims).isdisjoint(heads):
+        return False
+    if wide <= set(dims) and all(size[dim] == 1 for dim in heads):
+        ledger.slot.union(*torch.broadcast_tensors(labels, other))
+    elif wide <= set(heads) and all(size[dim] == 1 for dim in dims):
+        ledger.head.union(*torch.broadcast_tensors(labels, other))
+        ledger.slot.union(other.reshape(-1)[:1].expand_as(other), other)
+    else:
+        return False
+    return True
+
+
+def _tie_what_differs(ledger: Ledger, labels: Tensor, other: Tensor, size: tuple[int, ...]) -> None:
+    """Heads stay, all of them, where they meet what has a value for each of them: a mask that is expanded has not."""
+    for dim in ledger.heads_apart(labels):
+        if size[dim] > 1:
+            values = other.reshape(size) if other.dim() < len(size) else other
+            first = values.narrow(dim, 0, 1)
+            if not torch.equal(first.expand_as(values), values):
+                ledger.head.union(labels.narrow(dim, 0, 1).expand_as(labels), labels)
 
 
 def pool(ledger: Ledger, call: Call) -> None:
@@ -192,8 +259,7 @@ def reshape(ledger: Ledger, call: Call) -> None:
     moved = ledger.canonical(labels.reshape(out.shape))
     wide = wide_dims(moved)
     if len(wide) > max(1, len(wide_dims(labels))):  # groups of channels: each loses as many, at the same places
-        for dim in wide[:-1]:
-            ledger.clustered_alike(compact(moved), dim)
+        ledger.split(compact(moved))
     counted(ledger, call, moved)
     ledger.label(out, moved)
 
@@ -208,14 +274,17 @@ def move(ledger: Ledger, call: Call) -> None:
 
 
 def join(ledger: Ledger, call: Call) -> None:
-    """Operands need equal sizes along every dim but that of the cat: channels that lie there are clustered alike."""
-    parts = [ledger.labels(tensor) for tensor in call.inputs]
+    """Operands need equal sizes along every dim but that of the cat: channels that lie there are clustered alike.
+
+    Empty ones (a cache at its start) have none.
+    """
+    parts = [ledger.labels(tensor) for tensor in call.inputs if tensor.shape != (0,)]
     dim = call.arg(1, "dim", 0) % max(1, parts[0].dim())
     for other in parts[1:]:
         ledger.learn(compact(parts[0]), compact(other), parts[0].shape, other.shape)
         if call.name == "stack" or dim not in {*wide_dims(parts[0]), *wide_dims(other)}:
             first, second = (compact(part) for part in (parts[0], other))
-            ledger.slot.union(*torch.broadcast_tensors(first, second))
+            ledger.alike(*torch.broadcast_tensors(first, second))
     ledger.label(call.outputs[0], call.on(parts))
 
 
@@ -227,7 +296,7 @@ def chunk(ledger: Ledger, call: Call) -> None:
         if len(wide_dims(labels)) > 1 or len({part.shape for part in parts}) > 1:
             return pick(ledger, call)
         for first, second in pairwise(parts):
-            ledger.slot.union(compact(first), compact(second))
+            ledger.alike(compact(first), compact(second))
     for out, part in zip(call.outputs, parts, strict=True):
         ledger.label(out, part)
 
@@ -300,7 +369,7 @@ def conv(ledger: Ledger, call: Call) -> None:
             outs = ins
         else:  # a multiplier: every input channel has several output channels, its lanes
             outs = _produced(ledger, weight, 0, n)
-            ledger.slot.union(ins.repeat_interleave(n // groups), outs)
+            ledger.alike(ins.repeat_interleave(n // groups), outs)
         ledger.record(weight, 0, ins if transposed else outs, "follow")
     else:
         outs = _produced(ledger, weight, int(transposed), n)
@@ -401,7 +470,7 @@ def layer_norm(ledger: Ledger, call: Call) -> None:
         return unknown(ledger, call, "normalises over several dims of channels")
     for dim in normalised:
         ledger.weigh(labels, range(first, labels.dim()), _told(ledger, call))
-        atoms, module = ledger.channels(labels, dim), _calling(nn.Module)
+        atoms, module = ledger.dims(labels, dim), _calling(nn.Module)
         for tensor in call.inputs[1:]:
             ledger.record(tensor, dim - first, atoms, "follow")
         for attribute, value in vars(module).items() if module is not None else ():

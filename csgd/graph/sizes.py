@@ -166,7 +166,8 @@ def count(ledger: Ledger, number: int, atoms: Tensor, whole: Tensor, by: str) ->
         _follows(ledger, source, factor, atoms[:n])
         atoms = atoms[n:]
     if len(atoms):
-        ledger.pin(atoms, f"{by}: picks channels by a number that is typed in: an attribute or the width frees it")
+        reason = "picks channels by a number that is typed in: an attribute or the width frees it"
+        ledger.pin_picked(whole, f"{by}: {reason}", atoms)
 
 
 def _follows(ledger: Ledger, source: Source, factor: Fraction, atoms: Tensor) -> None:
@@ -180,4 +181,4 @@ def _follows(ledger: Ledger, source: Source, factor: Fraction, atoms: Tensor) ->
         earlier = chunks[0]
     else:
         earlier = ledger.sizes.setdefault((source.path, source.attribute, source.place), counted)
-    ledger.slot.union(earlier, counted[: len(earlier)])
+    ledger.alike(earlier, counted[: len(earlier)])

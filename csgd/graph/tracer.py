@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csgd.errors import InputError
+from csgd.graph.attention import ATTENTION
 from csgd.graph.conditions import add_conditions
 from csgd.graph.labels import compact
 from csgd.graph.ledger import Ledger
@@ -37,6 +38,8 @@ from csgd.graph.twin import (
     set_random_state,
     twin_of,
 )
+
+RULES.update(ATTENTION)
 
 TRAINING_PASSES = 8  # at most, until what is left out at random has all been seen
 
