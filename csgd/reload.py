@@ -4,11 +4,13 @@ import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from csgd.clusters import counted_channels
 from csgd.errors import InputError, line_of
 from csgd.graph import ChannelSpace, Inputs, trace_spaces
 from csgd.graph.integers import Integers, at_place, integers_of, like, replaced
@@ -32,7 +34,8 @@ def load_trimmed(
     are run without data, on inputs that fit a layer of the wide one, as far as it takes any; not where it has hooks.
 
     Integers that modules hold to say where parts of the channels lie follow.  Where shapes alone do not say how many
-    are left of each part, `widths` does, {space name: width} as `target_widths` returns them.
+    are left of each part, or whether of an attention there are fewer heads or smaller ones, `widths` does, {space name:
+    width} as `target_widths` returns them.
 
     Parameters and buffers stay the objects that they are.  InputError if keys are missing, left over, of another kind
     or number of dims or wider than the model's, or if the shapes do not fit together.
@@ -53,7 +56,7 @@ def load_trimmed(
             spaces = _check_spaces(model, shapes, example)
         if example is None:
             spaces = _spaces_on_any(model)
-    counted = _counted(model, shapes, spaces, widths or {}) if narrowed else {}
+    counted = _counted_in(model, shapes, spaces, widths) if narrowed else {}
     followed = counted | (_check_run(model, versioned, narrowed, shapes, example, counted) if narrowed else {})
 
     changed = list(_touched(model.modules(), narrowed))
@@ -155,6 +158,10 @@ def _misfit(layer: nn.Module) -> tuple[str, tuple[int, ...]] | None:
         asked = dict.fromkeys(("weight", "bias"), (layer.num_channels // layer.num_groups * layer.num_groups,))
     elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         asked = dict.fromkeys(("weight", "bias"), tuple(layer.normalized_shape))
+    elif isinstance(layer, nn.MultiheadAttention):
+        width, own = layer.embed_dim, (layer.embed_dim, layer.kdim, layer.vdim)
+        asked = {f"{one}_proj_weight": (width, reads) for one, reads in zip("qkv", own, strict=True)}
+        asked |= {"in_proj_weight": (3 * width, width), "in_proj_bias": (3 * width,)}
     elif isinstance(layer, nn.Embedding):
         asked = {"weight": (layer.num_embeddings, layer.weight.size(1))}
     else:
@@ -176,12 +183,13 @@ def _check_spaces(model: nn.Module, shapes: Shapes, example) -> list[ChannelSpac
         taken = ", ".join(str(list(tensor.shape)) for tensor in tensors_in(example))
         raise InputError(f"the wide network cannot take the example of {taken}: {error}") from None
     names, slots, parts = {}, defaultdict(int), defaultdict(dict)
+    in_heads = {(dotted(*owner), ref.dim) for s in spaces if s.of_heads for ref in s.refs for owner in ref.owners}
     for space in spaces:
         uses = [
             (key, ref.dim, ref.index.size(1))
             for ref in space.refs
             for key in (dotted(*owner) for owner in ref.owners)
-            if key in shapes
+            if key in shapes and (key, ref.dim) not in in_heads  # of which heads and dims are left: `_of_attention`
         ]
         alike = tuple(uses)  # a space of which some slots are pinned is listed in two parts
         names.setdefault(alike, space.name)
@@ -191,6 +199,7 @@ def _check_spaces(model: nn.Module, shapes: Shapes, example) -> list[ChannelSpac
     own = model.state_dict()
     kept: dict[tuple, tuple[int, str]] = {}
     left = {(key, dim): parts[key, dim] for key, shape in shapes.items() for dim in range(len(shape))}
+    left = {use: lanes for use, lanes in left.items() if use not in in_heads}
     while left:
         ready = [use for use, lanes in left.items() if sum(alike not in kept for alike in lanes) <= 1]
         if not ready:  # dims of several spaces each: their sums alone say no more
@@ -265,6 +274,7 @@ def _counted(
 def _spaces_on_any(model: nn.Module) -> list[ChannelSpace]:
     """The spaces of a wide network, whose modules hold integers, on the first input that it takes."""
     holds = any(True for module in _own_code(model) for _ in integers_of(module))
+    holds |= any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
     hooked = any(_has_hooks(module) for module in model.modules())  # which may reach what is the user's
     for inputs in _inputs_for(model) if holds and not hooked else ():
         with suppress(InputError):
@@ -274,6 +284,61 @@ def _spaces_on_any(model: nn.Module) -> list[ChannelSpace]:
 
 def _own_code(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if not type(module).__module__.startswith("torch.")]
+
+
+def _counted_in(
+    model: nn.Module, shapes: Shapes, spaces: list[ChannelSpace], widths: Mapping[str, int] | None
+) -> dict[tuple[str, str], Integers]:
+    """The same, of those that count heads and their dims too."""
+    places = {(tuple(ref.owners), ref.dim) for s in spaces if s.of_heads for ref in s.refs if ref.role != "size"}
+    inside = [s for s in spaces if any((tuple(r.owners), r.dim) in places for r in s.refs if r.role != "in")]
+    others = [space for space in spaces if space not in inside]
+    return _counted(model, shapes, others, widths or {}) | _of_attention(model, shapes, inside, widths)
+
+
+def _of_attention(
+    model: nn.Module, shapes: Shapes, spaces: list[ChannelSpace], widths: Mapping[str, int] | None
+) -> dict[tuple[str, str], Integers]:
+    """{(module path, attribute): value} of the integers that count heads and their dims.
+
+    InputError where these have become fewer in a way that neither shapes nor `widths` tell.
+    """
+    clusters: dict[str, list[list[int]]] = {}
+    of = {space.name: space for space in spaces}
+    for heads in [space for space in spaces if space.of_heads]:
+        places = {(tuple(ref.owners), ref.dim): ref for ref in heads.refs if ref.role != "size"}
+        beside = [
+            space
+            for space in spaces
+            if not space.of_heads and any((tuple(ref.owners), ref.dim) in places for ref in space.refs)
+        ]
+        for dims in beside:
+            shared = (ref for ref in dims.refs if (tuple(ref.owners), ref.dim) in places)
+            ref = next(shared)
+            left = Fraction(shapes[dotted(*ref.owners[0])][ref.dim], ref.extent)
+            known = {s.name: s.size for s in (heads, dims) if not s.trimmable} | {
+                name: width for name, width in (widths or {}).items() if name in (heads.name, dims.name)
+            }
+            if widths is not None or left == 1:
+                known = {heads.name: heads.size, dims.name: dims.size} | known
+            for one, other in ((heads, dims), (dims, heads)):
+                if one.name in known and other.name not in known:
+                    known[other.name] = left * other.size * one.size / known[one.name]
+            if not known or not all(Fraction(width).denominator == 1 for width in known.values()):
+                raise InputError(
+                    f"{dotted(*ref.owners[0])} of {list(shapes[dotted(*ref.owners[0])])} may be of fewer heads or of "
+                    f"smaller ones: widths={{'{heads.name}': …, '{dims.name}': …}} tells"
+                )
+            clusters |= {name: _so_many(of[name].size, int(width)) for name, width in known.items()}
+    free = {name: parts for name, parts in clusters.items() if of[name].trimmable}
+    paths = {id(module): path for path, module in model.named_modules()}
+    counts = counted_channels(model, spaces, free)
+    return {(paths[id(module)], attribute): value for (module, attribute), value in counts.items()}
+
+
+def _so_many(size: int, width: int) -> list[list[int]]:
+    """Any clusters, of that number."""
+    return [[*range(size - width + 1)], *([slot] for slot in range(size - width + 1, size))]
 
 
 def _check_run(

@@ -208,8 +208,6 @@ def multi_head(ledger: Ledger, call: Call) -> None:
     ledger.record(given["out_proj_weight"], 0, outs, "out")
     ledger.record(given["out_proj_bias"], 0, outs, "follow")
     if (module := _calling(nn.MultiheadAttention)) is not None:
-        for attribute, stream in zip(("embed_dim", "kdim", "vdim"), streams, strict=True):
-            ledger.count(module, (attribute,), stream)
         ledger.count(module, ("num_heads",), atoms)
         ledger.count(module, ("head_dim",), ledger.dims(queries, 1))
     ledger.label(call.outputs[0], outs.view([1] * (call.outputs[0].dim() - 1) + [-1]))
