@@ -285,9 +285,7 @@ def _firsts(spaces: list[ChannelSpace], clusters: Clusters) -> Iterator[tuple[Ch
             yield space, torch.tensor([int(of_slot.get(slot, slot)) for slot in range(space.size)], device="cpu")
 
 
-def _clustered(
-    owners: list[tuple[str, str]], model: nn.Module, uses: list[tuple[Ref, Tensor]]
-) -> ClusteredTensor:
+def _clustered(owners: list[tuple[str, str]], model: nn.Module, uses: list[tuple[Ref, Tensor]]) -> ClusteredTensor:
     """A tensor and the segments of its dims: where several spaces index the same positions (dims and whole heads) one
     acts on what the other leaves."""
     (tensor,) = {tensor_of(model, ref) for ref, _ in uses}

@@ -313,9 +313,14 @@ def _of_attention(
             if not space.of_heads and any((tuple(ref.owners), ref.dim) in places for ref in space.refs)
         ]
         for dims in beside:
-            shared = (ref for ref in dims.refs if (tuple(ref.owners), ref.dim) in places)
-            ref = next(shared)
-            left = Fraction(shapes[dotted(*ref.owners[0])][ref.dim], ref.extent)
+            shared = [ref for ref in dims.refs if (tuple(ref.owners), ref.dim) in places]
+            keeps = {
+                dotted(*ref.owners[0]): Fraction(shapes[dotted(*ref.owners[0])][ref.dim], ref.extent) for ref in shared
+            }
+            ref, left = shared[0], keeps[dotted(*shared[0].owners[0])]
+            if odd := next((key for key, part in keeps.items() if part != left), None):
+                both = " and ".join(f"{key} of {list(shapes[key])}" for key in (dotted(*ref.owners[0]), odd))
+                raise InputError(f"weights that do not fit together: {both} keep other shares of '{dims.name}'")
             known = {s.name: s.size for s in (heads, dims) if not s.trimmable} | {
                 name: width for name, width in (widths or {}).items() if name in (heads.name, dims.name)
             }

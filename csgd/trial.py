@@ -135,7 +135,9 @@ def _share_widths(model: nn.Module, spaces: list[ChannelSpace], path: str) -> bo
             dims = [s.name for s, ref in within if ref.owners in inside and not s.of_heads]
             stream = [s.name for s, ref in within if ref.extent == width and ref.owners not in inside]
             names = {*stream, *whole, *dims}
-            conditioned = {frozenset(c.tied) if (c := conditions.one_size(s)) else s.name for s in spaces if s.name in names}
+            conditioned = {
+                frozenset(c.tied) if (c := conditions.one_size(s)) else s.name for s in spaces if s.name in names
+            }
             if stream and len(conditioned) > 1:
                 conditions.share_width(spaces, stream, whole, dims)
                 found = True

@@ -39,9 +39,7 @@ def einsum(ledger: Ledger, call: Call) -> None:
     _multiply(ledger, call, tuple(call.inputs), tuple(letters), out)
 
 
-def _multiply(
-    ledger: Ledger, call: Call, tensors: tuple[Tensor, Tensor], letters: tuple[str, str], out: str
-) -> None:
+def _multiply(ledger: Ledger, call: Call, tensors: tuple[Tensor, Tensor], letters: tuple[str, str], out: str) -> None:
     if any(map(ledger.owns, tensors)):
         return unknown(ledger, call, "with a parameter that no layer holds")
     operands = [Operand(ledger, ledger.labels(t), one, t) for t, one in zip(tensors, letters, strict=True)]
@@ -104,7 +102,10 @@ def multiplied(ledger: Ledger, x: Operand, y: Operand, out: str, by: str, implie
     elif not summed and sum(map(bool, free)) == 1:
         carrier, other = (x, y) if free[0] else (y, x)
         ledger.work_on(carrier.labels)
-        result, letters = carrier.along(head + free[0][0] if free[0] else head + free[1][0]), head + (free[0] or free[1])[0]
+        result, letters = (
+            carrier.along(head + free[0][0] if free[0] else head + free[1][0]),
+            head + (free[0] or free[1])[0],
+        )
         if head in other.wide and head not in carrier.wide:
             result = _for_each_head(ledger, result, other.size(head))
     elif summed or any(free):
@@ -188,9 +189,9 @@ def multi_head(ledger: Ledger, call: Call) -> None:
     streams = [ledger.channels(ledger.labels(given[name]), given[name].dim() - 1) for name in names[:3]]
     heads, width = int(given["num_heads"]), streams[0].numel()
     made = [_produced(ledger, weight, 0, len(weight)) for weight in weights]
+    for weight, stream in zip(weights if separate else weights * 3, streams, strict=True):
+        ledger.record(weight, 1, stream, "in")
     for weight, atoms in zip(weights, made, strict=True):
-        for stream in [streams[parts.index(weight)]] if separate else streams:
-            ledger.record(weight, 1, stream, "in")
         ledger.record(weight, 0, atoms, "out")
     together = torch.cat(made)
     ledger.record(given["in_proj_bias"], 0, together, "follow")

@@ -74,10 +74,13 @@ def _ask_for_one_size(ledger: Ledger, spaces: Sequence[ChannelSpace]) -> None:
         free = beside.isdisjoint(together) and all(spaces[k].trimmable for k in together)
         _settle([spaces[k] for k in together], [parts[k] for k in together], [list(why[k]) for k in together], free)
 
-
     for stream, values in ledger.same_width:
         found = [
-            [spaces[k].name for k in np.unique(seats[of_heads][0][ledger.channel.find(atoms).numpy()]).tolist() if k >= 0]
+            [
+                spaces[k].name
+                for k in np.unique(seats[of_heads][0][ledger.channel.find(atoms).numpy()]).tolist()
+                if k >= 0
+            ]
             for of_heads, atoms in ((False, stream), (True, values), (False, values))
         ]
         share_width(spaces, *found)
@@ -152,9 +155,7 @@ def _settle(tied: list[ChannelSpace], parts: list[np.ndarray], why: list[list[st
             space.conditions.append(Condition(Kind.ONE_SIZE, _told(by), tuple(sizes), groups, names))
 
 
-def _seats(
-    ledger: Ledger, spaces: Sequence[ChannelSpace], of_heads: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _seats(ledger: Ledger, spaces: Sequence[ChannelSpace], of_heads: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Space, slot and lane of every channel, by its representative atom, in the spaces of whole heads or in the others;
     −1 of those that are in none."""
     seats = tuple(np.full(len(ledger.channel), -1) for _ in range(3))

@@ -137,7 +137,9 @@ def spaces_of(ledger: Ledger, model: nn.Module) -> list[ChannelSpace]:
     whole = _grouped(ledger, uses, ledger.head, _reasons(ledger, ledger.head), {}) if len(heads) else []
     whole = [group for group in whole if np.isin(group.slots, heads).all()]
     spaces, count = [], defaultdict(int)
-    for group, of_heads in sorted([(g, False) for g in within] + [(g, True) for g in whole], key=lambda one: one[0].order):
+    for group, of_heads in sorted(
+        [(g, False) for g in within] + [(g, True) for g in whole], key=lambda one: one[0].order
+    ):
         pacesetter = next((ref for ref in group.refs if ref.role == "out"), None)
         if pacesetter is None:
             continue
@@ -230,7 +232,10 @@ def _keys(ledger: Ledger) -> dict[int, bool]:
         summed, others = (set(side.tolist()) for side in sides)
         if not any(plain) or others & summed or others & keys.keys():
             reason = "a norm or angles (rotary) change queries and keys on the way to it: whole heads may be free"
-            ledger.pinned_dims += [(product.keys, f"{product.by}: {reason}"), (product.queries, f"{product.by}: {reason}")]
+            ledger.pinned_dims += [
+                (product.keys, f"{product.by}: {reason}"),
+                (product.queries, f"{product.by}: {reason}"),
+            ]
             continue
         keys.update({channel: product.implied or keys.get(channel, False) for channel in summed})
         equal |= others
