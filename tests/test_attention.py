@@ -96,6 +96,23 @@ class Grouped(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
+class Shared(nn.Module):
+    """One key and one value for all heads."""
+
+    def __init__(self, expanded: bool):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(WIDTH, HEADS * DIMS), nn.Linear(WIDTH, DIMS), nn.Linear(WIDTH, DIMS)
+        self.proj, self.heads, self.expanded = nn.Linear(HEADS * DIMS, WIDTH), HEADS, expanded
+
+    def forward(self, x):
+        q = self.q(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        k, v = (layer(x).unsqueeze(1) for layer in (self.k, self.v))
+        if self.expanded:
+            k, v = (t.expand(-1, self.heads, -1, -1) for t in (k, v))
+        y = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
 class Windows(nn.Module):
     """Windows of tokens, a table of one bias for each head and distance, and a scale that each head learns."""
 
@@ -180,6 +197,8 @@ NETS = {  # with the names of the spaces of attention that are free
     "norms of queries and keys": (lambda: One(nn.LayerNorm), {"qkv#heads"}),
     "groups": (lambda: Grouped(False), {"q", "q#heads"}),
     "groups repeated": (lambda: Grouped(True), {"q", "q#heads"}),
+    "one key for all heads": (lambda: Shared(False), {"q", "q#heads", "v"}),
+    "one key, expanded": (lambda: Shared(True), {"q", "q#heads", "v"}),
     "windows": (Windows, {"qkv", "qkv#heads"}),
     "channels": (Crossed, {"qkv#heads"}),
     "rotary": (Rotary, {"q#heads"}),

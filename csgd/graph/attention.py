@@ -30,7 +30,8 @@ def einsum(ledger: Ledger, call: Call) -> None:
     if len(call.inputs) != 2 or "->" not in call.args[0]:
         return unknown(ledger, call, "of other than two operands")
     if "." in inputs:
-        most = [t.dim() - len(one.replace("...", "")) if "..." in one else 0 for t, one in zip(call.inputs, letters)]
+        pairs = zip(call.inputs, letters, strict=True)
+        most = [t.dim() - len(one.replace("...", "")) if "..." in one else 0 for t, one in pairs]
         dots = "0123456789"[: max(most)]
         letters = [one.replace("...", dots[len(dots) - n :]) for one, n in zip(letters, most, strict=True)]
         out = out.replace("...", dots)
@@ -178,8 +179,10 @@ def multi_head(ledger: Ledger, call: Call) -> None:
 
     The heads' dims together are as wide as the stream of the queries, in its code.
     """
-    names = """query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn
-        dropout_p out_proj_weight out_proj_bias""".split()
+    names = [
+        "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k",
+        "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias",
+    ]  # fmt: skip
     given = {name: call.arg(i, name) for i, name in enumerate(names)}
     parts = [call.kwargs.get(f"{one}_proj_weight") for one in "qkv"]
     separate, extra = call.kwargs.get("use_separate_proj_weight"), (given["bias_k"], given["bias_v"])
@@ -187,7 +190,6 @@ def multi_head(ledger: Ledger, call: Call) -> None:
     if not all(map(ledger.owns, (*weights, given["out_proj_weight"]))) or extra != (None, None):
         return unknown(ledger, call, "with bias_k, or weights that are computed")
     streams = [ledger.channels(ledger.labels(given[name]), given[name].dim() - 1) for name in names[:3]]
-    heads, width = int(given["num_heads"]), streams[0].numel()
     made = [_produced(ledger, weight, 0, len(weight)) for weight in weights]
     for weight, stream in zip(weights if separate else weights * 3, streams, strict=True):
         ledger.record(weight, 1, stream, "in")
@@ -195,7 +197,7 @@ def multi_head(ledger: Ledger, call: Call) -> None:
         ledger.record(weight, 0, atoms, "out")
     together = torch.cat(made)
     ledger.record(given["in_proj_bias"], 0, together, "follow")
-    split = together.view(3, heads, -1)
+    split = together.view(3, int(given["num_heads"]), -1)
     ledger.split(split)
     queries, keys, values = split.unbind()
     ledger.slot.union(queries, keys)

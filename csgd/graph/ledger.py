@@ -32,8 +32,8 @@ class Ledger:
       * `channel`: atoms that are the same channel (residual sums, gates, batch norm statistics);
       * `slot`: atoms that must be clustered alike without being the same channel, the *lanes* of a slot
         (halves of a chunk, groups of a grouped conv, sub-pixels of a pixel shuffle);
-      * `head`: the same for another way to cut: where channels are seen as [heads, dims], a slot is a dim with a lane in
-        every head, and what `head` ties is a head with a lane for every dim.  Elsewhere the two are alike.
+      * `head`: the same for another way to cut: where channels are seen as [heads, dims], a slot is a dim with a lane
+        in every head, and what `head` ties is a head with a lane for every dim.  Elsewhere the two are alike.
     """
 
     def __init__(self, model: nn.Module, maps: Mapping[int, int] = MappingProxyType({})):

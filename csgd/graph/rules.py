@@ -21,13 +21,16 @@ from csgd.graph.picks import counted, made, made_like, max_unpool, pick, setitem
 
 # Values leave, or are written into, a tensor behind the tracer's back.
 ESCAPES = {"setitem", "set", "numpy", "tolist", "array", "dlpack"}
-CARRIED = {
-    *"view reshape ravel flatten unflatten squeeze unsqueeze view_as permute transpose t movedim moveaxis".split(),
-    *"swapaxes swapdims expand expand_as broadcast_to repeat repeat_interleave cat concat concatenate stack split chunk".split(),
-    *"tensor_split split_with_sizes narrow select getitem unbind roll flip contiguous clone detach to type_as".split(),
-    *"float double half bfloat16 cpu matmul rmatmul bmm einsum scaled_dot_product_attention".split(),
-}
-SCALED = {*"mul rmul imul multiply div truediv rtruediv itruediv true_divide neg".split()}  # of one tensor alone
+CARRIED = {  # functions through which a sum of channels goes, or whose rule says what does not
+    "view", "reshape", "ravel", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "permute", "transpose",
+    "t", "movedim", "moveaxis", "swapaxes", "swapdims", "expand", "expand_as", "broadcast_to", "repeat",
+    "repeat_interleave", "cat", "concat", "concatenate", "stack", "split", "chunk", "tensor_split",
+    "split_with_sizes", "narrow", "select", "getitem", "unbind", "roll", "flip", "contiguous", "clone", "detach",
+    "to", "type_as", "float", "double", "half", "bfloat16", "cpu", "matmul", "rmatmul", "bmm", "einsum",
+    "scaled_dot_product_attention",
+}  # fmt: skip
+SCALED = {"mul", "rmul", "imul", "multiply", "neg"}  # so does it where a single tensor is large,
+DIVIDED = {"div", "divide", "truediv", "itruediv", "true_divide"}  # and is what is divided
 PROPERTIES = {"T": "t", "mT": "transpose", "data": "detach"}
 
 
@@ -57,8 +60,10 @@ class Call:
     @property
     def carries(self) -> bool:
         """Whether a sum of channels goes through: values are moved, scaled alike, or the rule says itself."""
-        large = sum(tensor.numel() > 1 for tensor in self.inputs)
-        return self.name in CARRIED or (self.name in SCALED and large == 1)
+        alone = [tensor.numel() > 1 for tensor in self.inputs].count(True) == 1
+        first = bool(self.args) and self.args[0] is self.inputs[0] and self.inputs[0].numel() > 1
+        divided = self.name in DIVIDED and alone and first and not self.kwargs
+        return self.name in CARRIED or (self.name in SCALED and alone) or divided
 
     def arg(self, position: int, key: str, default=None):
         return self.kwargs.get(key, self.args[position] if len(self.args) > position else default)
@@ -147,7 +152,7 @@ def meet(ledger: Ledger, operands: list[tuple[Tensor, Tensor]], ndim: int) -> Te
 
 
 def _treats_alike(ledger: Ledger, labels: Tensor, other: Tensor, size: tuple[int, ...]) -> bool:
-    """Whether an operand of that size, without labels, treats all channels alike, or all heads, whose dims then stay."""
+    """Whether an operand of that size, without labels, treats all channels alike; or all heads, whose dims stay."""
     if all(size[dim] == 1 for dim in ledger.apart(labels)):
         return True
     heads = ledger.heads_apart(labels)

@@ -28,8 +28,8 @@ class Ref:
     index   [slots, lanes] positions along `dim`
     extent  size of `dim` when the spaces were found: a tensor of another size has been cut since
     order   rank of this use in the forward pass
-    power   a key's rows are multiplied by (slots after the cut / before) ** power: ½ where the scale of a product is the
-            inverse root of the number of channels, which the cut changes
+    power   a key's rows are multiplied by (slots after the cut / before) ** power: ½ where the scale of a product is
+            the inverse root of the number of channels, which the cut changes
     """
 
     owners: list[tuple[str, str]]
