@@ -417,7 +417,7 @@ def _follow_widths(wide: nn.Module, narrow: nn.Module, path: str) -> dict[tuple[
                     widths.setdefault(old[dim], new[dim])
         for attribute, place, value in integers_of(wide.get_submodule(where)):
             said, now = getattr(module, attribute), widths.get(value, value)
-            if at_place(said, place) != now:
+            if at_place(said, place) == value != now:
                 followed[where, attribute] = replaced(said, place, now)
                 setattr(module, attribute, followed[where, attribute])
     return followed
