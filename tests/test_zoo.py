@@ -134,9 +134,7 @@ ZOO = {
         "params",
         0.60,
     ),
-    "Swin of torchvision": Entry(
-        "torchvision", lambda p: (p.models.swin_t(), images(64)), "params", 0.60
-    ),
+    "Swin of torchvision": Entry("torchvision", lambda p: (p.models.swin_t(), images(64)), "params", 0.60),
     "ViT of torchvision": Entry(
         "torchvision", lambda p: (p.models.VisionTransformer(64, 16, 4, 4, 64, 256), images(64)), "params", 0.60
     ),
