@@ -21,7 +21,7 @@ from csgd.clusters import cluster, relative_deviation
 from csgd.collapse import Collapse
 from csgd.drop import drop, importance, most_important
 from csgd.errors import InputError
-from csgd.graph import ChannelSpace, Condition, Inputs, Ref, describe
+from csgd.graph import ChannelSpace, Condition, Inputs, Ref, describe, rule
 from csgd.optim import CSGD, param_groups
 from csgd.proof import Proof, prove
 from csgd.pruned import load_pruned, save_pruned
@@ -58,6 +58,7 @@ __all__ = [
     "pin_failures",
     "prove",
     "relative_deviation",
+    "rule",
     "save_pruned",
     "sensitivity",
     "target_widths",

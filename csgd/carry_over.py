@@ -68,8 +68,8 @@ def _carry_over(optimizer: Optimizer, cut: Mapping[Tensor, ClusteredTensor]) -> 
             for key, value in state.items():
                 if like_parameter(value, p):
                     state[key] = t.narrowed(value) if exact or key in WEIGHTS else _of_one(value, t)
-            scales = t.gradient_scales(p.device, p.dtype)
-            group[SCALES][i] = scales if exact else scales[:1] if t.merged else None
+            scales = t.gradient_scales(p.device, p.dtype) if exact else t.row_scales(p.device, p.dtype)
+            group[SCALES][i] = scales or None
     scale_gradients(optimizer)
 
 
@@ -111,7 +111,7 @@ def _scale_gradients(optimizer: Optimizer) -> None:
 
 def _of_one(value: Tensor, t: ClusteredTensor) -> Tensor:
     """State after the cut: of the members of a cluster, rows and input slices alike, their mean; laid out as it was."""
-    for dim, segments in filter(None, (t.merged, t.summed)):
+    for dim, segments in filter(None, (t.cut_rows, t.summed)):
         if value.size(dim) > 1:
             value = one_of_each(value, dim, segments, mean=True)
     return value

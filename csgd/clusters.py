@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from csgd.balanced import balanced
-from csgd.centripetal import laid_out, memory_order, one_of_each, representatives, segment_mean
+from csgd.centripetal import laid_out, memory_order, one_of_each, representatives, scale_along, segment_mean
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Ref, conditions
 from csgd.graph.integers import Integers, at_place, replaced
@@ -169,6 +169,8 @@ class ClusteredTensor:
 
     merged  (dim, segments): rows along `dim` become equal (filters, vectors, statistics)
     summed  (dim, segments): input slices along `dim` are summed at the cut (consumers)
+    rows    (dim, segments, factors): where the cut does not take the mean of equal rows alone, all rows that it makes
+            one, and what it multiplies the mean by: the number of members where they are summed (keys, fact F14)
     Segments [positions] give the position of the representative of each position's cluster.
     """
 
@@ -176,6 +178,12 @@ class ClusteredTensor:
     tensor: Tensor
     merged: tuple[int, Tensor] | None
     summed: tuple[int, Tensor] | None
+    rows: tuple[int, Tensor, Tensor] | None = None
+
+    @property
+    def cut_rows(self) -> tuple[int, Tensor] | None:
+        """(dim, segments) of all rows that become one."""
+        return self.rows[:2] if self.rows else self.merged
 
     @property
     def name(self) -> str:
@@ -210,33 +218,48 @@ class ClusteredTensor:
     def narrowed(self, tensor: Tensor) -> Tensor:
         """`tensor`, of the same shape as this one, after the cut: of each cluster the mean of its rows, in the place of
         the representative, and the sum of its input slices; laid out as it was."""
-        for clustered, mean in ((self.merged, True), (self.summed, False)):
+        for clustered, mean in ((self.cut_rows, True), (self.summed, False)):
             if clustered:
                 tensor = one_of_each(tensor, *clustered, mean=mean)
-        return tensor
+        return scale_along(tensor, [(self.rows[0], self._factors(tensor))]) if self.rows else tensor
+
+    def _factors(self, tensor: Tensor) -> Tensor:
+        _, segments, factors = self.rows
+        return factors[representatives(segments)].to(tensor.device, tensor.dtype)
 
     def kept(self, tensor: Tensor) -> Tensor:
         """`tensor`, of the same shape as this one, without all but the representatives: their rows and input slices."""
         order = memory_order(tensor)
-        for clustered in filter(None, (self.merged, self.summed)):
+        for clustered in filter(None, (self.cut_rows, self.summed)):
             dim, segments = clustered
             tensor = tensor.index_select(dim, representatives(segments).to(tensor.device))
         return laid_out(tensor, order)
 
     def after_cut(self, positions: Tensor) -> Tensor:
         """Where the rows of some positions are after the cut: the members of a cluster in one place."""
-        segments = self.merged[1]
+        segments = self.cut_rows[1]
         return torch.searchsorted(representatives(segments), segments[positions])
 
     def gradient_scales(self, device, dtype) -> list[tuple[int, Tensor]]:
-        """(dim, factors) along the dims of the narrowed tensor: 1/|H| on rows, |H| on input slices (fact F7)."""
-        scales = []
-        for clustered, power in ((self.merged, -1), (self.summed, 1)):
-            if clustered:
-                dim, segments = clustered
-                sizes = torch.bincount(segments, minlength=len(segments))[representatives(segments)]
-                scales.append((dim, sizes.to(device, dtype) ** power))
-        return scales
+        """(dim, factors) along the dims of the narrowed tensor: 1/|H| on rows, |H| on input slices (fact F7), and on
+        rows that are multiplied by f at the cut f²/|H|: |H| where that sums them."""
+        rows = self.row_scales(device, dtype, 2)
+        return rows + ([(self.summed[0], _members_of(self.summed[1]).to(device, dtype))] if self.summed else [])
+
+    def row_scales(self, device, dtype, power: int = 1) -> list[tuple[int, Tensor]]:
+        """The scales of rows, f ** power / |H|; power 1: as large as one member's gradient."""
+        if not self.cut_rows:
+            return []
+        dim, segments = self.cut_rows
+        scales = 1 / _members_of(segments).to(device, dtype)
+        if self.rows:
+            scales = scales * self._factors(scales) ** power
+        return [(dim, scales)]
+
+
+def _members_of(segments: Tensor) -> Tensor:
+    """The number of members of each cluster."""
+    return torch.bincount(segments, minlength=len(segments))[representatives(segments)]
 
 
 def clustered_tensors(
@@ -248,25 +271,41 @@ def clustered_tensors(
     """
     check_clusters(spaces, clusters, for_cut=for_cut)
     refs = defaultdict(list)
+    for space, first in _firsts(spaces, clusters):
+        for ref in space.refs:
+            if ref.role != "size":
+                refs[tuple(ref.owners)].append((ref, first))
+    return [_clustered(list(owners), model, uses) for owners, uses in refs.items()]
+
+
+def _firsts(spaces: list[ChannelSpace], clusters: Clusters) -> Iterator[tuple[ChannelSpace, Tensor]]:
+    """Each space that is clustered, and the representative [slots] of each slot."""
     for space in spaces:
         if space.name in clusters:
             of_slot = {slot: members[0] for members in clusters[space.name] for slot in members}
-            first = torch.tensor([int(of_slot.get(slot, slot)) for slot in range(space.size)], device="cpu")
-            for ref in space.refs:
-                if ref.role != "size":
-                    refs[tuple(ref.owners)].append((ref, first))
-    touched = []
-    for owners, uses in refs.items():
-        (tensor,) = {tensor_of(model, ref) for ref, _ in uses}
-        segments: dict[bool, tuple[int, Tensor]] = {}
-        for ref, first in uses:
-            summed = ref.role == "in"
-            dim, vector = segments.setdefault(summed, (ref.dim, torch.arange(tensor.size(ref.dim), device="cpu")))
+            yield space, torch.tensor([int(of_slot.get(slot, slot)) for slot in range(space.size)], device="cpu")
+
+
+def _clustered(owners: list[tuple[str, str]], model: nn.Module, uses: list[tuple[Ref, Tensor]]) -> ClusteredTensor:
+    """A tensor and the segments of its dims: where several spaces index the same positions (dims and whole heads) one
+    acts on what the other leaves."""
+    (tensor,) = {tensor_of(model, ref) for ref, _ in uses}
+    segments: dict[str, tuple[int, Tensor]] = {}
+    factors, of_keys = torch.empty(0, device="cpu"), False
+    for ref, first in uses:
+        kinds = ["in"] if ref.role == "in" else ["rows"] if ref.role == "key" else ["rows", "merged"]
+        for kind in kinds:
+            dim, vector = segments.setdefault(kind, (ref.dim, torch.arange(tensor.size(ref.dim), device="cpu")))
             if dim != ref.dim:
                 raise InputError(f"{dotted(*owners[0])} is indexed along two dims by channels that become equal")
-            vector[ref.index] = ref.index[first]
-        touched.append(ClusteredTensor(list(owners), tensor, segments.get(False), segments.get(True)))
-    return touched
+            vector[ref.index] = vector[ref.index[first]]
+        if ref.role == "key":
+            of_keys, after = True, len(first.unique())
+            factors = factors if len(factors) else torch.ones(ref.extent, dtype=torch.float64, device="cpu")
+            summed = first.bincount(minlength=len(first))[first].double() * (after / len(first)) ** ref.power
+            factors[ref.index] *= summed[:, None]
+    rows = (*segments["rows"], factors) if of_keys else None
+    return ClusteredTensor(owners, tensor, segments.get("merged"), segments.get("in"), rows)
 
 
 def counted_channels(
@@ -274,14 +313,18 @@ def counted_channels(
 ) -> dict[tuple[nn.Module, str], Integers]:
     """{(layer, attribute): what it says after the cut}, of integers, and tuples of them, that count channels."""
     counts: dict[tuple[nn.Module, str], Integers] = {}
-    for space in spaces:
-        lost = sum(len(members) - 1 for members in clusters.get(space.name, ()))
-        for ref in space.refs if lost else ():
+    kept: dict[tuple[nn.Module, str, int], Tensor] = {}
+    for space, first in _firsts(spaces, clusters):
+        for ref in space.refs:
             if ref.role == "size":
-                (path, attribute) = ref.owners[0]
-                key = model.get_submodule(path), attribute
-                said = counts.get(key, getattr(*key))
-                counts[key] = replaced(said, ref.dim, at_place(said, ref.dim) - lost * ref.index.size(1))
+                ((path, attribute),) = ref.owners
+                key = model.get_submodule(path), attribute, ref.dim
+                vector = kept.setdefault(key, torch.arange(ref.extent, device="cpu"))
+                vector[ref.index] = vector[ref.index[first]]
+    for (module, attribute, place), vector in kept.items():
+        if lost := len(vector) - len(representatives(vector)):
+            said = counts.get((module, attribute), getattr(module, attribute))
+            counts[module, attribute] = replaced(said, place, at_place(said, place) - lost)
     return counts
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -15,20 +15,22 @@ from torch.overrides import TorchFunctionMode
 from csgd.clusters import Clusters, check_clusters, clustered_tensors
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Inputs, conditions
+from csgd.graph.decisions import Decision, Decisions
 from csgd.graph.twin import (
     Mode,
+    Outputs,
     check_examples,
     check_has_values,
     dotted,
     gradients,
     keep_random_state,
     modes_of,
+    outputs_in,
     raised_in,
     random_state,
     run,
     set_mode,
     set_random_state,
-    tensors_in,
     twin_of,
 )
 from csgd.trim import cut
@@ -40,6 +42,7 @@ WORST = 1e-5  # but not below this
 DROPOUTS = {
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout",
 }  # fmt: skip
+ATTENTIONS = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}  # and the place of dropout_p
 VISIBLE = 10  # times the tolerance: what a channel must matter for a cut of it to be judged
 
 
@@ -86,16 +89,18 @@ def prove(
     example: Any,
     *,
     examples: Sequence[Any] = (),
+    outputs: Outputs = None,
     seed: int = 0,
 ) -> Proof:
     """Proves, before a single step is trained, that cutting these clusters will not change what the network computes.
 
     A float64 twin with random weights and statistics and inputs drawn anew has the members of each cluster made equal,
     is cut, and is compared with itself before the cut, in eval and in train mode; a control with members that are not
-    equal shows what a cut that changes the function would do.  The model and the example stay as they are.
+    equal shows what a cut that changes the function would do.  The model and the example stay as they are.  `examples`
+    and `outputs` as in `find_spaces`.
     InputError if the network cannot be copied, or cannot run on its example.
     """
-    trial = Trial(model, spaces, clusters, example, examples=examples, seed=seed, controlled=True)
+    trial = Trial(model, spaces, clusters, example, examples=examples, outputs=outputs, seed=seed, controlled=True)
     names = [name for name, parts in clusters.items() if any(len(members) > 1 for members in parts)]
     changes, reason = trial.changes(names)
     failing = dict(trial.failures(names, reason)) if reason else {}
@@ -104,10 +109,18 @@ def prove(
 
 @dataclass
 class Passes:
-    """Forward passes of one network over all examples in one mode, and the random states that they left."""
+    """Forward passes of one network over all examples in one mode, what they chose by order, and the random states that
+    they left."""
 
     outputs: list[Tensor]
     states: list[tuple]
+    decisions: list[list[Decision]] = field(default_factory=list)
+
+    def pairs(self, other: "Passes") -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs of both, and the values of which both chose, which must agree since the choice is the same."""
+        both = zip(chain(*self.decisions), chain(*other.decisions), strict=False)
+        given = [(a.given, b.given) for a, b in both if a.given.shape == b.given.shape]
+        return self.outputs + [a for a, _ in given], other.outputs + [b for _, b in given]
 
 
 class _WithoutDropout(TorchFunctionMode):
@@ -115,8 +128,13 @@ class _WithoutDropout(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "").strip("_") in DROPOUTS:
+        name = getattr(func, "__name__", "").strip("_")
+        if name in DROPOUTS:
             return args[0] if args else kwargs["input"]
+        if name in ATTENTIONS:
+            place = ATTENTIONS[name]
+            args, kwargs = (*args[:place], 0.0, *args[place + 1 :])[: len(args)], kwargs | {"dropout_p": 0.0}
+            kwargs = kwargs if len(args) <= place else {k: v for k, v in kwargs.items() if k != "dropout_p"}
         return func(*args, **kwargs)
 
 
@@ -136,11 +154,14 @@ class Trial:
         example: Any,
         *,
         examples: Sequence[Any] = (),
+        outputs: Outputs = None,
         seed: int = 0,
         controlled: bool = False,
     ):
         check_has_values(model)
         self.spaces, self.clusters, self.seed, self.controlled = spaces, clusters, seed, controlled
+        self.outputs = outputs
+        self.before: dict[str, Passes] = {}
         self.raised_in: str | None = None  # the module that the latest cut has made raise
         self._model, self._examples = model, [Inputs.of(one) for one in (example, *examples)]
         check_examples(self._examples)
@@ -191,26 +212,37 @@ class Trial:
                     t.tensor.index_copy_(dim, to, rows)  # but for an expanded constant, without memory for each entry
 
     def passes(self, model: nn.Module, mode: Mode, seed: int = 1, grad: bool = False) -> Passes:
-        """Every example once in one mode, the running statistics left as they are."""
+        """Every example once in one mode, the running statistics left as they are.
+
+        What the wide network has chosen by order is chosen again: at near ties rounding alone would turn it.
+        """
+        like = next((passes for name, passes in self.before.items() if self.modes[name] == mode), None)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if mode is not False and not grad else []
         default = torch.get_default_dtype()
-        outputs, states = [], []
+        outputs, states, decisions = [], [], []
         with keep_random_state(model):
             try:
                 torch.set_default_dtype(self.dtype)  # constants that `forward` makes are to fit
                 set_mode(model, mode)
-                for inputs in self.inputs:
+                for number, inputs in enumerate(self.inputs):
                     set_random_state(model, seed)
                     given = inputs.copied()
-                    with nullcontext() if grad else gradients(model, mode is not False), _WithoutDropout():
-                        outputs += [out.to_dense() for out in tensors_in(run(model, given))]
+                    chosen = Decisions(like.decisions[number] if like else ())
+                    watched = not grad and (like is None or any(like.decisions))
+                    with (
+                        nullcontext() if grad else gradients(model, mode is not False),
+                        _WithoutDropout(),
+                        chosen if watched else nullcontext(),
+                    ):
+                        outputs += [out.to_dense() for out in outputs_in(run(model, given), self.outputs)]
+                    decisions.append(chosen.made)
                     states.append(random_state(model))
             finally:
                 torch.set_default_dtype(default)
                 with torch.no_grad():
                     for buffer, saved in buffers:
                         buffer.copy_(saved)
-        return Passes(outputs if grad else [out.detach() for out in outputs], states)
+        return Passes(outputs if grad else [out.detach() for out in outputs], states, decisions)
 
     def cut(self, names: Collection[str]) -> nn.Module:
         """A copy of the twin in which the clusters of some spaces are cut; it shares the tensors that stay whole."""
@@ -242,7 +274,7 @@ class Trial:
                 if [out.shape for out in before.outputs] != [out.shape for out in after.outputs]:
                     return changes | {mode: math.inf}, f"its trial trim changes the shape of the output in {mode} mode"
                 continue
-            changes[mode] = largest_change(before.outputs, after.outputs)
+            changes[mode] = largest_change(*before.pairs(after))
             if self.tolerance < changes[mode] <= WORST:
                 self.tolerance = max(self.tolerance, min(WORST, ROUNDING * self.rounding(mode)))
             if not changes[mode] <= self.tolerance:
@@ -261,7 +293,7 @@ class Trial:
             after = self.passes(twin_of(self.model, Tensor.detach), self.modes[mode])
         finally:
             self.inputs = given
-        return largest_change(self.before[mode].outputs, after.outputs)
+        return largest_change(*self.before[mode].pairs(after))
 
     def failures(self, names: Sequence[str], reason: str) -> Iterator[tuple[str, str]]:
         """(space, why) of those that fail, found by halves; of all that are left where they fail only together.

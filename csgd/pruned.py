@@ -81,7 +81,7 @@ def load_pruned(folder: Path | str, model: nn.Module | None = None, *, allow: Co
         wide = _wide(described, allow, max(LARGEST, 1000 * count)) if model is None else model
         like = next(wide.parameters(), torch.empty(0))
         example = torch.zeros(2, *described["input"], dtype=like.dtype, device=like.device)
-        model = load_trimmed(wide, state, example=example).eval()
+        model = load_trimmed(wide, state, example=example, widths=described["widths"]).eval()
         _check_outputs(model, example, described["num_classes"])
     return model
 

@@ -3,13 +3,16 @@
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from csgd.clusters import counted_channels
 from csgd.errors import InputError, line_of
-from csgd.graph import Inputs, trace_spaces
+from csgd.graph import ChannelSpace, Inputs, trace_spaces
 from csgd.graph.integers import Integers, at_place, integers_of, like, replaced
 from csgd.graph.twin import dotted, keep_random_state, raised_in, tensors_in
 from csgd.trim import depthwise_multipliers, fit_attributes, replace_data
@@ -20,13 +23,19 @@ Shapes = Mapping[str, torch.Size]
 
 
 @torch.no_grad()
-def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor], *, example=None) -> nn.Module:
+def load_trimmed(
+    model: nn.Module, state_dict: Mapping[str, Tensor], *, example=None, widths: Mapping[str, int] | None = None
+) -> nn.Module:
     """Gives a freshly built wide `model` the widths of a trimmed state_dict, and loads it.
 
     The shapes in the state_dict are the table of widths: no plan file is needed.  They are checked against each other
     before anything of the model changes: within each layer, and between layers by the channel spaces of the wide
     network on an `example` (as `find_spaces` takes it, on the model's device).  Without one, copies of both networks
     are run without data, on inputs that fit a layer of the wide one, as far as it takes any; not where it has hooks.
+
+    Integers that modules hold to say where parts of the channels lie follow.  Where shapes alone do not say how many
+    are left of each part, or whether of an attention there are fewer heads or smaller ones, `widths` does, {space name:
+    width} as `target_widths` returns them.
 
     Parameters and buffers stay the objects that they are.  InputError if keys are missing, left over, of another kind
     or number of dims or wider than the model's, or if the shapes do not fit together.
@@ -44,8 +53,11 @@ def load_trimmed(model: nn.Module, state_dict: Mapping[str, Tensor], *, example=
         for path, module in model.named_modules():
             _check_layer(path, module, narrowed)
         if example is not None:
-            _check_spaces(model, shapes, example)
-    followed = _check_run(model, versioned, narrowed, shapes, example) if narrowed else {}
+            spaces = _check_spaces(model, shapes, example)
+        if example is None:
+            spaces = _spaces_on_any(model)
+    counted = _counted_in(model, shapes, spaces, widths) if narrowed else {}
+    followed = counted | (_check_run(model, versioned, narrowed, shapes, example, counted) if narrowed else {})
 
     changed = list(_touched(model.modules(), narrowed))
     multipliers = depthwise_multipliers(model)
@@ -146,6 +158,10 @@ def _misfit(layer: nn.Module) -> tuple[str, tuple[int, ...]] | None:
         asked = dict.fromkeys(("weight", "bias"), (layer.num_channels // layer.num_groups * layer.num_groups,))
     elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         asked = dict.fromkeys(("weight", "bias"), tuple(layer.normalized_shape))
+    elif isinstance(layer, nn.MultiheadAttention):
+        width, own = layer.embed_dim, (layer.embed_dim, layer.kdim, layer.vdim)
+        asked = {f"{one}_proj_weight": (width, reads) for one, reads in zip("qkv", own, strict=True)}
+        asked |= {"in_proj_weight": (3 * width, width), "in_proj_bias": (3 * width,)}
     elif isinstance(layer, nn.Embedding):
         asked = {"weight": (layer.num_embeddings, layer.weight.size(1))}
     else:
@@ -155,10 +171,11 @@ def _misfit(layer: nn.Module) -> tuple[str, tuple[int, ...]] | None:
     return next(((name, asked[name]) for name in odd), None)
 
 
-def _check_spaces(model: nn.Module, shapes: Shapes, example) -> None:
+def _check_spaces(model: nn.Module, shapes: Shapes, example) -> list[ChannelSpace]:
     """Every channel space of the wide network keeps as many slots in each tensor that its slots index.
 
     A dim that several spaces share, as of a concatenation, keeps the sum; one that no space indexes keeps its size.
+    Returns the spaces.
     """
     try:
         spaces = trace_spaces(model, example)
@@ -166,12 +183,13 @@ def _check_spaces(model: nn.Module, shapes: Shapes, example) -> None:
         taken = ", ".join(str(list(tensor.shape)) for tensor in tensors_in(example))
         raise InputError(f"the wide network cannot take the example of {taken}: {error}") from None
     names, slots, parts = {}, defaultdict(int), defaultdict(dict)
+    in_heads = {(dotted(*owner), ref.dim) for s in spaces if s.of_heads for ref in s.refs for owner in ref.owners}
     for space in spaces:
         uses = [
             (key, ref.dim, ref.index.size(1))
             for ref in space.refs
             for key in (dotted(*owner) for owner in ref.owners)
-            if key in shapes
+            if key in shapes and (key, ref.dim) not in in_heads  # of which heads and dims are left: `_of_attention`
         ]
         alike = tuple(uses)  # a space of which some slots are pinned is listed in two parts
         names.setdefault(alike, space.name)
@@ -181,10 +199,11 @@ def _check_spaces(model: nn.Module, shapes: Shapes, example) -> None:
     own = model.state_dict()
     kept: dict[tuple, tuple[int, str]] = {}
     left = {(key, dim): parts[key, dim] for key, shape in shapes.items() for dim in range(len(shape))}
+    left = {use: lanes for use, lanes in left.items() if use not in in_heads}
     while left:
         ready = [use for use, lanes in left.items() if sum(alike not in kept for alike in lanes) <= 1]
         if not ready:  # dims of several spaces each: their sums alone say no more
-            return
+            return spaces
         for key, dim in ready:
             lanes = left.pop((key, dim))
             before, size = own[key].size(dim), shapes[key][dim]
@@ -206,10 +225,134 @@ def _check_spaces(model: nn.Module, shapes: Shapes, example) -> None:
                 among = "".join(f", {kept[alike][1]} of {list(shapes[kept[alike][1]])} others" for alike in others)
                 raise InputError(f"weights that do not fit together: {says}{among}")
             kept.setdefault(last, (int(width), key))
+    return spaces
+
+
+def _counted(
+    model: nn.Module, shapes: Shapes, spaces: list[ChannelSpace], widths: Mapping[str, int]
+) -> dict[tuple[str, str], Integers]:
+    """{(module path, attribute): value} of the integers that count channels in these spaces of the wide network, as
+    they are in one of these shapes."""
+    if not any(ref.role == "size" for space in spaces for ref in space.refs):
+        return {}
+    kept = {space.name: space.size if space.pinned else widths.get(space.name) for space in spaces}
+    sums, own = defaultdict(list), model.state_dict()
+    for space in spaces:
+        for ref in space.refs:
+            for key in (dotted(*owner) for owner in ref.owners if ref.role != "size"):
+                if key in shapes:
+                    sums[key, ref.dim].append((space, ref.index.size(1)))
+    before = None
+    while before != kept:
+        before = dict(kept)
+        for (key, dim), terms in sums.items():
+            left = [(space, lanes) for space, lanes in terms if kept[space.name] is None]
+            lost = own[key].size(dim) - shapes[key][dim]
+            lost -= sum(
+                (space.size - kept[space.name]) * lanes for space, lanes in terms if kept[space.name] is not None
+            )
+            for space, lanes in left if len(left) == 1 or not lost else ():
+                kept[space.name] = space.size - lost // lanes
+    counts: dict[tuple[str, str], Integers] = {}
+    for space in spaces:
+        for ref in (ref for ref in space.refs if ref.role == "size"):
+            ((path, attribute),) = ref.owners
+            if kept[space.name] is None and model.get_submodule(path) not in _own_code(model):
+                continue
+            if kept[space.name] is None:
+                name = dotted(path, attribute)
+                raise InputError(
+                    f"{name} counts channels of '{space.name}', and shapes alone do not say how many are left: "
+                    "give widths"
+                )
+            said = counts.get((path, attribute), getattr(model.get_submodule(path), attribute))
+            now = at_place(said, ref.dim) - (space.size - kept[space.name]) * ref.index.size(1)
+            counts[path, attribute] = replaced(said, ref.dim, now)
+    return counts
+
+
+def _spaces_on_any(model: nn.Module) -> list[ChannelSpace]:
+    """The spaces of a wide network, whose modules hold integers, on the first input that it takes."""
+    holds = any(True for module in _own_code(model) for _ in integers_of(module))
+    holds |= any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+    hooked = any(_has_hooks(module) for module in model.modules())  # which may reach what is the user's
+    for inputs in _inputs_for(model) if holds and not hooked else ():
+        with suppress(InputError):
+            return trace_spaces(model, _zeros(inputs, model), itself=False)
+    return []
+
+
+def _own_code(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if not type(module).__module__.startswith("torch.")]
+
+
+def _counted_in(
+    model: nn.Module, shapes: Shapes, spaces: list[ChannelSpace], widths: Mapping[str, int] | None
+) -> dict[tuple[str, str], Integers]:
+    """The same, of those that count heads and their dims too."""
+    places = {(tuple(ref.owners), ref.dim) for s in spaces if s.of_heads for ref in s.refs if ref.role != "size"}
+    inside = [s for s in spaces if any((tuple(r.owners), r.dim) in places for r in s.refs if r.role != "in")]
+    others = [space for space in spaces if space not in inside]
+    return _counted(model, shapes, others, widths or {}) | _of_attention(model, shapes, inside, widths)
+
+
+def _of_attention(
+    model: nn.Module, shapes: Shapes, spaces: list[ChannelSpace], widths: Mapping[str, int] | None
+) -> dict[tuple[str, str], Integers]:
+    """{(module path, attribute): value} of the integers that count heads and their dims.
+
+    InputError where these have become fewer in a way that neither shapes nor `widths` tell.
+    """
+    clusters: dict[str, list[list[int]]] = {}
+    of = {space.name: space for space in spaces}
+    for heads in [space for space in spaces if space.of_heads]:
+        places = {(tuple(ref.owners), ref.dim): ref for ref in heads.refs if ref.role != "size"}
+        beside = [
+            space
+            for space in spaces
+            if not space.of_heads and any((tuple(ref.owners), ref.dim) in places for ref in space.refs)
+        ]
+        for dims in beside:
+            shared = [ref for ref in dims.refs if (tuple(ref.owners), ref.dim) in places]
+            keeps = {
+                dotted(*ref.owners[0]): Fraction(shapes[dotted(*ref.owners[0])][ref.dim], ref.extent) for ref in shared
+            }
+            ref, left = shared[0], keeps[dotted(*shared[0].owners[0])]
+            if odd := next((key for key, part in keeps.items() if part != left), None):
+                both = " and ".join(f"{key} of {list(shapes[key])}" for key in (dotted(*ref.owners[0]), odd))
+                raise InputError(f"weights that do not fit together: {both} keep other shares of '{dims.name}'")
+            known = {s.name: s.size for s in (heads, dims) if not s.trimmable} | {
+                name: width for name, width in (widths or {}).items() if name in (heads.name, dims.name)
+            }
+            if widths is not None or left == 1:
+                known = {heads.name: heads.size, dims.name: dims.size} | known
+            for one, other in ((heads, dims), (dims, heads)):
+                if one.name in known and other.name not in known:
+                    known[other.name] = left * other.size * one.size / known[one.name]
+            if not known or not all(Fraction(width).denominator == 1 for width in known.values()):
+                raise InputError(
+                    f"{dotted(*ref.owners[0])} of {list(shapes[dotted(*ref.owners[0])])} may be of fewer heads or of "
+                    f"smaller ones: widths={{'{heads.name}': …, '{dims.name}': …}} tells"
+                )
+            clusters |= {name: _so_many(of[name].size, int(width)) for name, width in known.items()}
+    free = {name: parts for name, parts in clusters.items() if of[name].trimmable}
+    paths = {id(module): path for path, module in model.named_modules()}
+    counts = counted_channels(model, spaces, free)
+    return {(paths[id(module)], attribute): value for (module, attribute), value in counts.items()}
+
+
+def _so_many(size: int, width: int) -> list[list[int]]:
+    """Any clusters, of that number."""
+    return [[*range(size - width + 1)], *([slot] for slot in range(size - width + 1, size))]
 
 
 def _check_run(
-    model: nn.Module, state_dict: OrderedDict, narrowed: Mapping[int, torch.Size], shapes: Shapes, example
+    model: nn.Module,
+    state_dict: OrderedDict,
+    narrowed: Mapping[int, torch.Size],
+    shapes: Shapes,
+    example,
+    counted: Mapping[tuple[str, str], Integers],
 ) -> dict[tuple[str, str], Integers]:
     """The narrow network takes what the wide one takes: both are run without data, as far as they can be.
 
@@ -220,6 +363,8 @@ def _check_run(
         wide, narrow = _without_data(model, {}), _without_data(model, narrowed)
     except Exception:  # a model that cannot be copied
         return followed
+    for (path, attribute), value in counted.items():
+        setattr(narrow.get_submodule(path), attribute, value)
     weights = copy.copy(state_dict)
     weights.update((key, value.to("meta")) for key, value in state_dict.items() if isinstance(value, Tensor))
     try:
@@ -272,7 +417,7 @@ def _follow_widths(wide: nn.Module, narrow: nn.Module, path: str) -> dict[tuple[
                     widths.setdefault(old[dim], new[dim])
         for attribute, place, value in integers_of(wide.get_submodule(where)):
             said, now = getattr(module, attribute), widths.get(value, value)
-            if at_place(said, place) != now:
+            if at_place(said, place) == value != now:
                 followed[where, attribute] = replaced(said, place, now)
                 setattr(module, attribute, followed[where, attribute])
     return followed

@@ -9,6 +9,7 @@ from torch import nn
 
 from csgd.graph import ChannelSpace, Ref, conditions, trace_spaces
 from csgd.graph.integers import integers_of, like
+from csgd.graph.twin import Outputs
 from csgd.proof import Trial
 
 
@@ -19,6 +20,7 @@ def find_spaces(
     *,
     examples: Sequence[Any] = (),
     unused: Sequence[str] = (),
+    outputs: Outputs = None,
 ) -> list[ChannelSpace]:
     """The channel spaces of any network, in the order of the forward pass: which channels move together, in which
     tensors and dims, or why they must stay.
@@ -28,17 +30,24 @@ def find_spaces(
     trial     also cut a random float64 twin, and pin what that shows to be inexact
     examples  more of them, for the other ways into the network
     unused    patterns of layers that are never called: a layer that no example reaches pins what it may read
+    outputs   what counts of the value that the network returns: a list of its keys, attributes or positions, or a
+              function of it; what is returned beside it (features, for their shapes) may change.  All, by default
 
     The model and the examples are left as they were found, bit by bit, and so are random states.  Every conv and linear
     layer is in the list: one that cannot be trimmed belongs to a space with the reason in `pinned`.
     InputError if the network cannot be run on an example, or cannot be copied; it names the module.
     """
-    spaces = trace_spaces(model, example, examples=examples, unused=unused, itself=not trial)
-    return pin_failures(model, spaces, example, examples=examples) if trial else spaces
+    spaces = trace_spaces(model, example, examples=examples, unused=unused, outputs=outputs, itself=not trial)
+    return pin_failures(model, spaces, example, examples=examples, outputs=outputs) if trial else spaces
 
 
 def pin_failures(
-    model: nn.Module, spaces: list[ChannelSpace], example: Any, *, examples: Sequence[Any] = ()
+    model: nn.Module,
+    spaces: list[ChannelSpace],
+    example: Any,
+    *,
+    examples: Sequence[Any] = (),
+    outputs: Outputs = None,
 ) -> list[ChannelSpace]:
     """Pins every trimmable space whose trial fails or shows nothing, in place, and returns the list.
 
@@ -46,14 +55,23 @@ def pin_failures(
     makes a module raise, integers of its own that equal a width are taken to be that width, and follow the cut from
     then on.  Sets of spaces are halved until the failing ones are found.
     """
-    clusters = random_clusters(spaces, ratio=None)
-    if not clusters:
-        return spaces
-    trial = Trial(model, spaces, clusters, example, examples=examples)
-    _, reason = trial.changes(clusters)
-    while reason and trial.raised_in is not None and follow_widths(model, spaces, trial.raised_in):
+    while clusters := random_clusters(spaces, ratio=None):
+        trial = Trial(model, spaces, clusters, example, examples=examples, outputs=outputs)
         _, reason = trial.changes(clusters)
+        while reason and trial.raised_in is not None and follow_widths(model, spaces, trial.raised_in):
+            _, reason = trial.changes(clusters)
+        if not reason or trial.raised_in is None:
+            break
+        if not (_join_dims(model, spaces, trial.raised_in) or _share_widths(model, spaces, trial.raised_in)):
+            break
+    else:
+        return spaces
     failing = dict(trial.failures(list(clusters), reason)) if reason else {}
+    if turned := [ref for space in spaces if space.name in failing for ref in space.refs if ref.role == "key"]:
+        for ref in turned:  # the scale of a product is a number, or the inverse root of what a cut changes
+            ref.power = 0.5 - ref.power
+        _, reason = trial.changes(clusters)
+        failing = dict(trial.failures(list(clusters), reason)) if reason else {}
     left = [name for name in clusters if name not in failing]
     if left:
         failing |= dict.fromkeys(trial.unseen(left), "its trial cannot see it: no output depends on these channels")
@@ -72,6 +90,57 @@ def follow_widths(model: nn.Module, spaces: list[ChannelSpace], path: str) -> bo
                 for space, ref in _of_width(spaces, where, value):
                     space.refs.append(Ref([(where, attribute)], place, "size", ref.index, value, ref.order))
                     found = True
+    return found
+
+
+def _join_dims(model: nn.Module, spaces: list[ChannelSpace], path: str) -> bool:
+    """Makes one space of the dims of queries and keys and those of the values in an attention, and in all of its class,
+    where there are as many: its code may take one for the other; whether there was any."""
+    found = False
+    for where, _ in like(model, path):
+        inside = [
+            space
+            for space in spaces
+            if space.trimmable and not space.of_heads and all(_within(ref, where) for ref in space.refs)
+        ]
+        for keys in [space for space in inside if any(ref.role == "key" for ref in space.refs)]:
+            lanes = keys.producers[0].index.size(1)
+            for values in [one for one in inside if one is not keys and one.size == keys.size and one in spaces]:
+                if values.producers[0].index.size(1) == lanes and not (values.conditions or keys.conditions):
+                    keys.refs += values.refs
+                    spaces[:] = [space for space in spaces if space is not values]
+                    found = True
+    return found
+
+
+def _within(ref: Ref, path: str) -> bool:
+    return all(f"{owner}.".startswith(f"{path}." if path else "") for owner, _ in ref.owners)
+
+
+def _share_widths(model: nn.Module, spaces: list[ChannelSpace], path: str) -> bool:
+    """Ties the streams of an attention, and of all of its class, to its heads, where these are together as wide;
+    whether there was any that was not tied."""
+    found = False
+    for where, _ in like(model, path):
+        within = [
+            (space, ref)
+            for space in spaces if space.trimmable
+            for ref in space.refs
+            if ref.role == "in" and _within(ref, where)
+        ]  # fmt: skip
+        heads = [(space, ref) for space, ref in within if space.of_heads]
+        for width in {ref.extent for _, ref in heads}:
+            inside = [ref.owners for _, ref in heads if ref.extent == width]
+            whole = [space.name for space, ref in heads if ref.extent == width]
+            dims = [s.name for s, ref in within if ref.owners in inside and not s.of_heads]
+            stream = [s.name for s, ref in within if ref.extent == width and ref.owners not in inside]
+            names = {*stream, *whole, *dims}
+            conditioned = {
+                frozenset(c.tied) if (c := conditions.one_size(s)) else s.name for s in spaces if s.name in names
+            }
+            if stream and len(conditioned) > 1:
+                conditions.share_width(spaces, stream, whole, dims)
+                found = True
     return found
 
 

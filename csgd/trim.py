@@ -217,6 +217,12 @@ def fit_attributes(modules: Iterable[nn.Module], multipliers: dict[nn.Module, in
                 module.out_channels, module.in_channels = weight.size(0), weight.size(1) * module.groups
         elif isinstance(module, nn.Linear) and weight is not None:
             module.out_features, module.in_features = weight.shape
+        elif isinstance(module, nn.MultiheadAttention):
+            together = [module.in_proj_weight] * 3
+            parts = together if together[0] is not None else [getattr(module, f"{one}_proj_weight") for one in "qkv"]
+            module.embed_dim, module.kdim, module.vdim = (part.size(1) for part in parts)
+        elif isinstance(module, nn.Embedding):
+            module.embedding_dim = weight.size(1)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and weight is not None:
             module.normalized_shape = tuple(weight.shape)
         elif isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.PReLU):

@@ -48,7 +48,7 @@ def test_every_space_of_every_kind_of_network_is_cut_exactly(net):
         (nets.Grouped, {"conv1", "grouped", "conv3"}, {"fc"}),
         (nets.Transposed, {"down", "up", "up2", "shuffle"}, {"conv"}),
         (nets.Mlp, {"layers.1", "layers.4"}, {"layers.6"}),
-        (nets.Transformer, {"up"}, {"embed", "attention.out_proj", "head"}),
+        (nets.Transformer, {"embed", "attention", "up"}, {"attention#heads", "head"}),
         (nets.Tied, {"stem", "left"}, {"fc"}),
         (nets.Auxiliary, {"conv1", "conv2"}, {"fc", "aux"}),
     ],

@@ -1,6 +1,7 @@
 """How much of published networks a cut to half of the widths leaves out, exactly.
 
-Their packages are for this test alone: diffusers, monai, segmentation-models-pytorch, timm, torchcrepe (pip install).
+Their packages are for this test alone: diffusers, monai, segmentation-models-pytorch, timm, torchcrepe,
+transformers (pip install).
 """
 
 import copy
@@ -78,17 +79,68 @@ def fcos(torchvision):
     return Head(detector), images(128)
 
 
+def conditional_unet(diffusers):
+    """That of Stable Diffusion, narrower."""
+    model = diffusers.UNet2DConditionModel(
+        block_out_channels=(64, 128, 256, 256), cross_attention_dim=96, norm_num_groups=8
+    )
+    return model, (images(16, 4), torch.tensor([3, 7]), torch.randn(2, 9, 96))
+
+
+def bert(transformers):
+    config = transformers.BertConfig(
+        hidden_size=192, num_attention_heads=6, num_hidden_layers=3, intermediate_size=768, vocab_size=100
+    )
+    return transformers.BertForSequenceClassification(config), torch.arange(18).view(2, 9)
+
+
 def frozen_resnet50(torchvision):
     return torchvision.models.resnet50(norm_layer=torchvision.ops.FrozenBatchNorm2d), images(64)
 
 
+def faster_rcnn(torchvision):
+    """Boxes and losses, not only maps: what is chosen by order is chosen again."""
+    build = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
+    boxes = torch.tensor([[10.0, 10.0, 80.0, 90.0], [30.0, 40.0, 150.0, 120.0]])
+    targets = [{"boxes": boxes, "labels": torch.tensor([3, 7])} for _ in range(2)]
+    return build(weights=None, weights_backbone=None), ([*images(160).sigmoid()], targets)
+
+
 ZOO = {
+    **{
+        name: Entry("timm", lambda p, name=name: (p.create_model(name), images(64)), "MACs", 0.70)
+        for name in (
+            "mambaout_femto",
+            "inception_next_atto",
+            "fasternet_t0",
+            "res2net50_14w_8s",
+            "cspdarknet53",
+            "dpn48b",
+            "skresnet18",
+            "ghostnet_100",
+        )
+    },
+    "Faster R-CNN": Entry("torchvision", faster_rcnn, "MACs", 0.70),
     "ConvNeXt": Entry(
         "torchvision", lambda p: (p.models.convnext_tiny(stochastic_depth_prob=0.0), images(64)), "params", 0.60
     ),
     "ConvNeXt V2": Entry("timm", lambda p: (p.create_model("convnextv2_nano"), images(64)), "params", 0.60),
     "PoolFormer": Entry("timm", lambda p: (p.create_model("poolformer_s12"), images(64)), "params", 0.60),
     "MLP-mixer": Entry("timm", lambda p: (p.create_model("mixer_s32_224"), images(224)), "params", 0.40),
+    "ViT": Entry("timm", lambda p: (p.create_model("vit_tiny_patch16_224", img_size=64), images(64)), "params", 0.60),
+    "Swin": Entry(
+        "timm",
+        lambda p: (p.create_model("swin_tiny_patch4_window7_224", img_size=112), images(112)),
+        "params",
+        0.60,
+    ),
+    "Swin of torchvision": Entry("torchvision", lambda p: (p.models.swin_t(), images(64)), "params", 0.60),
+    "ViT of torchvision": Entry(
+        "torchvision", lambda p: (p.models.VisionTransformer(64, 16, 4, 4, 64, 256), images(64)), "params", 0.60
+    ),
+    "EdgeNeXt": Entry("timm", lambda p: (p.create_model("edgenext_x_small"), images(64)), "params", 0.40),
+    "BERT": Entry("transformers", bert, "params", 0.60),
+    "UNet2DConditionModel": Entry("diffusers", conditional_unet, "MACs", 0.70),
     "UNet2DModel": Entry("diffusers", unet, "MACs", 0.65),
     "AutoencoderKL": Entry("diffusers", autoencoder, "MACs", 0.65),
     "SegResNet": Entry(

@@ -6,7 +6,7 @@ from math import gcd
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from csgd.graph.ledger import Ledger
 from csgd.graph.spaces import ChannelSpace, Condition, Kind, Ref, uses_of
@@ -28,7 +28,15 @@ def _still(ledger: Ledger, ref: Ref) -> str | None:
     if ref.role not in ("out", "follow") or tensor is None:
         return None
     still = not tensor.requires_grad if isinstance(tensor, nn.Parameter) else id(tensor) in ledger.constants
-    return dotted(*ref.owners[0]) if still else None
+    return dotted(*ref.owners[0]) if still and not _equal_rows(tensor, ref) else None
+
+
+def _equal_rows(tensor: Tensor, ref: Ref) -> bool:
+    """Whether the kernels of all slots are equal as they are (a blur); vectors may be so before weights are loaded."""
+    if tensor.dim() == 1:
+        return False
+    rows = tensor.detach().movedim(ref.dim, 0)[ref.index.to(tensor.device)]
+    return torch.equal(rows, rows[:1].expand_as(rows))
 
 
 def _told(names: Sequence[str]) -> str:
@@ -42,31 +50,100 @@ def _ask_for_one_size(ledger: Ledger, spaces: Sequence[ChannelSpace]) -> None:
     All spaces under one mean are tied: they share the size of their clusters.  Of several means at once (the groups of
     a group norm) each keeps its number of values, so that no cluster goes across two of them.
     """
-    space_of, slot_of, lane_of = _seats(ledger, spaces)
     classes, why = list(range(len(spaces))), defaultdict(dict)
     parts, beside = [np.zeros(space.size, int) for space in spaces], set()
-    for roots, by in _means(ledger):
-        inside = space_of[roots]
-        under = np.unique(inside[inside >= 0]).tolist()
-        for k in under:
-            why[k].setdefault(by)
-            classes = [classes[under[0]] if one == classes[k] else one for one in classes]
-            where = inside == k
-            groups = np.nonzero(where)[0] * (1 + lane_of.max()) + lane_of[roots[where]]
-            parts[k] = _refined(parts[k], slot_of[roots[where]], groups)
-        if (inside < 0).any():
-            beside.update(under)
+    seats = {of_heads: _seats(ledger, spaces, of_heads) for of_heads in (False, True)}
+    means = list(_means(ledger))
+    for of_heads, (space_of, slot_of, lane_of) in seats.items():
+        for roots, by in means:
+            inside = space_of[roots]
+            if of_heads:  # a mean within each head goes with it
+                whole = (inside == inside[:, :1]).all(1) & (slot_of[roots] == slot_of[roots[:, :1]]).all(1)
+                roots, inside = roots[~whole], inside[~whole]
+            under = np.unique(inside[inside >= 0]).tolist()
+            for k in under:
+                why[k].setdefault(by)
+                _tie(classes, under[0], k)
+                where = inside == k
+                groups = np.nonzero(where)[0] * (1 + lane_of.max()) + lane_of[roots[where]]
+                parts[k] = _refined(parts[k], slot_of[roots[where]], groups)
+            if (inside < 0).any():
+                beside.update(under)
     for one in sorted({classes[k] for k in why}):
         together = [k for k in sorted(why) if classes[k] == one]
         free = beside.isdisjoint(together) and all(spaces[k].trimmable for k in together)
         _settle([spaces[k] for k in together], [parts[k] for k in together], [list(why[k]) for k in together], free)
 
+    for stream, values in ledger.same_width:
+        found = [
+            [
+                spaces[k].name
+                for k in np.unique(seats[of_heads][0][ledger.channel.find(atoms).numpy()]).tolist()
+                if k >= 0
+            ]
+            for of_heads, atoms in ((False, stream), (True, values), (False, values))
+        ]
+        share_width(spaces, *found)
+
+
+def _tie(classes: list[int], k: int, other: int) -> None:
+    of_other = classes[other]
+    classes[:] = [classes[k] if one == of_other else one for one in classes]
+
+
+def _sizes_of(spaces: Sequence[ChannelSpace], parts: Sequence[np.ndarray], together: Sequence[int]) -> list[int]:
+    """The sizes that clusters of several members can have in all of these spaces."""
+    most = gcd(*(int(n) for k in together for n in np.bincount(parts[k])))
+    return [n for n in range(2, most + 1) if most % n == 0 and all(spaces[k].size // n > 1 for k in together)]
+
+
+def share_width(
+    spaces: Sequence[ChannelSpace], stream: Sequence[str], heads: Sequence[str], dims: Sequence[str]
+) -> None:
+    """The heads of an attention are together as wide as its stream, before a cut and after: clusters have one size in
+    the stream and among the heads, or, where heads cannot be as many fewer, among their dims.
+
+    In place; where neither can be, all of them stay.
+    """
+    of = {space.name: space for space in spaces}
+    ways = [(heads, "whole heads"), (dims, "the dims of its heads")]
+    before, possible = _common_sizes(of, stream), [_common_sizes(of, [*stream, *way]) if way else () for way, _ in ways]
+    best = min((0, 1), key=lambda i: (not possible[i], before[:1] != possible[i][:1]))
+    if not possible[best]:
+        why = "an attention whose heads are together as wide as their stream, and cannot be cut with it"
+        return pin(spaces, dict.fromkeys([one for one in (*stream, *heads, *dims) if of[one].trimmable], why))
+    for name in ways[1 - best][0]:
+        if of[name].trimmable:
+            of[name].pinned.append(f"an attention as wide as its stream: {ways[best][1]} are cut with it")
+    tied = _all_tied(of, [*stream, *ways[best][0]])
+    for name in tied:
+        condition = one_size(space := of[name])
+        why = condition.why if condition else "as wide as the stream of its attention"
+        if condition is None or condition.tied != tuple(tied):
+            parts = condition.parts if condition else (tuple(range(space.size)),)
+            space.conditions = [one for one in space.conditions if one is not condition]
+            space.conditions.insert(0, Condition(Kind.ONE_SIZE, why, possible[best], parts, tuple(tied)))
+
+
+def _all_tied(of: Mapping[str, ChannelSpace], names: Sequence[str]) -> list[str]:
+    """These spaces and all that share the size of their clusters, in the order of the forward pass."""
+    tied = set(names).union(*(condition.tied for name in names if (condition := one_size(of[name]))))
+    return [name for name in of if name in tied]
+
+
+def _common_sizes(of: Mapping[str, ChannelSpace], names: Sequence[str]) -> tuple[int, ...]:
+    """The sizes that clusters of several members can have in all of these spaces; none where one must stay."""
+    spaces = [of[name] for name in _all_tied(of, names)]
+    if not all(space.trimmable for space in spaces):
+        return ()
+    parts = [c.parts if (c := one_size(space)) else (range(space.size),) for space in spaces]
+    most = gcd(*(len(part) for of_space in parts for part in of_space))
+    return tuple(n for n in range(2, most + 1) if most % n == 0 and all(space.size // n > 1 for space in spaces))
+
 
 def _settle(tied: list[ChannelSpace], parts: list[np.ndarray], why: list[list[str]], free: bool) -> None:
     """The condition of spaces that are tied, or the reason why they must stay; free where none must anyway."""
-    counts = [np.bincount(of_slot) for of_slot in parts]
-    most = gcd(*(int(n) for count in counts for n in count))
-    sizes = [n for n in range(2, most + 1) if most % n == 0 and all(space.size // n > 1 for space in tied)]
+    sizes = _sizes_of(tied, parts, range(len(tied)))
     for space, of_slot, by in zip(tied, parts, why, strict=True):
         if not free and space.trimmable:
             space.pinned.append(f"{by[0]}: runs over channels of which some must stay")
@@ -78,12 +155,13 @@ def _settle(tied: list[ChannelSpace], parts: list[np.ndarray], why: list[list[st
             space.conditions.append(Condition(Kind.ONE_SIZE, _told(by), tuple(sizes), groups, names))
 
 
-def _seats(ledger: Ledger, spaces: Sequence[ChannelSpace]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Space, slot and lane of every channel, by its representative atom; −1 of those that are in no space."""
+def _seats(ledger: Ledger, spaces: Sequence[ChannelSpace], of_heads: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Space, slot and lane of every channel, by its representative atom, in the spaces of whole heads or in the others;
+    −1 of those that are in none."""
     seats = tuple(np.full(len(ledger.channel), -1) for _ in range(3))
     uses = uses_of(ledger)
     for number, space in enumerate(spaces):
-        if not space.refs:
+        if not space.refs or space.of_heads != of_heads:
             continue
         atoms = np.concatenate([uses[ref.order].atoms[ref.index].numpy() for ref in space.refs], 1)
         roots = ledger.channel.find(torch.from_numpy(atoms)).numpy()

@@ -14,11 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from csgd.errors import InputError
 from csgd.graph.labels import along, compact, wide_dims
 from csgd.graph.ledger import Ledger
+from csgd.graph.picks import counted, made, made_like, max_unpool, pick, setitem, spread
 
 # Values leave, or are written into, a tensor behind the tracer's back.
 ESCAPES = {"setitem", "set", "numpy", "tolist", "array", "dlpack"}
+CARRIED = {  # functions through which a sum of channels goes, or whose rule says what does not
+    "view", "reshape", "ravel", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "permute", "transpose",
+    "t", "movedim", "moveaxis", "swapaxes", "swapdims", "expand", "expand_as", "broadcast_to", "repeat",
+    "repeat_interleave", "cat", "concat", "concatenate", "stack", "split", "chunk", "tensor_split",
+    "split_with_sizes", "narrow", "select", "getitem", "unbind", "roll", "flip", "contiguous", "clone", "detach",
+    "to", "type_as", "float", "double", "half", "bfloat16", "cpu", "matmul", "rmatmul", "bmm", "einsum",
+    "scaled_dot_product_attention",
+}  # fmt: skip
+SCALED = {"mul", "rmul", "imul", "multiply", "neg"}  # so does it where a single tensor is large,
+DIVIDED = {"div", "divide", "truediv", "itruediv", "true_divide"}  # and is what is divided
 PROPERTIES = {"T": "t", "mT": "transpose", "data": "detach"}
 
 
@@ -38,10 +50,20 @@ class Call:
         name = getattr(func, "__name__", str(func)).strip("_")
         if name == "get":  # a property of a tensor
             name = PROPERTIES.get(func.__self__.__name__, "get")
+        if (qualified := qualified_name(func)) in RULES:
+            name = qualified
         if kwargs.get("out") is not None:  # written into: no label of it holds, and no rule knows
             name = f"{name} into out="
         inputs, outputs = ([t for t in tree_leaves(value) if isinstance(t, Tensor)] for value in ((args, kwargs), out))
         return cls(name, func, args, kwargs, inputs, inputs[:1] if name in ESCAPES else outputs)
+
+    @property
+    def carries(self) -> bool:
+        """Whether a sum of channels goes through: values are moved, scaled alike, or the rule says itself."""
+        alone = [tensor.numel() > 1 for tensor in self.inputs].count(True) == 1
+        first = bool(self.args) and self.args[0] is self.inputs[0] and self.inputs[0].numel() > 1
+        divided = self.name in DIVIDED and alone and first and not self.kwargs
+        return self.name in CARRIED or (self.name in SCALED and alone) or divided
 
     def arg(self, position: int, key: str, default=None):
         return self.kwargs.get(key, self.args[position] if len(self.args) > position else default)
@@ -53,17 +75,25 @@ class Call:
         return self.func(labels, *rest, **kwargs)
 
 
+def qualified_name(func: Callable) -> str:
+    """The name of an operator as it was registered, 'mylib::scale'; '' of any other function."""
+    schema = getattr(func, "_schema", None)
+    return schema.name if schema is not None else getattr(func, "_qualified_op_name", "")
+
+
 def apply_rule(ledger: Ledger, func: Callable, args: tuple, kwargs: dict, out) -> None:
     call = Call.of(func, args, kwargs, out)
     if not call.outputs:
         return
     if not call.inputs:
-        for made in call.outputs:
-            ledger.label(made, ledger.blank(made, f"meets what the network's code makes by {call.name}"))
-        return
+        return made(ledger, call)
     ledger.seen.update(map(id, call.inputs))
+    if not call.carries:
+        for tensor in call.inputs:
+            ledger.work(tensor)
     try:
-        RULES.get(call.name, unknown)(ledger, call)
+        if reason := RULES.get(call.name, unknown)(ledger, call):
+            unknown(ledger, call, reason)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # a form of the call no rule foresaw
         unknown(ledger, call)
 
@@ -86,26 +116,78 @@ def unknown(ledger: Ledger, call: Call, reason: str = "no rule for") -> None:
 
 
 def elementwise(ledger: Ledger, call: Call) -> None:
-    """Channels that meet are the same channel; an operand that treats all channels alike ties nothing."""
-    ndim, result, shape = call.outputs[0].dim(), None, None  # shape: of the result, before broadcasting
-    for tensor in call.inputs[:1] if call.name in ("to", "type_as") else call.inputs:
-        if tensor.numel() <= 1:
-            continue
-        labels, size = compact(ledger.labels(tensor)), (1,) * (ndim - tensor.dim()) + tuple(tensor.shape)
+    tensors = call.inputs[:1] if call.name in ("to", "type_as") else call.inputs
+    operands = [(ledger.labels(tensor), tensor) for tensor in tensors if tensor.numel() > 1]
+    if operands:
+        ledger.label(call.outputs[0], meet(ledger, operands, call.outputs[0].dim()))
+
+
+def meet(ledger: Ledger, operands: list[tuple[Tensor, Tensor]], ndim: int) -> Tensor:
+    """Channels that meet are the same channel; an operand that treats all channels alike ties nothing.
+
+    operands  (labels, tensor) of each
+    """
+    result, shape, first = None, None, None  # shape: of the result, before broadcasting
+    for labels, tensor in operands:
+        labels, size = compact(labels), (1,) * (ndim - labels.dim()) + tuple(labels.shape)
         labels = labels.reshape((1,) * (ndim - labels.dim()) + tuple(labels.shape))
         if result is None:
-            result, shape = labels, size
+            result, shape, first = labels, size, tensor
             continue
-        if wide_dims(result) and labels.numel() == 1 and all(size[d] == 1 for d in ledger.apart(result)):
+        ledger.learn(result, labels, shape, size)
+        if wide_dims(result) and labels.numel() == 1 and _treats_alike(ledger, result, labels, size):
+            _tie_what_differs(ledger, result, tensor, size)
+        elif wide_dims(labels) and result.numel() == 1 and _treats_alike(ledger, labels, result, shape):
+            _tie_what_differs(ledger, labels, first, shape)
+            result = labels
+        elif _tie_part(ledger, result, labels, size):
             pass
-        elif wide_dims(labels) and result.numel() == 1 and all(shape[d] == 1 for d in ledger.apart(labels)):
+        elif _tie_part(ledger, labels, result, shape):
             result = labels
         else:
             result, labels = torch.broadcast_tensors(result, labels)
             ledger.same_channel(result, labels)
         shape = tuple(max(a, b) for a, b in zip(shape, size, strict=True))
-    if result is not None:
-        ledger.label(call.outputs[0], result)
+    return result
+
+
+def _treats_alike(ledger: Ledger, labels: Tensor, other: Tensor, size: tuple[int, ...]) -> bool:
+    """Whether an operand of that size, without labels, treats all channels alike; or all heads, whose dims stay."""
+    if all(size[dim] == 1 for dim in ledger.apart(labels)):
+        return True
+    heads = ledger.heads_apart(labels)
+    if not heads or any(size[dim] > 1 for dim in heads):
+        return False
+    atom = other.reshape(-1)
+    why = (reason for atoms, reason in ledger.pins if torch.isin(atom, atoms).any())
+    ledger.pinned_dims.append((labels.reshape(-1), next(why, "meets a value of its own for each dim of a head")))
+    return True
+
+
+def _tie_part(ledger: Ledger, labels: Tensor, other: Tensor, size: tuple[int, ...]) -> bool:
+    """Where channels are [heads, dims], ties another operand that has one for each dim, or one for each head, alone;
+    whether it is of that kind."""
+    dims, heads, wide = ledger.apart(labels), ledger.heads_apart(labels), set(wide_dims(other))
+    if not (dims and heads and wide) or not set(dims).isdisjoint(heads):
+        return False
+    if wide <= set(dims) and all(size[dim] == 1 for dim in heads):
+        ledger.slot.union(*torch.broadcast_tensors(labels, other))
+    elif wide <= set(heads) and all(size[dim] == 1 for dim in dims):
+        ledger.head.union(*torch.broadcast_tensors(labels, other))
+        ledger.slot.union(other.reshape(-1)[:1].expand_as(other), other)
+    else:
+        return False
+    return True
+
+
+def _tie_what_differs(ledger: Ledger, labels: Tensor, other: Tensor, size: tuple[int, ...]) -> None:
+    """Heads stay, all of them, where they meet what has a value for each of them: a mask that is expanded has not."""
+    for dim in ledger.heads_apart(labels):
+        if size[dim] > 1:
+            values = other.reshape(size) if other.dim() < len(size) else other
+            first = values.narrow(dim, 0, 1)
+            if not torch.equal(first.expand_as(values), values):
+                ledger.head.union(labels.narrow(dim, 0, 1).expand_as(labels), labels)
 
 
 def pool(ledger: Ledger, call: Call) -> None:
@@ -115,6 +197,14 @@ def pool(ledger: Ledger, call: Call) -> None:
     atoms = ledger.channels(ledger.labels(call.inputs[0]), dim)
     for out in call.outputs:
         ledger.label(out, along(atoms, dim, ndim))
+
+
+def sample(ledger: Ledger, call: Call) -> None:
+    """Values at places, of every channel alike; what says where these are must stay."""
+    for places in call.inputs[1:]:
+        if not ledger.owns(places) and places.numel() > 1:
+            ledger.pin(ledger.labels(places), f"{call.name}: says where values are taken")
+    pool(ledger, call)
 
 
 def reduce(ledger: Ledger, call: Call) -> None:
@@ -174,16 +264,14 @@ def reshape(ledger: Ledger, call: Call) -> None:
     moved = ledger.canonical(labels.reshape(out.shape))
     wide = wide_dims(moved)
     if len(wide) > max(1, len(wide_dims(labels))):  # groups of channels: each loses as many, at the same places
-        for dim in wide[:-1]:
-            ledger.clustered_alike(compact(moved), dim)
+        ledger.split(compact(moved))
+    counted(ledger, call, moved)
     ledger.label(out, moved)
 
 
 def move(ledger: Ledger, call: Call) -> None:
     labels, out = ledger.labels(call.inputs[0]), call.outputs[0]
-    if call.name in ("expand", "expand_as", "broadcast_to"):
-        moved = labels.expand(out.shape)
-    elif call.func.__name__ == "__get__":
+    if call.func.__name__ == "__get__":
         moved = labels.transpose(-1, -2) if labels.dim() > 1 else labels
     else:
         moved = call.on(labels)
@@ -191,29 +279,18 @@ def move(ledger: Ledger, call: Call) -> None:
 
 
 def join(ledger: Ledger, call: Call) -> None:
-    """Operands need equal sizes along every dim but that of the cat: channels that lie there are clustered alike."""
-    parts = [ledger.labels(tensor) for tensor in call.inputs]
+    """Operands need equal sizes along every dim but that of the cat: channels that lie there are clustered alike.
+
+    Empty ones (a cache at its start) have none.
+    """
+    parts = [ledger.labels(tensor) for tensor in call.inputs if tensor.shape != (0,)]
     dim = call.arg(1, "dim", 0) % max(1, parts[0].dim())
     for other in parts[1:]:
+        ledger.learn(compact(parts[0]), compact(other), parts[0].shape, other.shape)
         if call.name == "stack" or dim not in {*wide_dims(parts[0]), *wide_dims(other)}:
             first, second = (compact(part) for part in (parts[0], other))
-            ledger.slot.union(*torch.broadcast_tensors(first, second))
+            ledger.alike(*torch.broadcast_tensors(first, second))
     ledger.label(call.outputs[0], call.on(parts))
-
-
-def blank(ledger: Ledger, call: Call) -> None:
-    """Only the shape and the dtype of an operand are read."""
-    for out in call.outputs:
-        ledger.label(out, ledger.blank(out, f"meets what the network's code makes by {call.name}"))
-
-
-def pick(ledger: Ledger, call: Call) -> None:
-    """A selection that leaves every channel where it is moves labels; any other one pins."""
-    labels = ledger.canonical(ledger.labels(call.inputs[0]))
-    for out, moved in zip(call.outputs, tree_leaves(call.on(labels)), strict=True):
-        if not torch.equal(compact(ledger.canonical(moved)).reshape(-1), compact(labels).reshape(-1)):
-            ledger.pin(labels, f"{call.name}: picks channels")
-        ledger.label(out, moved)
 
 
 def chunk(ledger: Ledger, call: Call) -> None:
@@ -224,7 +301,7 @@ def chunk(ledger: Ledger, call: Call) -> None:
         if len(wide_dims(labels)) > 1 or len({part.shape for part in parts}) > 1:
             return pick(ledger, call)
         for first, second in pairwise(parts):
-            ledger.slot.union(compact(first), compact(second))
+            ledger.alike(compact(first), compact(second))
     for out, part in zip(call.outputs, parts, strict=True):
         ledger.label(out, part)
 
@@ -281,16 +358,23 @@ def conv(ledger: Ledger, call: Call) -> None:
     transposed = "transpose" in call.name
     x, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
     groups = call.arg(6, "groups", 1)
-    if not ledger.owns(weight):
-        return unknown(ledger, call, "its weight is not a plain parameter")
     dim = x.dim() - weight.dim() + 1
-    ins, n = ledger.channels(ledger.labels(x), dim), call.outputs[0].size(dim)
+    n = call.outputs[0].size(dim)
+    if not ledger.owns(weight):
+        known = ledger.known(weight) if n == groups == x.size(dim) else None
+        if known is None or wide_dims(known) != [0]:
+            return unknown(ledger, call, "its weight is not a plain parameter")
+        ins = ledger.channels(ledger.labels(x), dim)  # a kernel for each channel that is computed (a blur)
+        ledger.same_channel(ins, compact(known).reshape(-1))
+        ledger.record(bias, 0, ins, "follow")
+        return ledger.label(call.outputs[0], along(ins, dim, x.dim()))
+    ins = ledger.channels(ledger.labels(x), dim)
     if groups > 1 and groups == x.size(dim):
         if n == groups:
             outs = ins
         else:  # a multiplier: every input channel has several output channels, its lanes
             outs = _produced(ledger, weight, 0, n)
-            ledger.slot.union(ins.repeat_interleave(n // groups), outs)
+            ledger.alike(ins.repeat_interleave(n // groups), outs)
         ledger.record(weight, 0, ins if transposed else outs, "follow")
     else:
         outs = _produced(ledger, weight, int(transposed), n)
@@ -308,6 +392,7 @@ def linear(ledger: Ledger, call: Call) -> None:
     if not ledger.owns(weight):
         return unknown(ledger, call, "its weight is not a plain parameter")
     labels = ledger.labels(x)
+    ledger.learned(labels, -1, x.size(-1))
     if wide_dims(labels) and labels.dim() - 1 not in wide_dims(labels):
         ledger.freeze(weight, "linear over an axis that is not the channels'")
         return ledger.label(call.outputs[0], compact(labels))
@@ -316,6 +401,30 @@ def linear(ledger: Ledger, call: Call) -> None:
     ledger.record(weight, 0, outs, "out")
     ledger.record(bias, 0, outs, "follow")
     ledger.label(call.outputs[0], outs)
+
+
+def addmm(ledger: Ledger, call: Call) -> str | None:
+    """A linear layer whose weight is [in, out]."""
+    bias, x, weight = call.inputs
+    if not ledger.owns(weight):
+        return "its weight is not a plain parameter"
+    outs = _produced(ledger, weight, 1, weight.size(1))
+    ledger.record(weight, 0, ledger.channels(ledger.labels(x), 1), "in")
+    ledger.record(weight, 1, outs, "out")
+    ledger.record(bias, 0, outs, "follow")
+    ledger.label(call.outputs[0], outs)
+    return None
+
+
+def embedding(ledger: Ledger, call: Call) -> str | None:
+    """A table [words, channels] whose columns are filters."""
+    weight = call.arg(1, "weight")
+    if not ledger.owns(weight) or call.arg(3, "max_norm") is not None:
+        return "its table is not a plain parameter"
+    outs = _produced(ledger, weight, 1, weight.size(1))
+    ledger.record(weight, 1, outs, "out")
+    ledger.label(call.outputs[0], outs)
+    return None
 
 
 def _follow(ledger: Ledger, call: Call, first: int, keys: tuple[str, ...]) -> None:
@@ -366,7 +475,7 @@ def layer_norm(ledger: Ledger, call: Call) -> None:
         return unknown(ledger, call, "normalises over several dims of channels")
     for dim in normalised:
         ledger.weigh(labels, range(first, labels.dim()), _told(ledger, call))
-        atoms, module = ledger.channels(labels, dim), _calling(nn.Module)
+        atoms, module = ledger.dims(labels, dim), _calling(nn.Module)
         for tensor in call.inputs[1:]:
             ledger.record(tensor, dim - first, atoms, "follow")
         for attribute, value in vars(module).items() if module is not None else ():
@@ -385,7 +494,9 @@ def prelu(ledger: Ledger, call: Call) -> None:
     ledger.label(call.outputs[0], labels)
 
 
-RULES: dict[str, Callable[[Ledger, Call], None]] = {
+Rule = Callable[[Ledger, Call], str | None]
+
+RULES: dict[str, Rule] = {
     name: rule
     for rule, names in {
         elementwise: """add sub rsub mul div rdiv truediv true_divide neg pow rpow sqrt rsqrt exp expm1 log log1p abs
@@ -394,7 +505,10 @@ RULES: dict[str, Callable[[Ledger, Call], None]] = {
             hardshrink softshrink softplus softsign threshold rrelu erf sin cos dropout dropout1d dropout2d dropout3d
             alpha_dropout feature_dropout feature_alpha_dropout contiguous clone detach to type_as float double half
             bfloat16 masked_fill nan_to_num round floor ceil gt lt ge le eq ne iadd radd isub imul rmul itruediv
-            rtruediv ipow isnan isinf isfinite logical_and logical_or logical_not logical_xor atan cpu""",
+            rtruediv ipow isnan isinf isfinite logical_and logical_or logical_not logical_xor atan cpu
+            zero fill""",
+        sample: "roi_align roi_pool grid_sample grid_sampler",
+        max_unpool: "max_unpool1d max_unpool2d max_unpool3d",
         pool: """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d
             adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
             adaptive_max_pool3d lp_pool1d lp_pool2d lp_pool3d interpolate upsample""",
@@ -402,10 +516,13 @@ RULES: dict[str, Callable[[Ledger, Call], None]] = {
             linalg_vector_norm""",
         normalise: "softmax log_softmax softmin normalize cumsum cumprod",
         reshape: "view reshape ravel flatten unflatten squeeze unsqueeze view_as reshape_as",
-        move: "permute transpose t movedim moveaxis swapaxes swapdims expand expand_as broadcast_to",
+        move: "permute transpose t movedim moveaxis swapaxes swapdims",
         join: "cat concat concatenate stack",
-        blank: """empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full
-            new_tensor""",
+        spread: "expand expand_as broadcast_to repeat",
+        made_like: """empty_like zeros_like ones_like full_like rand_like randn_like randint_like normal uniform
+            bernoulli exponential""",
+        made: "new_empty new_zeros new_ones new_full new_tensor",
+        setitem: "setitem",
         pick: "split tensor_split split_with_sizes narrow select getitem unbind roll flip",
         chunk: "chunk",
         glu: "glu",
@@ -415,6 +532,8 @@ RULES: dict[str, Callable[[Ledger, Call], None]] = {
         pad: "pad",
         conv: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
         linear: "linear",
+        addmm: "addmm",
+        embedding: "embedding",
         batch_norm: "batch_norm instance_norm",
         group_norm: "group_norm",
         layer_norm: "layer_norm rms_norm",
@@ -422,3 +541,52 @@ RULES: dict[str, Callable[[Ledger, Call], None]] = {
     }.items()
     for name in names.split()
 }
+
+
+def rule(name: str, like: str | None = None) -> Callable[[Rule], Rule]:
+    """Teaches the analysis what a function does to channels; one without a rule pins everything that it touches.
+
+    name  of the function as torch calls it: "erfc" of torch.erfc, the tensor method of this name, or F.erfc; or of an
+          operator of your own as it was registered, "mylib::scale".  A function written in Python needs none: what it
+          calls is followed.  An earlier rule of the same name is replaced.
+    like  the function whose rule holds for this one too: csgd.rule("erfc", like="exp").  Else `rule` decorates a
+          function of a ledger and a call:
+
+        @csgd.rule("mylib::affine")  # affine(x, scale, shift): x[:, c] · scale[c] + shift[c]
+        def affine(ledger, call):
+            x, scale, shift = call.inputs
+            channels = ledger.channels(ledger.labels(x), 1)
+            ledger.record(scale, 0, channels, "follow")
+            ledger.record(shift, 0, channels, "follow")
+            ledger.label(call.outputs[0], ledger.labels(x))
+
+    What a call knows: `inputs` and `outputs`, the tensors in the order of the arguments, and `arg(position, key,
+    default)`.  Labels are integers in the shape of a tensor, which say to which channel each entry belongs.
+
+        ledger.labels(tensor)             the labels of an operand
+        ledger.channels(labels, dim)      one label for each position along a dim, [size of dim]
+        ledger.label(tensor, labels)      of a result; what broadcasts to its shape: channels along dim 1 of four are
+                                          channels.view(-1, 1, 1)
+        ledger.fresh(n)                   labels of n new channels, for what a weight produces
+        ledger.record(parameter, dim, channels, role)   dim of a parameter or buffer lies along channels: "out", the
+                                          filters of a producer; "follow", one entry for each; "in", the input slices of
+                                          a consumer, which a cut sums
+        ledger.same_channel(a, b)         channels that meet, as those of a sum
+        ledger.clustered_alike(labels, dim)   channels that are cut together: all that lie along dim
+        ledger.weigh(labels, dims, by)    a mean over channels: clusters of one size (fact F12)
+        ledger.pin(labels, reason)        channels that must stay
+
+    A rule that returns a text pins everything that the call touches, for this reason.  A rule is no proof: the trial of
+    `find_spaces`, and `prove`, cut and compare as ever, and pin what a rule has promised and does not hold.
+    InputError if `like` has no rule.
+    """
+    if like is not None:
+        if like not in RULES:
+            raise InputError(f"rule: like='{like}' has no rule of its own")
+        RULES[name] = RULES[like]
+
+    def taught(function: Rule) -> Rule:
+        RULES[name] = function
+        return function
+
+    return taught

@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from csgd.graph.labels import UnionFind
 from csgd.graph.ledger import Ledger
+
+PART = "part"  # of a use that no tensor has: the channels that are picked from among others
 
 
 @dataclass
@@ -20,10 +23,13 @@ class Ref:
     owners  [(module path, attribute)], several where the tensor is shared
     dim     the indexed dim
     role    'out' filters of a producer | 'follow' one entry per channel | 'in' input slices of a consumer |
+            'key' filters that the cut sums: those of keys, whose queries become equal (fact F14) |
             'size' no tensor, but an integer that counts the channels, or entry `dim` of a tuple of them
     index   [slots, lanes] positions along `dim`
     extent  size of `dim` when the spaces were found: a tensor of another size has been cut since
     order   rank of this use in the forward pass
+    power   a key's rows are multiplied by (slots after the cut / before) ** power: ½ where the scale of a product is
+            the inverse root of the number of channels, which the cut changes
     """
 
     owners: list[tuple[str, str]]
@@ -32,6 +38,7 @@ class Ref:
     index: Tensor
     extent: int
     order: int = 0
+    power: float = 0.0
 
 
 class Kind(StrEnum):
@@ -92,6 +99,11 @@ class ChannelSpace:
         return not self.pinned and self.size > 1
 
     @property
+    def of_heads(self) -> bool:
+        """Whether its slots are whole heads."""
+        return "#heads" in self.name
+
+    @property
     def producers(self) -> list[Ref]:
         """The pacesetter, and the followers that have filters of their own."""
         return [ref for ref in self.refs if ref.role == "out"]
@@ -115,11 +127,58 @@ def describe(spaces: Sequence[ChannelSpace]) -> str:
 
 
 def spaces_of(ledger: Ledger, model: nn.Module) -> list[ChannelSpace]:
-    """Groups the slots of a ledger into spaces, in the order in which the network first produces them."""
-    reasons, uses = _reasons(ledger), uses_of(ledger)
-    lengths = [len(atoms) for _, _, _, atoms in uses]
-    slots = np.concatenate([ledger.slot.find(atoms).numpy() for *_, atoms in uses]) if uses else np.empty(0, int)
-    channels = np.concatenate([ledger.channel.find(atoms).numpy() for *_, atoms in uses]) if uses else slots
+    """Groups the slots of a ledger into spaces, in the order in which the network first produces them; behind each of
+    an attention the space of its whole heads, '…#heads'."""
+    uses = uses_of(ledger)
+    atoms, keys = _joined(ledger.heads), _keys(ledger)
+    heads, of_scores = (ties.find(atoms).unique().numpy() for ties in (ledger.head, ledger.slot))
+    within = _grouped(ledger, uses, ledger.slot, _reasons(ledger, ledger.slot, ledger.pinned_dims), keys)
+    within = [group for group in within if not np.isin(group.slots, of_scores).any()]
+    whole = _grouped(ledger, uses, ledger.head, _reasons(ledger, ledger.head), {}) if len(heads) else []
+    whole = [group for group in whole if np.isin(group.slots, heads).all()]
+    spaces, count = [], defaultdict(int)
+    for group, of_heads in sorted(
+        [(g, False) for g in within] + [(g, True) for g in whole], key=lambda one: one[0].order
+    ):
+        pacesetter = next((ref for ref in group.refs if ref.role == "out"), None)
+        if pacesetter is None:
+            continue
+        pinned = group.pinned
+        if not pinned and len(group.slots) == 1 and pacesetter.index.numel() > 1:
+            pinned = ["its heads are all tied together" if of_heads else "all its channels are tied together"]
+        if not pinned and not any(ref.role in ("in", "key") for ref in group.refs):
+            pinned = ["no layer is seen to read its channels"]
+        path, attribute = pacesetter.owners[0]
+        name = f"{path or attribute}#heads" if of_heads else path or attribute
+        count[name] += 1
+        name = f"{name}#{count[name]}" if count[name] > 1 else name
+        spaces.append(ChannelSpace(name, len(group.slots), group.refs, pinned))
+    return spaces + _uncovered(ledger, model, spaces)
+
+
+def _joined(atoms: Sequence[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.long, device="cpu"), *atoms])
+
+
+class Group(NamedTuple):
+    """Slots that occur alike."""
+
+    slots: np.ndarray
+    refs: list[Ref]
+    pinned: list[str]
+    order: tuple[int, int]  # use and position of the first entry
+
+
+def _grouped(
+    ledger: Ledger, uses: list["Use"], ties: UnionFind, reasons: dict[int, set[str]], keys: dict[int, bool]
+) -> list[Group]:
+    """The slots of one equivalence, those together that occur alike in the same uses.
+
+    keys  {channel: whether its scale is implied} of those whose rows are summed
+    """
+    lengths = [len(use.atoms) for use in uses]
+    slots = np.concatenate([ties.find(use.atoms).numpy() for use in uses]) if uses else np.empty(0, int)
+    channels = np.concatenate([ledger.channel.find(use.atoms).numpy() for use in uses]) if uses else slots
     which, positions = (
         np.repeat(np.arange(len(uses)), lengths),
         np.concatenate([np.arange(n) for n in lengths] or [slots]),
@@ -129,36 +188,58 @@ def spaces_of(ledger: Ledger, model: nn.Module) -> list[ChannelSpace]:
     names, starts = np.unique(slots[by_slot], return_index=True)
     stops = np.append(starts[1:], len(slots))
     lowest, highest = (extreme.reduceat(channels[by_slot], starts) for extreme in (np.minimum, np.maximum))
+    summed = np.isin(channels, list(keys))
     alike = defaultdict(list)
     for k in np.argsort(by_slot[starts]):  # slots in the order of their first use
         entries = by_slot[starts[k] : stops[k]]
         pinned = int(names[k]) in reasons
         lanes = _lanes(channels[entries]) if lowest[k] < highest[k] else None
-        alike[which[entries].tobytes(), lanes, pinned].append((int(names[k]), entries))
+        alike[which[entries].tobytes(), lanes, pinned, summed[entries].tobytes()].append((int(names[k]), entries))
 
-    spaces, count = [], defaultdict(int)
+    groups = []
     for members in alike.values():
         entries = np.stack([of_slot for _, of_slot in members])
-        of_use, first = np.unique(which[entries[0]], return_index=True)
-        columns = np.split(positions[entries], first[1:], axis=1)
-        refs = [
-            Ref(owners, dim, role, torch.from_numpy(index.copy()), len(atoms), int(order))
-            for order, index in zip(of_use, columns, strict=True)
-            for owners, dim, role, atoms in [uses[order]]
-        ]
-        pacesetter = next((ref for ref in refs if ref.role == "out"), None)
-        if pacesetter is None:
-            continue
+        refs = []
+        for order in np.unique(which[entries[0]]):
+            use, here = uses[order], which[entries[0]] == order
+            for summing in (False, True):
+                columns = here & (summed[entries[0]] == summing)
+                if columns.any() and use.role != PART:
+                    key = summing and use.role in ("out", "follow")
+                    index = torch.from_numpy(positions[entries[:, columns]])
+                    power = 0.5 * (key and any(keys[channel] for channel in channels[entries[0][columns]].tolist()))
+                    role = "key" if key else use.role
+                    refs.append(Ref(use.owners, use.dim, role, index, len(use.atoms), int(order), power))
         pinned = sorted(set().union(*(reasons.get(slot, ()) for slot, _ in members)))
-        if not pinned and len(members) == 1 and pacesetter.index.numel() > 1:
-            pinned = ["all its channels are tied together"]
-        if not pinned and not any(ref.role == "in" for ref in refs):
-            pinned = ["no layer is seen to read its channels"]
-        path, attribute = pacesetter.owners[0]
-        name = path or attribute
-        count[name] += 1
-        spaces.append(ChannelSpace(f"{name}#{count[name]}" if count[name] > 1 else name, len(members), refs, pinned))
-    return spaces + _uncovered(ledger, model, spaces)
+        first = int(which[entries[0, 0]]), int(positions[entries[0, 0]])
+        groups.append(Group(np.array([slot for slot, _ in members]), refs, pinned, first))
+    return groups
+
+
+def _keys(ledger: Ledger) -> dict[int, bool]:
+    """The channels whose rows a cut sums: of each product one side that is what layers put out, but for its place and a
+    scale, so that sums go through; the other side's become equal.  Their values: whether the scale is implied.
+
+    Where neither is, or the sides meet again in another part, the dims stay.
+    """
+    worked = ledger.channel.find(_joined(ledger.worked)).unique()
+    keys, equal = {}, set()
+    for product in ledger.products:
+        sides = [ledger.channel.find(atoms).unique() for atoms in (product.keys, product.queries)]
+        plain = [not torch.isin(side, worked).any() and equal.isdisjoint(side.tolist()) for side in sides]
+        if plain[1] and not plain[0]:
+            sides.reverse()
+        summed, others = (set(side.tolist()) for side in sides)
+        if not any(plain) or others & summed or others & keys.keys():
+            reason = "a norm or angles (rotary) change queries and keys on the way to it: whole heads may be free"
+            ledger.pinned_dims += [
+                (product.keys, f"{product.by}: {reason}"),
+                (product.queries, f"{product.by}: {reason}"),
+            ]
+            continue
+        keys.update({channel: product.implied or keys.get(channel, False) for channel in summed})
+        equal |= others
+    return keys
 
 
 class Use(NamedTuple):
@@ -174,7 +255,8 @@ def uses_of(ledger: Ledger) -> list[Use]:
     """Every use of channels, in the order of the forward pass."""
     uses = [Use(ledger.owners[key], dim, role, atoms) for (key, dim), (atoms, role) in ledger.uses.items()]
     sizes = ledger.sizes.items()
-    return uses + [Use([(path, attribute)], entry, "size", atoms) for (path, attribute, entry), atoms in sizes]
+    uses += [Use([(path, attribute)], entry, "size", atoms) for (path, attribute, entry), atoms in sizes]
+    return uses + [Use([], 0, PART, atoms) for atoms in ledger.parts.values()]
 
 
 def _lanes(channels: np.ndarray) -> bytes:
@@ -183,13 +265,13 @@ def _lanes(channels: np.ndarray) -> bytes:
     return np.argsort(np.argsort(first))[number].tobytes()
 
 
-def _reasons(ledger: Ledger) -> dict[int, set[str]]:
+def _reasons(ledger: Ledger, ties: UnionFind, more: Sequence[tuple[Tensor, str]] = ()) -> dict[int, set[str]]:
     """Slot -> why it must stay."""
-    pins = list(ledger.pins)
+    pins = [*ledger.pins, *more]
     pins += [(atoms, ledger.frozen[key]) for (key, _), (atoms, _) in ledger.uses.items() if key in ledger.frozen]
     reasons = defaultdict(set)
     for atoms, reason in pins:
-        for slot in ledger.slot.find(atoms).unique().tolist():
+        for slot in ties.find(atoms).unique().tolist():
             reasons[slot].add(reason)
     return reasons
 

@@ -1,10 +1,11 @@
 """Carries labels along a real forward pass, at the level of torch.*, F.* and tensor methods."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,27 +14,32 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csgd.errors import InputError
+from csgd.graph.attention import ATTENTION
 from csgd.graph.conditions import add_conditions
 from csgd.graph.labels import compact
 from csgd.graph.ledger import Ledger
-from csgd.graph.rules import Call, apply_rule, unknown
+from csgd.graph.rules import RULES, Call, apply_rule, unknown
+from csgd.graph.sizes import hold, measured
 from csgd.graph.spaces import ChannelSpace, spaces_of
 from csgd.graph.twin import (
     Inputs,
+    Outputs,
     check_examples,
     check_has_values,
     dotted,
     gradients,
     keep_random_state,
     modes_of,
+    outputs_in,
     own_tensors,
     random_state,
     run,
     set_mode,
     set_random_state,
-    tensors_in,
     twin_of,
 )
+
+RULES.update(ATTENTION)
 
 TRAINING_PASSES = 8  # at most, until what is left out at random has all been seen
 
@@ -56,10 +62,18 @@ class _Functions(TorchFunctionMode):
                 self._refuse_originals(args, kwargs)
             out = func(*args, **kwargs)
             with torch._C._DisableTorchDispatch():  # labels need no watching, and are many
+                if isinstance(out, torch.Size) or func is torch.Tensor.size:
+                    return self._measured(args, kwargs, out)
                 apply_rule(self.ledger, func, args, kwargs, out)
         finally:
             self.inside = False
         return out
+
+    def _measured(self, args: tuple, kwargs: dict, out: torch.Size | int) -> torch.Size | int:
+        """A shape, or one size of it, that knows of which channels it is the number."""
+        tensor, *rest = (*args, *kwargs.values())
+        shape = measured(self.ledger, tensor, out if isinstance(out, torch.Size) else torch.Size(tensor.shape))
+        return shape if isinstance(out, torch.Size) else shape[rest[0]]
 
     def _refuse_originals(self, args: tuple, kwargs: dict) -> None:
         for value in (*args, *kwargs.values()):
@@ -84,14 +98,22 @@ class _Escapes(TorchDispatchMode):
             self.functions.inside = True
             call = Call.of(func, args, kwargs, out)
             self.functions.ledger.seen.update(map(id, call.inputs))
-            if call.inputs and call.outputs:
+            if call.name in RULES and "::" in call.name:
+                apply_rule(self.functions.ledger, func, args, kwargs, out)
+            elif call.inputs and call.outputs:
                 unknown(self.functions.ledger, call, "runs in compiled code")
             self.functions.inside = False
         return out
 
 
 def trace_spaces(
-    model: nn.Module, example: Any, *, examples: Sequence[Any] = (), unused: Sequence[str] = (), itself: bool = True
+    model: nn.Module,
+    example: Any,
+    *,
+    examples: Sequence[Any] = (),
+    unused: Sequence[str] = (),
+    outputs: Outputs = None,
+    itself: bool = True,
 ) -> list[ChannelSpace]:
     """Channel spaces of `model` by label tracing alone, without the trial trim; see `find_spaces`.
 
@@ -103,6 +125,8 @@ def trace_spaces(
     """
     if isinstance(unused, str):
         raise InputError(f"unused must be a list of patterns, got the text {unused!r}")
+    if isinstance(outputs, str):
+        raise InputError(f"outputs must be a list of names or numbers, or a function, got the text {outputs!r}")
     if isinstance(examples, Tensor):
         raise InputError("examples must be a list of examples, got one tensor")
     inputs = [Inputs.of(one) for one in (example, *examples)]
@@ -117,32 +141,42 @@ def trace_spaces(
             modes = [(module, module.training) for module in model.modules()]
             buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
             try:
-                return _trace(model, inputs, unused, {})
+                return _trace(model, inputs, unused, {}, outputs)
             finally:
                 for module, training in modes:
                     module.training = training
                 with torch.no_grad():
                     for buffer, saved in buffers:
                         buffer.copy_(saved)
+        hold(twin)
         originals = {id(tensor): dotted(path, name) for path, _, name, tensor in own_tensors(model)}
-        return _trace(twin, inputs, unused, originals)
+        return _trace(twin, inputs, unused, originals, outputs)
 
 
 def _trace(
-    model: nn.Module, examples: list[Inputs], unused: Sequence[str], originals: dict[int, str]
+    model: nn.Module,
+    examples: list[Inputs],
+    unused: Sequence[str],
+    originals: dict[int, str],
+    outputs: Outputs,
+    maps: Mapping[int, int] = MappingProxyType({}),
 ) -> list[ChannelSpace]:
-    ledger, modes = Ledger(model), modes_of(model)
+    """Spaces by one forward pass in each mode, and again where these have shown along which dims maps follow (`maps`:
+    {id of a tensor: dim})."""
+    ledger, modes = Ledger(model, maps), modes_of(model)
     for mode in [mode for name, mode in modes.items() if name != "train"]:
         set_mode(model, mode)
         for inputs in examples:
-            _run(ledger, model, inputs, 0, originals, training=mode is not False)
+            _run(ledger, model, inputs, 0, originals, mode is not False, outputs)
     statistics = {id(buffer): buffer.clone() for buffer in model.buffers()}
     used, evaluated, ledger.seen = ledger.seen & statistics.keys(), ledger.seen, set()
     for seed in range(TRAINING_PASSES):
-        drew = [_run(ledger, model.train(), inputs, seed, originals, training=True) for inputs in examples]
+        drew = [_run(ledger, model.train(), inputs, seed, originals, True, outputs) for inputs in examples]
         left = _unreached(ledger, model, evaluated | ledger.seen)
         if used <= ledger.seen and not (left and any(drew)):
             break
+    if ledger.met:
+        return _trace(model, examples, unused, originals, outputs, {**ledger.met, **maps})
     _move_statistics(model, examples, [(b, statistics[id(b)]) for b in model.buffers() if id(b) in statistics])
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -165,20 +199,24 @@ def _move_statistics(model: nn.Module, examples: list[Inputs], buffers: list[tup
 
 
 def _run(
-    ledger: Ledger, model: nn.Module, inputs: Inputs, seed: int, originals: dict[int, str], training: bool
+    ledger: Ledger,
+    model: nn.Module,
+    inputs: Inputs,
+    seed: int,
+    originals: dict[int, str],
+    training: bool,
+    outputs: Outputs,
 ) -> bool:
     """One forward pass of which the ledger takes note, the same one whatever was drawn before; whether it draws."""
     set_random_state(model, seed)
+    ledger.training = training
     before, inputs = random_state(model), inputs.copied()
     for tensor in inputs.tensors():
         ledger.label(tensor, ledger.fresh(1, "network input"))
     functions = _Functions(ledger, originals)
     with gradients(model, training), _Escapes(functions), functions:
         out = run(model, inputs)
-    outputs = list(tensors_in(out))
-    if not outputs:
-        raise InputError(f"the model returns no tensor that can be found, but {type(out).__name__}")
-    for tensor in outputs:
+    for tensor in outputs_in(out, outputs):
         if tensor.numel() > 1:
             ledger.pin(ledger.labels(tensor), "network output")
     return random_state(model) != before

@@ -5,7 +5,7 @@ import copy
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType
@@ -69,6 +69,35 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
         parts += [getattr(value, slot) for slot in slots if hasattr(value, slot)]
     for part in parts:
         yield from _tensors_in(part, seen)
+
+
+Outputs = Callable[[Any], Any] | Sequence[str | int] | None  # what of the value of a network counts: all, by default
+
+
+def outputs_in(out: Any, outputs: Outputs = None) -> list[Tensor]:
+    """The tensors of what a network returns that count.
+
+    InputError if there are none, or if one that is named is not there.
+    """
+    if outputs is None:
+        counts = out
+    elif callable(outputs):
+        counts = outputs(out)
+    else:
+        counts = [_entry(out, key) for key in outputs]
+    tensors = list(tensors_in(counts))
+    if not tensors:
+        raise InputError(f"the model returns no tensor that can be found, but {type(counts).__name__}")
+    return tensors
+
+
+def _entry(out: Any, key: str | int) -> Any:
+    try:
+        return getattr(out, key) if isinstance(key, str) and not isinstance(out, Mapping) else out[key]
+    except (AttributeError, IndexError, KeyError, TypeError):
+        many = f" of {len(out)}" if isinstance(out, list | tuple) else ""
+        allowed = ", ".join(map(repr, out)) if isinstance(out, Mapping) else f"a {type(out).__name__}{many}"
+        raise InputError(f"outputs: the network does not return {key!r}, but {allowed}") from None
 
 
 def own_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

@@ -1,0 +1,331 @@
+"""Attention is cut exactly along the dims of queries, keys and values, and along whole heads (fact F14)."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import csgd
+from csgd.verify import count_params
+
+WIDTH, HEADS, DIMS = 24, 4, 6
+
+
+class Net(nn.Module):
+    """Tokens in a stream, one layer of attention, a head."""
+
+    def __init__(self, attention: nn.Module, width: int = WIDTH):
+        super().__init__()
+        self.embed, self.attention, self.head = nn.Linear(5, width), attention, nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(self.embed(x)).mean(1))
+
+
+class Three(nn.Module):
+    """Three layers; `meet` says how their products are written, `scale` what divides them."""
+
+    def __init__(self, meet, values: int = 5, scale: float | None = None, width: int = WIDTH):
+        super().__init__()
+        self.heads, self.dims, self.meet, self.scale = HEADS, DIMS, meet, scale
+        self.q, self.k = nn.Linear(width, HEADS * DIMS), nn.Linear(width, HEADS * DIMS)
+        self.v, self.proj = nn.Linear(width, HEADS * values), nn.Linear(HEADS * values, width)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.proj(self.meet(self, q, k, v).transpose(1, 2).flatten(2))
+
+
+def matmul(net, q, k, v):
+    scale = q.size(-1) ** -0.5 if net.scale is None else net.scale
+    return (q @ k.transpose(-1, -2) * scale).softmax(-1) @ v
+
+
+def einsum(net, q, k, v):
+    scores = torch.einsum("bhid,bhjd->bhij", q / q.shape[-1] ** 0.5, k)
+    return torch.einsum("b h i j, b h j e -> b h i e", scores.softmax(-1), v)
+
+
+def bmm(net, q, k, v):
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).unflatten(0, (-1, net.heads))
+
+
+def fused(net, q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, scale=net.scale, dropout_p=0.5 if net.training else 0.0)
+
+
+def causal(net, q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class One(nn.Module):
+    """One layer of queries, keys and values, as in timm: integers of its own say how it is read."""
+
+    def __init__(self, norm: type[nn.Module] | None = None, typed: bool = False):
+        super().__init__()
+        self.num_heads, self.head_dim, self.typed = HEADS, DIMS, typed
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * HEADS * DIMS), nn.Linear(HEADS * DIMS, WIDTH)
+        self.q_norm, self.k_norm = (norm(DIMS) if norm else nn.Identity() for _ in range(2))
+
+    def forward(self, x):
+        b, n, c = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj(x.transpose(1, 2).reshape(b, n, c if self.typed else self.num_heads * self.head_dim))
+
+
+class Grouped(nn.Module):
+    """Twice as many queries as keys and values."""
+
+    def __init__(self, repeated: bool):
+        super().__init__()
+        self.q, self.kv = (nn.Linear(WIDTH, 2 * HEADS * DIMS) for _ in range(2))
+        self.proj, self.dims, self.repeated = nn.Linear(2 * HEADS * DIMS, WIDTH), DIMS, repeated
+
+    def forward(self, x):
+        q = self.q(x).view(*x.shape[:2], -1, self.dims).transpose(1, 2)
+        k, v = self.kv(x).chunk(2, -1)
+        k, v = (t.view(*x.shape[:2], -1, self.dims).transpose(1, 2) for t in (k, v))
+        if self.repeated:
+            k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=not self.repeated)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Shared(nn.Module):
+    """One key and one value for all heads."""
+
+    def __init__(self, expanded: bool):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(WIDTH, HEADS * DIMS), nn.Linear(WIDTH, DIMS), nn.Linear(WIDTH, DIMS)
+        self.proj, self.heads, self.expanded = nn.Linear(HEADS * DIMS, WIDTH), HEADS, expanded
+
+    def forward(self, x):
+        q = self.q(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        k, v = (layer(x).unsqueeze(1) for layer in (self.k, self.v))
+        if self.expanded:
+            k, v = (t.expand(-1, self.heads, -1, -1) for t in (k, v))
+        y = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Windows(nn.Module):
+    """Windows of tokens, a table of one bias for each head and distance, and a scale that each head learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj, self.heads = nn.Linear(WIDTH, 3 * HEADS * DIMS), nn.Linear(HEADS * DIMS, WIDTH), HEADS
+        self.table, self.scale = nn.Parameter(torch.zeros(5, HEADS)), nn.Parameter(torch.ones(HEADS, 1, 1))
+        self.register_buffer("distance", torch.arange(3)[:, None] - torch.arange(3) + 2)
+        self.register_buffer("mask", torch.zeros(2, 3, 3).masked_fill(torch.eye(3) > 0, -1.0))
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        windows = x.view(b * n // 3, 3, -1)
+        q, k, v = self.qkv(windows).view(b * n // 3, 3, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) * self.scale
+        bias = self.table[self.distance.view(-1)].view(3, 3, -1).permute(2, 0, 1)
+        scores = scores + bias.unsqueeze(0)
+        scores = scores.view(b, n // 3, self.heads, 3, 3) + self.mask.unsqueeze(1)[: n // 3]
+        y = scores.view(-1, self.heads, 3, 3).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).reshape(b, n, -1))
+
+
+class Crossed(nn.Module):
+    """Attention between channels (XCA): only whole heads are the same before and after."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj, self.heads = nn.Linear(WIDTH, 3 * HEADS * DIMS), nn.Linear(HEADS * DIMS, WIDTH), HEADS
+        self.temperature = nn.Parameter(torch.ones(HEADS, 1, 1))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 4, 1).unbind(0)
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
+        return self.proj((scores.softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2))
+
+
+class Rotary(nn.Module):
+    """Pairs of dims are turned by angles, one for each pair."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, HEADS * DIMS) for _ in range(3))
+        self.proj, self.dims = nn.Linear(HEADS * DIMS, WIDTH), DIMS
+        self.register_buffer("angle", torch.linspace(0.1, 1.0, DIMS // 2))
+
+    def turned(self, x):
+        angle = torch.cat([self.angle, self.angle]) * torch.arange(x.size(2), dtype=x.dtype)[:, None]
+        a, b = x.chunk(2, -1)
+        return x * angle.cos() + torch.cat([-b, a], -1) * angle.sin()
+
+    def forward(self, x):
+        q, k, v = (layer(x).view(*x.shape[:2], -1, self.dims).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(self.turned(q), self.turned(k), v)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Torchs(nn.Module):
+    """nn.MultiheadAttention; where it `crosses`, to tokens of another width."""
+
+    def __init__(self, crosses: bool = False):
+        super().__init__()
+        other = dict(kdim=10, vdim=10) if crosses else {}
+        self.inner = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **other)
+        self.other = nn.Linear(WIDTH, 10) if crosses else nn.Identity()
+
+    def forward(self, x):
+        other = torch.tanh(self.other(x))
+        y, weights = self.inner(x, other, other)
+        return y * (1 + weights[..., :1])
+
+
+NETS = {  # with the names of the spaces of attention that are free
+    "matmul, scale implied": (lambda: Three(matmul), {"q", "q#heads", "v"}),
+    "matmul, scale typed in": (lambda: Three(matmul, scale=0.3), {"q", "q#heads", "v"}),
+    "einsum": (lambda: Three(einsum), {"q", "q#heads", "v"}),
+    "bmm": (lambda: Three(bmm), {"q", "q#heads", "v"}),
+    "fused, scale implied": (lambda: Three(fused), {"q", "q#heads", "v"}),
+    "fused, scale typed in": (lambda: Three(fused, scale=0.3), {"q", "q#heads", "v"}),
+    "causal": (lambda: Three(causal), {"q", "q#heads", "v"}),
+    "one layer": (One, {"qkv", "qkv#heads"}),
+    "as wide as the stream": (lambda: One(typed=True), {"qkv#heads"}),
+    "norms of queries and keys": (lambda: One(nn.LayerNorm), {"qkv#heads"}),
+    "groups": (lambda: Grouped(False), {"q", "q#heads"}),
+    "groups repeated": (lambda: Grouped(True), {"q", "q#heads"}),
+    "one key for all heads": (lambda: Shared(False), {"q", "q#heads", "v"}),
+    "one key, expanded": (lambda: Shared(True), {"q", "q#heads", "v"}),
+    "windows": (Windows, {"qkv", "qkv#heads"}),
+    "channels": (Crossed, {"qkv#heads"}),
+    "rotary": (Rotary, {"q#heads"}),
+    "torch": (Torchs, {"inner#heads"}),
+    "torch, three weights": (lambda: Torchs(crosses=True), {"inner#heads"}),
+}
+TOKENS = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+
+
+def found(make) -> tuple[nn.Module, list[csgd.ChannelSpace]]:
+    torch.manual_seed(0)
+    net = Net(make())
+    return net, csgd.find_spaces(net, TOKENS)
+
+
+OTHERS = {"embed", "attention.proj", "attention.inner.out_proj", "attention.other"}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_form_of_attention_is_cut_exactly_to_half(name):
+    make, free = NETS[name]
+    net, spaces = found(make)
+    assert {s.name for s in spaces if s.trimmable} - OTHERS == {f"attention.{one}" for one in free}
+    clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
+    alone = [{s.name: clusters[s.name]} for s in spaces if s.trimmable and not s.conditions]
+    for some in (clusters, *alone):  # a fault of one space must not hide behind another
+        proof = csgd.prove(net, spaces, some, TOKENS)
+        assert proof.exact
+        assert None not in proof.changes.values()
+        assert proof.change <= 1e-12
+        assert proof.control >= 1e-3
+
+
+@pytest.mark.parametrize(
+    "name, why", [("rotary", "rotary"), ("norms of queries and keys", "norm"), ("channels", "heads")]
+)
+def test_dims_that_stay_say_why(name, why):
+    _, spaces = found(NETS[name][0])
+    (dims,) = [s for s in spaces if s.pinned and s.name in ("attention.q", "attention.qkv")]
+    assert any(why in reason and "whole heads may be free" in reason for reason in dims.pinned)
+
+
+def test_f14_keys_are_summed_and_need_not_be_equal():
+    net, spaces = found(lambda: Three(fused, scale=0.3))
+    net.eval()
+    with torch.no_grad():
+        net.attention.q.weight[1] = net.attention.q.weight[0]
+        net.attention.q.bias[1] = net.attention.q.bias[0]
+        for head in range(1, HEADS):  # alike in every head
+            net.attention.q.weight[head * DIMS + 1] = net.attention.q.weight[head * DIMS]
+            net.attention.q.bias[head * DIMS + 1] = net.attention.q.bias[head * DIMS]
+    before, keys = net(TOKENS), net.attention.k.weight.clone()
+    csgd.trim(net, spaces, {"attention.q": [[0, 1]]}, tolerance=1e-7)
+    assert net.attention.q.weight.shape == (HEADS * (DIMS - 1), WIDTH)
+    torch.testing.assert_close(net.attention.k.weight[0], keys[0] + keys[1])
+    torch.testing.assert_close(net(TOKENS), before)
+
+
+@pytest.mark.parametrize("name", ["fused, scale implied", "one layer", "torch"])
+def test_f7_sgd_goes_on_with_the_narrow_attention_as_with_the_wide_one(name):
+    net, spaces = found(NETS[name][0])
+    net = net.double()
+    clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
+    csgd.merge_equal(net, spaces, clusters)
+    x, target = TOKENS.double(), torch.tensor([0, 2])
+    runs = []
+    for narrow in (False, True):
+        model = copy.deepcopy(net)
+        groups = csgd.param_groups(model, spaces, clusters, centri_strength=0.0, weight_decay=1e-3)
+        optimizer = csgd.CSGD(groups, lr=0.05, momentum=0.9)
+        for step in range(6):
+            if step == 2 and narrow:  # momentum comes along
+                csgd.trim(model, spaces, clusters, optimizer, tolerance=1e-9)
+            optimizer.zero_grad()
+            F.cross_entropy(model.eval()(x), target).backward()
+            optimizer.step()
+        runs.append(model(x))
+    assert count_params(model) < 0.6 * count_params(net)
+    assert float((runs[0] - runs[1]).detach().abs().max()) <= 1e-12
+
+
+def test_integers_of_heads_and_dims_follow():
+    net, spaces = found(One)
+    sizes = {(ref.owners[0][1], space.name) for space in spaces for ref in space.refs if ref.role == "size"}
+    assert sizes == {("num_heads", "attention.qkv#heads"), ("head_dim", "attention.qkv")}
+    clusters = csgd.cluster(net, spaces, {"attention.qkv": 2, "attention.qkv#heads": 3})
+    csgd.trim(net, spaces, clusters, tolerance=None)
+    assert (net.attention.num_heads, net.attention.head_dim) == (3, 2)
+    assert net.attention.qkv.weight.shape == (3 * 3 * 2, WIDTH)
+
+
+def test_shapes_alone_do_not_tell_heads_from_dims():
+    net, spaces = found(One)
+    widths = {"attention.qkv": 3, "attention.qkv#heads": 2}
+    csgd.trim(net, spaces, csgd.cluster(net, spaces, widths), tolerance=None)
+    with pytest.raises(csgd.InputError, match="may be of fewer heads or of smaller ones"):
+        csgd.load_trimmed(Net(One()), net.state_dict(), example=TOKENS)
+    again = csgd.load_trimmed(Net(One()), net.state_dict(), example=TOKENS, widths=widths)
+    assert (again.attention.num_heads, again.attention.head_dim) == (2, 3)
+    assert torch.equal(again.eval()(TOKENS), net.eval()(TOKENS))
+
+
+def test_torchs_fast_path_takes_the_narrow_heads():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, WIDTH), nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True))
+    net = nn.Sequential(net, nn.Linear(WIDTH, 3)).double().eval()
+    spaces = csgd.find_spaces(net, TOKENS.double())
+    clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
+    csgd.merge_equal(net, spaces, clusters)
+    with torch.no_grad():
+        before = net(TOKENS.double())
+        csgd.trim(net, spaces, clusters)
+        after = net(TOKENS.double())
+    attention = net[0][1].self_attn
+    assert (attention.embed_dim, attention.num_heads, attention.head_dim) == (WIDTH // 2, HEADS // 2, DIMS)
+    assert float((after - before).abs().max()) <= 1e-12
+
+
+def test_collapse_then_cut_in_float32():
+    net, spaces = found(One)
+    clusters = csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5))
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    collapse = csgd.Collapse(optimizer, net, spaces, clusters, stop=20)
+    while not collapse.done:
+        optimizer.zero_grad()
+        F.cross_entropy(net(TOKENS), torch.tensor([0, 2])).backward()
+        optimizer.step()
+    before = net.eval()(TOKENS).detach()
+    csgd.trim(net, spaces, clusters, optimizer)
+    assert float((net(TOKENS).detach() - before).abs().max() / before.std()) <= 5e-6
