@@ -121,7 +121,7 @@ def _way_on(output_dir: Path, typed: list[str]) -> str:
     folder = f"hydra.run.dir={output_dir}"
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         folder = f"hydra.sweep.dir={HydraConfig.get().sweep.dir}"
-    elif not (output_dir / "checkpoints" / "last.pt").exists():
+    elif not any((output_dir / kept).exists() for kept in ("checkpoints/last.pt", "trials")):
         return "nothing was saved yet; the same command starts anew"
     given = [one for one in typed if not one.startswith(("resume=", "hydra.run.dir=", "hydra.sweep.dir="))]
     return "to go on: " + shlex.join(["python", "run.py", *given, folder, "resume=auto"])
