@@ -31,6 +31,7 @@ MAIN_JOB = {
 VARIED = {
     "kernels": "{way}, k-means on kernels",
     "importance": "deleted, {more}",
+    "early": "csgd to {width}, equal by 15 %, then narrow for longer, same cost",
     "sgd": "csgd, beside SGD at {lr}",
     "published": "the pull as published, ε solved for, SGD at {lr}",
 }
@@ -136,7 +137,7 @@ the best mean less the worst: what one has to tune. Made by `python experiments/
 def variations() -> str:
     everything = lines(HERE / "study_ways.jsonl")
     usual = [row for row in everything if row["study"] == "ways" and (row["images"], row["width"]) == ("512", "1_2")]
-    rows = [row for row in everything if row["study"] in VARIED]
+    rows = [row for row in everything if row["study"] in VARIED and "failure" not in row]
     body = []
     for network, members in grouped(usual, lambda row: row["network"]).items():
         if not any(row["network"] == network for row in rows):
@@ -147,8 +148,10 @@ def variations() -> str:
                 (study_ways.NAMES[network], STANDARD[way], percent(of, "after_cut"), percent(of, "end"), len(of))
             )
         varied = [row for row in rows if row["network"] == network]
-        for (study, way, lr, more), of in grouped(varied, at("study", "way", "lr", "more")).items():
-            told = VARIED[study].format(way=study_ways.TOLD[way], lr=f"{lr:g}", more=more)
+        for (study, way, lr, more, width), of in grouped(varied, at("study", "way", "lr", "more", "width")).items():
+            told = VARIED[study].format(
+                way=study_ways.TOLD[way], lr=f"{lr:g}", more=more.split()[-1], width=width.replace("_", "/")
+            )
             body.append((study_ways.NAMES[network], told, percent(of, "after_cut"), percent(of, "end"), len(of)))
     about = """512 images, half of the widths; the rates are the tuned ones of each way, of SGD each that was tried.
 Mean (least … most), by the same command as above."""
