@@ -119,7 +119,7 @@ class Passes:
     def pairs(self, other: "Passes") -> tuple[list[Tensor], list[Tensor]]:
         """The outputs of both, and the values of which both chose, which must agree since the choice is the same."""
         both = zip(chain(*self.decisions), chain(*other.decisions), strict=False)
-        given = [(a.given, b.given) for a, b in both if a.given.shape == b.given.shape]
+        given = [pair for a, b in both if a.is_like(b) for pair in zip(a.given, b.given, strict=True)]
         return self.outputs + [a for a, _ in given], other.outputs + [b for _, b in given]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import nms
 
 import csgd
 from csgd.graph.rules import RULES
@@ -637,6 +638,26 @@ def test_a_choice_that_the_cut_turns_is_seen():
 
     net = Net(way, a=conv(3, 16), s=conv(16, 1), t=conv(3, 1), h=nn.Linear(16, 5))
     assert not inner(net, IMAGES)[0].trimmable
+
+
+def suppressed(net, x):
+    """The scores of boxes that overlap no better one; how wide the boxes are is a matter of the width."""
+    y, scores = net.a(x), net.s(x).flatten()
+    corners = net.b(y).flatten(2).transpose(1, 2).flatten(0, 1)
+    sizes = 0.1 * y.shape[1] + net.t(x).flatten()[:, None].abs()
+    kept = nms(torch.cat([corners, corners + sizes], 1), scores, 0.2)
+    return net.h(y).mean((2, 3)) + scores[kept].sum()
+
+
+def as_many(net, x):
+    y = net.a(x)
+    return net.h(y).mean((2, 3)) + net.s(x).flatten(1).topk(y.shape[1], 1).values.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("way, more", [(suppressed, dict(b=conv(16, 2), t=conv(3, 1))), (as_many, {})])
+def test_a_choice_is_made_again_only_where_all_that_it_is_made_of_is_the_same(way, more):
+    net = Net(way, a=conv(3, 16), s=conv(3, 1), h=conv(16, 4), **more)
+    assert "its trial trim changes the output" in inner(net, IMAGES)[0].pinned
 
 
 # rules
