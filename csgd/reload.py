@@ -2,9 +2,11 @@
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from fractions import Fraction
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,9 @@ from torch.nn.parameter import is_lazy
 from csgd.clusters import counted_channels
 from csgd.errors import InputError, line_of
 from csgd.graph import ChannelSpace, Inputs, trace_spaces
-from csgd.graph.integers import Integers, at_place, integers_of, like, replaced
-from csgd.graph.twin import dotted, keep_random_state, raised_in, tensors_in
+from csgd.graph.integers import Integers, at_place, integers_of, replaced
+from csgd.graph.twin import dotted, keep_random_state, tensors_in
+from csgd.trial import pin_failures
 from csgd.trim import depthwise_multipliers, fit_attributes, replace_data
 
 SIZES = (8, 16, 28, 32, 64, 96, 128, 224, 256, 299)  # of images that networks are made for
@@ -57,7 +60,9 @@ def load_trimmed(
         if example is None:
             spaces = _spaces_on_any(model)
     counted = _counted_in(model, shapes, spaces, widths) if narrowed else {}
-    followed = counted | (_check_run(model, versioned, narrowed, shapes, example, counted) if narrowed else {})
+    if narrowed:
+        more = partial(_counted_by_trial, model, shapes, spaces, widths)
+        counted |= _check_run(model, versioned, narrowed, shapes, example, counted, more)
 
     changed = list(_touched(model.modules(), narrowed))
     multipliers = depthwise_multipliers(model)
@@ -67,7 +72,7 @@ def load_trimmed(
         empty = torch.empty(narrowed[id(old)], dtype=old.dtype, device=old.device, memory_format=form)
         replace_data(old, empty)
     fit_attributes(changed, multipliers)
-    for (path, attribute), value in followed.items():
+    for (path, attribute), value in counted.items():
         setattr(model.get_submodule(path), attribute, value)
     model.load_state_dict(versioned)
     return model
@@ -353,10 +358,11 @@ def _check_run(
     shapes: Shapes,
     example,
     counted: Mapping[tuple[str, str], Integers],
+    more: Callable[[Any], dict[tuple[str, str], Integers]],
 ) -> dict[tuple[str, str], Integers]:
     """The narrow network takes what the wide one takes: both are run without data, as far as they can be.
 
-    {(module path, attribute): value} of the integers that must follow the cut for that, as in `follow_widths`.
+    {(module path, attribute): value} of the integers that must follow the cut for that: `more` of an example.
     """
     followed: dict[tuple[str, str], Integers] = {}
     try:
@@ -382,8 +388,9 @@ def _check_run(
             try:
                 _run(narrow, inputs)
             except Exception as error:  # whatever a network raises whose layers do not fit together
-                if more := _follow_widths(wide, narrow, raised_in(narrow, error)):
-                    followed |= more
+                if not followed and (followed := more(_zeros(inputs, model) if example is None else inputs)):
+                    for (path, attribute), value in followed.items():
+                        setattr(narrow.get_submodule(path), attribute, value)
                     continue
                 if example is None:
                     _check_spaces(model, shapes, _zeros(inputs, model))  # names the tensors
@@ -405,22 +412,16 @@ def _may_broadcast(model: nn.Module, shapes: Shapes) -> bool:
     return any(new == 1 < old for old, new in pairs)
 
 
-def _follow_widths(wide: nn.Module, narrow: nn.Module, path: str) -> dict[tuple[str, str], Integers]:
-    """Sets the integers of a module that equal a width in it, and those of all modules of its class, to the new one."""
-    followed: dict[tuple[str, str], Integers] = {}
-    for where, module in like(narrow, path):
-        widths: dict[int, int] = {}
-        pairs = zip(wide.get_submodule(where).parameters(), module.parameters(), strict=True)
-        for old, new in ((old.shape, new.shape) for old, new in pairs):
-            for dim in sorted(range(len(old)), key=lambda dim: (dim != 1, dim)):  # what is read comes first
-                if old[dim] != new[dim]:
-                    widths.setdefault(old[dim], new[dim])
-        for attribute, place, value in integers_of(wide.get_submodule(where)):
-            said, now = getattr(module, attribute), widths.get(value, value)
-            if at_place(said, place) == value != now:
-                followed[where, attribute] = replaced(said, place, now)
-                setattr(module, attribute, followed[where, attribute])
-    return followed
+def _counted_by_trial(
+    model: nn.Module, shapes: Shapes, spaces: list[ChannelSpace], widths: Mapping[str, int] | None, example: Any
+) -> dict[tuple[str, str], Integers]:
+    """The same, of those too that are taken to be widths since a cut makes their modules raise, as by `find_spaces`."""
+    tried, pinned = copy.deepcopy(spaces), {space.name: space.pinned for space in spaces}
+    with suppress(InputError):  # what cannot be tried
+        pin_failures(model, tried, example)
+    for space in tried:  # by another example, or for other outputs, it may have been free
+        space.pinned = pinned[space.name]
+    return _counted_in(model, shapes, tried, widths)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -447,16 +448,17 @@ def _run(model: nn.Module, inputs) -> None:
 
 
 def _inputs_for(model: nn.Module) -> Iterator[Tensor]:
-    """Inputs that one of the layers takes, without data, beginning with the first layer."""
+    """Inputs that one of the layers takes, without data, beginning with the first layer; of odd numbers, of which a
+    view of half as many channels makes no whole."""
     tried = set()
     for layer in model.modules():
         if isinstance(layer, nn.modules.conv._ConvNd):
             dims = len(layer.kernel_size)
-            shapes = [(2, layer.in_channels, *[size] * dims) for size in SIZES]
+            shapes = [(3, layer.in_channels, *[size] * dims) for size in SIZES]
         elif isinstance(layer, nn.Linear):
-            shapes = [(2, layer.in_features), (2, 7, layer.in_features)]
+            shapes = [(3, layer.in_features), (3, 7, layer.in_features)]
         elif isinstance(layer, nn.Embedding):
-            shapes = [(2, 7)]
+            shapes = [(3, 7)]
         else:
             continue
         dtype = torch.long if isinstance(layer, nn.Embedding) else layer.weight.dtype

@@ -259,6 +259,34 @@ def test_an_attribute_of_the_same_value_that_counts_nothing_stays():
     assert narrow.images == 6 > narrow.k
 
 
+class Longest(nn.Module):
+    """The largest length and the width are one number; the width is an integer that nothing follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.dim = self.longest = 8
+        self.a, self.h = nn.Linear(16, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = x[:, -self.longest :]
+        return self.h(self.a(x).view(-1, int(self.dim)).relu().view(len(x), x.size(1), -1)).sum(1)
+
+
+def test_an_attribute_of_a_width_that_the_example_does_not_come_near_stays():
+    wide, short, long = Longest(), torch.randn(3, 3, 16), torch.randn(2, 12, 16).double()
+    _, clusters, narrow = check_exact(wide, short, free=8)
+    assert (narrow.dim, narrow.longest) == (narrow.a.out_features, 8)
+    same = copy.deepcopy(wide).double()
+    csgd.merge_equal(same, csgd.find_spaces(wide, short), clusters)
+    cut = copy.deepcopy(same)
+    csgd.trim(cut, csgd.find_spaces(wide, short), clusters)
+    torch.testing.assert_close(cut(long), same(long))
+    for how in ({"example": short.double()}, {}):
+        loaded = csgd.load_trimmed(Longest().double(), cut.state_dict(), **how)
+        assert (loaded.dim, loaded.longest) == (cut.dim, 8)
+        assert torch.equal(loaded(long), cut(long))
+
+
 # whole networks
 
 
