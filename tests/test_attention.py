@@ -301,6 +301,15 @@ def test_shapes_alone_do_not_tell_heads_from_dims():
     assert torch.equal(again.eval()(TOKENS), net.eval()(TOKENS))
 
 
+@pytest.mark.parametrize("crosses", [False, True])
+def test_torchs_attention_reloads_of_one_weight_and_of_three(crosses):
+    net, spaces = found(lambda: Torchs(crosses))
+    widths = csgd.target_widths(spaces, 0.5)
+    csgd.trim(net, spaces, csgd.cluster(net, spaces, widths), tolerance=None)
+    again = csgd.load_trimmed(Net(Torchs(crosses)), net.state_dict(), example=TOKENS, widths=widths)
+    assert torch.equal(again.eval()(TOKENS), net.eval()(TOKENS))
+
+
 def test_torchs_fast_path_takes_the_narrow_heads():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, WIDTH), nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True))
