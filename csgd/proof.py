@@ -218,9 +218,9 @@ class Trial:
         """
         like = next((passes for name, passes in self.before.items() if self.modes[name] == mode), None)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if mode is not False and not grad else []
-        default = torch.get_default_dtype()
         outputs, states, decisions = [], [], []
         with keep_random_state(model):
+            default = torch.get_default_dtype()
             try:
                 torch.set_default_dtype(self.dtype)  # constants that `forward` makes are to fit
                 set_mode(model, mode)
