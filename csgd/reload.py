@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from csgd.clusters import counted_channels
+from csgd.clusters import counted_channels, is_slot
 from csgd.errors import InputError, line_of
 from csgd.graph import ChannelSpace, Inputs, trace_spaces
 from csgd.graph.integers import Integers, at_place, integers_of, replaced
@@ -45,6 +45,7 @@ def load_trimmed(
     """
     if not isinstance(state_dict, Mapping):
         raise InputError(f"a state_dict maps names to tensors, got a {type(state_dict).__name__}")
+    _check_widths(widths)
     own = model.state_dict(keep_vars=True)
     _check_keys(model, own, state_dict)
     versioned = OrderedDict(state_dict)  # some modules ask for their version, which files of safetensors do not hold
@@ -76,6 +77,14 @@ def load_trimmed(
         setattr(model.get_submodule(path), attribute, value)
     model.load_state_dict(versioned)
     return model
+
+
+def _check_widths(widths: Mapping[str, int] | None) -> None:
+    if not isinstance(widths, Mapping | None):
+        raise InputError(f"widths must be a mapping {{space name: width}}, got {type(widths).__name__}")
+    for name, width in (widths or {}).items():
+        if not is_slot(width) or width < 1:
+            raise InputError(f"widths.{name} must be a whole number of 1 or more, got {width!r}")
 
 
 def _touched(modules: Iterable[nn.Module], narrowed: Mapping[int, torch.Size]) -> Iterator[nn.Module]:
@@ -258,6 +267,10 @@ def _counted(
             )
             for space, lanes in left if len(left) == 1 or not lost else ():
                 kept[space.name] = space.size - lost // lanes
+            counted = any(ref.role == "size" for space, _ in terms for ref in space.refs)
+            if lost and not left and counted:
+                told = f"{abs(lost)} {'more' if lost > 0 else 'fewer'} channel{'s' if abs(lost) > 1 else ''}"
+                raise InputError(f"widths that do not fit: {key} of {list(shapes[key])} has lost {told} than they say")
     counts: dict[tuple[str, str], Integers] = {}
     for space in spaces:
         for ref in (ref for ref in space.refs if ref.role == "size"):
@@ -317,29 +330,39 @@ def _of_attention(
             for space in spaces
             if not space.of_heads and any((tuple(ref.owners), ref.dim) in places for ref in space.refs)
         ]
+        left: dict[
+            str, tuple[Fraction, str]
+        ] = {}  # of the dims of each space: what share of all heads' is, by which tensor
         for dims in beside:
             shared = [ref for ref in dims.refs if (tuple(ref.owners), ref.dim) in places]
             keeps = {
                 dotted(*ref.owners[0]): Fraction(shapes[dotted(*ref.owners[0])][ref.dim], ref.extent) for ref in shared
             }
-            ref, left = shared[0], keeps[dotted(*shared[0].owners[0])]
-            if odd := next((key for key, part in keeps.items() if part != left), None):
-                both = " and ".join(f"{key} of {list(shapes[key])}" for key in (dotted(*ref.owners[0]), odd))
+            first, part = next(iter(keeps.items()))
+            if odd := next((key for key in keeps if keeps[key] != part), None):
+                both = " and ".join(f"{key} of {list(shapes[key])}" for key in (first, odd))
                 raise InputError(f"weights that do not fit together: {both} keep other shares of '{dims.name}'")
-            known = {s.name: s.size for s in (heads, dims) if not s.trimmable} | {
-                name: width for name, width in (widths or {}).items() if name in (heads.name, dims.name)
-            }
-            if widths is not None or left == 1:
-                known = {heads.name: heads.size, dims.name: dims.size} | known
+            left[dims.name] = part, first
+        known = {s.name: s.size for s in (heads, *beside) if not s.trimmable or left.get(s.name, (0,))[0] == 1}
+        if any(part == 1 for part, _ in left.values()):
+            known[heads.name] = heads.size
+        known |= {name: Fraction(width) for name, width in (widths or {}).items() if name in (heads.name, *left)}
+        for dims in (*beside, *beside):  # what one tells of the heads another may need
             for one, other in ((heads, dims), (dims, heads)):
                 if one.name in known and other.name not in known:
-                    known[other.name] = left * other.size * one.size / known[one.name]
-            if not known or not all(Fraction(width).denominator == 1 for width in known.values()):
+                    known[other.name] = left[dims.name][0] * other.size * one.size / known[one.name]
+        for dims in beside:
+            part, key = left[dims.name]
+            of_both = [known.get(space.name) for space in (heads, dims)]
+            if None in of_both or not all(Fraction(width).denominator == 1 for width in of_both):
                 raise InputError(
-                    f"{dotted(*ref.owners[0])} of {list(shapes[dotted(*ref.owners[0])])} may be of fewer heads or of "
-                    f"smaller ones: widths={{'{heads.name}': …, '{dims.name}': …}} tells"
+                    f"{key} of {list(shapes[key])} may be of fewer heads or of smaller ones: "
+                    f"widths={{'{heads.name}': …, '{dims.name}': …}} tells"
                 )
-            clusters |= {name: _so_many(of[name].size, int(width)) for name, width in known.items()}
+            if of_both[0] * of_both[1] != part * heads.size * dims.size:
+                told = f"widths '{heads.name}': {of_both[0]} and '{dims.name}': {of_both[1]}"
+                raise InputError(f"{told} do not fit {key} of {list(shapes[key])}")
+        clusters |= {name: _so_many(of[name].size, int(width)) for name, width in known.items()}
     free = {name: parts for name, parts in clusters.items() if of[name].trimmable}
     paths = {id(module): path for path, module in model.named_modules()}
     counts = counted_channels(model, spaces, free)

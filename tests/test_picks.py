@@ -215,6 +215,13 @@ def test_parts_that_shapes_do_not_tell_apart_ask_for_widths():
     loaded = csgd.load_trimmed(wide, narrow.state_dict(), example=IMAGES, widths=widths)
     assert loaded.k == narrow.k == widths["a"]
 
+    wrong = {"a": widths["a"], "a#2": widths["a#2"] + 1}
+    for how in ({"example": IMAGES}, {}):
+        with pytest.raises(
+            csgd.InputError, match=r"widths that do not fit: a.weight of \[.*\] has lost 1 more channel"
+        ):
+            csgd.load_trimmed(Net(way, a=conv(3, 16), h=head(16), k=6), narrow.state_dict(), widths=wrong, **how)
+
 
 def test_attributes_that_say_where_parts_lie_follow_and_are_listed():
     way, parts, _ = PICKS["gated"]
