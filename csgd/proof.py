@@ -119,7 +119,7 @@ class Passes:
     def pairs(self, other: "Passes") -> tuple[list[Tensor], list[Tensor]]:
         """The outputs of both, and the values of which both chose, which must agree since the choice is the same."""
         both = zip(chain(*self.decisions), chain(*other.decisions), strict=False)
-        given = [(a.given, b.given) for a, b in both if a.given.shape == b.given.shape]
+        given = [pair for a, b in both if a.is_like(b) for pair in zip(a.given, b.given, strict=True)]
         return self.outputs + [a for a, _ in given], other.outputs + [b for _, b in given]
 
 
@@ -218,9 +218,9 @@ class Trial:
         """
         like = next((passes for name, passes in self.before.items() if self.modes[name] == mode), None)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if mode is not False and not grad else []
-        default = torch.get_default_dtype()
         outputs, states, decisions = [], [], []
         with keep_random_state(model):
+            default = torch.get_default_dtype()
             try:
                 torch.set_default_dtype(self.dtype)  # constants that `forward` makes are to fit
                 set_mode(model, mode)

@@ -2,19 +2,22 @@
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from fractions import Fraction
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from csgd.clusters import counted_channels
+from csgd.clusters import counted_channels, is_slot
 from csgd.errors import InputError, line_of
 from csgd.graph import ChannelSpace, Inputs, trace_spaces
-from csgd.graph.integers import Integers, at_place, integers_of, like, replaced
-from csgd.graph.twin import dotted, keep_random_state, raised_in, tensors_in
+from csgd.graph.integers import Integers, at_place, integers_of, replaced
+from csgd.graph.twin import dotted, keep_random_state, tensors_in
+from csgd.trial import pin_failures
 from csgd.trim import depthwise_multipliers, fit_attributes, replace_data
 
 SIZES = (8, 16, 28, 32, 64, 96, 128, 224, 256, 299)  # of images that networks are made for
@@ -42,6 +45,7 @@ def load_trimmed(
     """
     if not isinstance(state_dict, Mapping):
         raise InputError(f"a state_dict maps names to tensors, got a {type(state_dict).__name__}")
+    _check_widths(widths)
     own = model.state_dict(keep_vars=True)
     _check_keys(model, own, state_dict)
     versioned = OrderedDict(state_dict)  # some modules ask for their version, which files of safetensors do not hold
@@ -57,7 +61,9 @@ def load_trimmed(
         if example is None:
             spaces = _spaces_on_any(model)
     counted = _counted_in(model, shapes, spaces, widths) if narrowed else {}
-    followed = counted | (_check_run(model, versioned, narrowed, shapes, example, counted) if narrowed else {})
+    if narrowed:
+        more = partial(_counted_by_trial, model, shapes, spaces, widths)
+        counted |= _check_run(model, versioned, narrowed, shapes, example, counted, more)
 
     changed = list(_touched(model.modules(), narrowed))
     multipliers = depthwise_multipliers(model)
@@ -67,10 +73,18 @@ def load_trimmed(
         empty = torch.empty(narrowed[id(old)], dtype=old.dtype, device=old.device, memory_format=form)
         replace_data(old, empty)
     fit_attributes(changed, multipliers)
-    for (path, attribute), value in followed.items():
+    for (path, attribute), value in counted.items():
         setattr(model.get_submodule(path), attribute, value)
     model.load_state_dict(versioned)
     return model
+
+
+def _check_widths(widths: Mapping[str, int] | None) -> None:
+    if not isinstance(widths, Mapping | None):
+        raise InputError(f"widths must be a mapping {{space name: width}}, got {type(widths).__name__}")
+    for name, width in (widths or {}).items():
+        if not is_slot(width) or width < 1:
+            raise InputError(f"widths.{name} must be a whole number of 1 or more, got {width!r}")
 
 
 def _touched(modules: Iterable[nn.Module], narrowed: Mapping[int, torch.Size]) -> Iterator[nn.Module]:
@@ -253,6 +267,10 @@ def _counted(
             )
             for space, lanes in left if len(left) == 1 or not lost else ():
                 kept[space.name] = space.size - lost // lanes
+            counted = any(ref.role == "size" for space, _ in terms for ref in space.refs)
+            if lost and not left and counted:
+                told = f"{abs(lost)} {'more' if lost > 0 else 'fewer'} channel{'s' if abs(lost) > 1 else ''}"
+                raise InputError(f"widths that do not fit: {key} of {list(shapes[key])} has lost {told} than they say")
     counts: dict[tuple[str, str], Integers] = {}
     for space in spaces:
         for ref in (ref for ref in space.refs if ref.role == "size"):
@@ -312,29 +330,39 @@ def _of_attention(
             for space in spaces
             if not space.of_heads and any((tuple(ref.owners), ref.dim) in places for ref in space.refs)
         ]
+        left: dict[
+            str, tuple[Fraction, str]
+        ] = {}  # of the dims of each space: what share of all heads' is, by which tensor
         for dims in beside:
             shared = [ref for ref in dims.refs if (tuple(ref.owners), ref.dim) in places]
             keeps = {
                 dotted(*ref.owners[0]): Fraction(shapes[dotted(*ref.owners[0])][ref.dim], ref.extent) for ref in shared
             }
-            ref, left = shared[0], keeps[dotted(*shared[0].owners[0])]
-            if odd := next((key for key, part in keeps.items() if part != left), None):
-                both = " and ".join(f"{key} of {list(shapes[key])}" for key in (dotted(*ref.owners[0]), odd))
+            first, part = next(iter(keeps.items()))
+            if odd := next((key for key in keeps if keeps[key] != part), None):
+                both = " and ".join(f"{key} of {list(shapes[key])}" for key in (first, odd))
                 raise InputError(f"weights that do not fit together: {both} keep other shares of '{dims.name}'")
-            known = {s.name: s.size for s in (heads, dims) if not s.trimmable} | {
-                name: width for name, width in (widths or {}).items() if name in (heads.name, dims.name)
-            }
-            if widths is not None or left == 1:
-                known = {heads.name: heads.size, dims.name: dims.size} | known
+            left[dims.name] = part, first
+        known = {s.name: s.size for s in (heads, *beside) if not s.trimmable or left.get(s.name, (0,))[0] == 1}
+        if any(part == 1 for part, _ in left.values()):
+            known[heads.name] = heads.size
+        known |= {name: Fraction(width) for name, width in (widths or {}).items() if name in (heads.name, *left)}
+        for dims in (*beside, *beside):  # what one tells of the heads another may need
             for one, other in ((heads, dims), (dims, heads)):
                 if one.name in known and other.name not in known:
-                    known[other.name] = left * other.size * one.size / known[one.name]
-            if not known or not all(Fraction(width).denominator == 1 for width in known.values()):
+                    known[other.name] = left[dims.name][0] * other.size * one.size / known[one.name]
+        for dims in beside:
+            part, key = left[dims.name]
+            of_both = [known.get(space.name) for space in (heads, dims)]
+            if None in of_both or not all(Fraction(width).denominator == 1 for width in of_both):
                 raise InputError(
-                    f"{dotted(*ref.owners[0])} of {list(shapes[dotted(*ref.owners[0])])} may be of fewer heads or of "
-                    f"smaller ones: widths={{'{heads.name}': …, '{dims.name}': …}} tells"
+                    f"{key} of {list(shapes[key])} may be of fewer heads or of smaller ones: "
+                    f"widths={{'{heads.name}': …, '{dims.name}': …}} tells"
                 )
-            clusters |= {name: _so_many(of[name].size, int(width)) for name, width in known.items()}
+            if of_both[0] * of_both[1] != part * heads.size * dims.size:
+                told = f"widths '{heads.name}': {of_both[0]} and '{dims.name}': {of_both[1]}"
+                raise InputError(f"{told} do not fit {key} of {list(shapes[key])}")
+        clusters |= {name: _so_many(of[name].size, int(width)) for name, width in known.items()}
     free = {name: parts for name, parts in clusters.items() if of[name].trimmable}
     paths = {id(module): path for path, module in model.named_modules()}
     counts = counted_channels(model, spaces, free)
@@ -353,10 +381,11 @@ def _check_run(
     shapes: Shapes,
     example,
     counted: Mapping[tuple[str, str], Integers],
+    more: Callable[[Any], dict[tuple[str, str], Integers]],
 ) -> dict[tuple[str, str], Integers]:
     """The narrow network takes what the wide one takes: both are run without data, as far as they can be.
 
-    {(module path, attribute): value} of the integers that must follow the cut for that, as in `follow_widths`.
+    {(module path, attribute): value} of the integers that must follow the cut for that: `more` of an example.
     """
     followed: dict[tuple[str, str], Integers] = {}
     try:
@@ -382,8 +411,9 @@ def _check_run(
             try:
                 _run(narrow, inputs)
             except Exception as error:  # whatever a network raises whose layers do not fit together
-                if more := _follow_widths(wide, narrow, raised_in(narrow, error)):
-                    followed |= more
+                if not followed and (followed := more(_zeros(inputs, model) if example is None else inputs)):
+                    for (path, attribute), value in followed.items():
+                        setattr(narrow.get_submodule(path), attribute, value)
                     continue
                 if example is None:
                     _check_spaces(model, shapes, _zeros(inputs, model))  # names the tensors
@@ -405,22 +435,16 @@ def _may_broadcast(model: nn.Module, shapes: Shapes) -> bool:
     return any(new == 1 < old for old, new in pairs)
 
 
-def _follow_widths(wide: nn.Module, narrow: nn.Module, path: str) -> dict[tuple[str, str], Integers]:
-    """Sets the integers of a module that equal a width in it, and those of all modules of its class, to the new one."""
-    followed: dict[tuple[str, str], Integers] = {}
-    for where, module in like(narrow, path):
-        widths: dict[int, int] = {}
-        pairs = zip(wide.get_submodule(where).parameters(), module.parameters(), strict=True)
-        for old, new in ((old.shape, new.shape) for old, new in pairs):
-            for dim in sorted(range(len(old)), key=lambda dim: (dim != 1, dim)):  # what is read comes first
-                if old[dim] != new[dim]:
-                    widths.setdefault(old[dim], new[dim])
-        for attribute, place, value in integers_of(wide.get_submodule(where)):
-            said, now = getattr(module, attribute), widths.get(value, value)
-            if at_place(said, place) == value != now:
-                followed[where, attribute] = replaced(said, place, now)
-                setattr(module, attribute, followed[where, attribute])
-    return followed
+def _counted_by_trial(
+    model: nn.Module, shapes: Shapes, spaces: list[ChannelSpace], widths: Mapping[str, int] | None, example: Any
+) -> dict[tuple[str, str], Integers]:
+    """The same, of those too that are taken to be widths since a cut makes their modules raise, as by `find_spaces`."""
+    tried, pinned = copy.deepcopy(spaces), {space.name: space.pinned for space in spaces}
+    with suppress(InputError):  # what cannot be tried
+        pin_failures(model, tried, example)
+    for space in tried:  # by another example, or for other outputs, it may have been free
+        space.pinned = pinned[space.name]
+    return _counted_in(model, shapes, tried, widths)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -447,16 +471,17 @@ def _run(model: nn.Module, inputs) -> None:
 
 
 def _inputs_for(model: nn.Module) -> Iterator[Tensor]:
-    """Inputs that one of the layers takes, without data, beginning with the first layer."""
+    """Inputs that one of the layers takes, without data, beginning with the first layer; of odd numbers, of which a
+    view of half as many channels makes no whole."""
     tried = set()
     for layer in model.modules():
         if isinstance(layer, nn.modules.conv._ConvNd):
             dims = len(layer.kernel_size)
-            shapes = [(2, layer.in_channels, *[size] * dims) for size in SIZES]
+            shapes = [(3, layer.in_channels, *[size] * dims) for size in SIZES]
         elif isinstance(layer, nn.Linear):
-            shapes = [(2, layer.in_features), (2, 7, layer.in_features)]
+            shapes = [(3, layer.in_features), (3, 7, layer.in_features)]
         elif isinstance(layer, nn.Embedding):
-            shapes = [(2, 7)]
+            shapes = [(3, 7)]
         else:
             continue
         dtype = torch.long if isinstance(layer, nn.Embedding) else layer.weight.dtype

@@ -53,12 +53,14 @@ def pin_failures(
 
     Random clusters are cut from a random float64 twin and its outputs compared, in eval and in train mode.  Where that
     makes a module raise, integers of its own that equal a width are taken to be that width, and follow the cut from
-    then on.  Sets of spaces are halved until the failing ones are found.
+    then on, but for those without which it does as well.  Sets of spaces are halved until the failing ones are found.
     """
+    followed: list[Ref] = []
     while clusters := random_clusters(spaces, ratio=None):
         trial = Trial(model, spaces, clusters, example, examples=examples, outputs=outputs)
         _, reason = trial.changes(clusters)
-        while reason and trial.raised_in is not None and follow_widths(model, spaces, trial.raised_in):
+        while reason and trial.raised_in is not None and (more := follow_widths(model, spaces, trial.raised_in)):
+            followed += more
             _, reason = trial.changes(clusters)
         if not reason or trial.raised_in is None:
             break
@@ -66,6 +68,7 @@ def pin_failures(
             break
     else:
         return spaces
+    inexact = reason = _leave_what_is_none(model, trial, followed, reason)
     failing = dict(trial.failures(list(clusters), reason)) if reason else {}
     if turned := [ref for space in spaces if space.name in failing for ref in space.refs if ref.role == "key"]:
         for ref in turned:  # the scale of a product is a number, or the inverse root of what a cut changes
@@ -76,20 +79,56 @@ def pin_failures(
     if left:
         failing |= dict.fromkeys(trial.unseen(left), "its trial cannot see it: no output depends on these channels")
     conditions.pin(spaces, failing)
+    if inexact or failing:
+        _leave_what_is_none(model, trial, followed)
     return spaces
 
 
-def follow_widths(model: nn.Module, spaces: list[ChannelSpace], path: str) -> bool:
+def _leave_what_is_none(model: nn.Module, trial: Trial, followed: list[Ref], reason: str | None = None) -> str | None:
+    """Takes back the integers without which the cut is as exact: nothing says that they are widths, and where an
+    example is short the largest length that a network takes is one that it does not come near.
+
+    reason  why it is not exact with all of them; without those that it does not need to run it may be.  Returns why it
+            still is not
+    """
+    free = [space for space in trial.spaces if space.trimmable]
+    names, before, still = [space.name for space in free], [space.refs for space in free], reason
+    alike = defaultdict(list)  # of one attribute of a class
+    for ref in followed:
+        ((path, attribute),) = ref.owners
+        alike[type(model.get_submodule(path)), attribute, ref.dim].append(id(ref))
+    for some in alike.values():
+        refs = [space.refs for space in free]
+        if not any(id(ref) in some for held in refs for ref in held):
+            continue
+        for space in free:
+            space.refs = [ref for ref in space.refs if id(ref) not in some]
+        why = trial.changes(names)[1]
+        if why and (still is None or trial.raised_in is not None):
+            _give_back(free, refs)
+        else:
+            still = why
+    if still is not None:
+        _give_back(free, before)
+    return reason and still
+
+
+def _give_back(spaces: list[ChannelSpace], refs: list[list[Ref]]) -> None:
+    for space, held in zip(spaces, refs, strict=True):
+        space.refs = held
+
+
+def follow_widths(model: nn.Module, spaces: list[ChannelSpace], path: str) -> list[Ref]:
     """Lets the integers of a module that equal a width in it follow the cut, and those of all modules of its class;
-    whether there was any that did not."""
-    found = False
+    what follows that did not."""
+    found = []
     for where, module in like(model, path):
         followed = {(ref.owners[0], ref.dim) for space in spaces for ref in space.refs if ref.role == "size"}
         for attribute, place, value in integers_of(module):
             if ((where, attribute), place) not in followed:
                 for space, ref in _of_width(spaces, where, value):
-                    space.refs.append(Ref([(where, attribute)], place, "size", ref.index, value, ref.order))
-                    found = True
+                    found.append(Ref([(where, attribute)], place, "size", ref.index, value, ref.order))
+                    space.refs.append(found[-1])
     return found
 
 

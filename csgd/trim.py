@@ -218,8 +218,9 @@ def fit_attributes(modules: Iterable[nn.Module], multipliers: dict[nn.Module, in
         elif isinstance(module, nn.Linear) and weight is not None:
             module.out_features, module.in_features = weight.shape
         elif isinstance(module, nn.MultiheadAttention):
-            together = [module.in_proj_weight] * 3
-            parts = together if together[0] is not None else [getattr(module, f"{one}_proj_weight") for one in "qkv"]
+            together = module._parameters.get("in_proj_weight")
+            names = ["in_proj_weight"] * 3 if together is not None else [f"{one}_proj_weight" for one in "qkv"]
+            parts = [module._parameters[name] for name in names]
             module.embed_dim, module.kdim, module.vdim = (part.size(1) for part in parts)
         elif isinstance(module, nn.Embedding):
             module.embedding_dim = weight.size(1)

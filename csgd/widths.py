@@ -130,7 +130,7 @@ def layers(space: ChannelSpace) -> list[str]:
 def _matching(spaces: list[ChannelSpace], pattern: str, key: str) -> list[ChannelSpace]:
     found = [space for space in spaces if any(fnmatchcase(name, pattern) for name in {space.name, *layers(space)})]
     if not found:
-        names = ", ".join(name for space in spaces[:4] for name in layers(space)[:1])
+        names = ", ".join(dict.fromkeys(name for space in spaces[:4] for name in layers(space)[:1]))
         raise InputError(f"{key}: no layer matches '{pattern}' (layers are named like {names} …)")
     return found
 

@@ -301,6 +301,38 @@ def test_shapes_alone_do_not_tell_heads_from_dims():
     assert torch.equal(again.eval()(TOKENS), net.eval()(TOKENS))
 
 
+@pytest.mark.parametrize(
+    "widths, line",
+    [
+        ({"attention.qkv": 7, "attention.qkv#heads": 2}, "widths 'attention.qkv#heads': 2 and 'attention.qkv': 7 do"),
+        ({"attention.qkv": 4}, "may be of fewer heads or of smaller ones"),
+        ({"attention.qkv": None, "attention.qkv#heads": 2}, "widths.attention.qkv must be a whole number of 1 or more"),
+        ({"attention.qkv": -3, "attention.qkv#heads": -2}, "widths.attention.qkv must be a whole number of 1 or more"),
+        ([3, 2], "widths must be a mapping {space name: width}, got list"),
+    ],
+)
+@pytest.mark.parametrize("example", [TOKENS, None])
+def test_widths_that_do_not_fit_the_heads_are_refused(widths, line, example):
+    net, spaces = found(One)
+    true = {"attention.qkv": 3, "attention.qkv#heads": 2}
+    csgd.trim(net, spaces, csgd.cluster(net, spaces, true), tolerance=None)
+    with pytest.raises(csgd.InputError) as caught:
+        csgd.load_trimmed(Net(One()), net.state_dict(), example=example, widths=widths)
+    assert line in str(caught.value)
+    for name, width in true.items():  # one tells the other
+        loaded = csgd.load_trimmed(Net(One()), net.state_dict(), example=example, widths={name: width})
+        assert torch.equal(loaded.eval()(TOKENS), net.eval()(TOKENS))
+
+
+@pytest.mark.parametrize("crosses", [False, True])
+def test_torchs_attention_reloads_of_one_weight_and_of_three(crosses):
+    net, spaces = found(lambda: Torchs(crosses))
+    widths = csgd.target_widths(spaces, 0.5)
+    csgd.trim(net, spaces, csgd.cluster(net, spaces, widths), tolerance=None)
+    again = csgd.load_trimmed(Net(Torchs(crosses)), net.state_dict(), example=TOKENS, widths=widths)
+    assert torch.equal(again.eval()(TOKENS), net.eval()(TOKENS))
+
+
 def test_torchs_fast_path_takes_the_narrow_heads():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, WIDTH), nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import nms
 
 import csgd
 from csgd.graph.rules import RULES
@@ -214,6 +215,13 @@ def test_parts_that_shapes_do_not_tell_apart_ask_for_widths():
     loaded = csgd.load_trimmed(wide, narrow.state_dict(), example=IMAGES, widths=widths)
     assert loaded.k == narrow.k == widths["a"]
 
+    wrong = {"a": widths["a"], "a#2": widths["a#2"] + 1}
+    for how in ({"example": IMAGES}, {}):
+        with pytest.raises(
+            csgd.InputError, match=r"widths that do not fit: a.weight of \[.*\] has lost 1 more channel"
+        ):
+            csgd.load_trimmed(Net(way, a=conv(3, 16), h=head(16), k=6), narrow.state_dict(), widths=wrong, **how)
+
 
 def test_attributes_that_say_where_parts_lie_follow_and_are_listed():
     way, parts, _ = PICKS["gated"]
@@ -256,6 +264,34 @@ def test_an_attribute_of_the_same_value_that_counts_nothing_stays():
     net = Net(PICKS["partial conv"][0], **PICKS["partial conv"][1], images=6)
     _, _, narrow = check_exact(net, IMAGES, free=22)
     assert narrow.images == 6 > narrow.k
+
+
+class Longest(nn.Module):
+    """The largest length and the width are one number; the width is an integer that nothing follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.dim = self.longest = 8
+        self.a, self.h = nn.Linear(16, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = x[:, -self.longest :]
+        return self.h(self.a(x).view(-1, int(self.dim)).relu().view(len(x), x.size(1), -1)).sum(1)
+
+
+def test_an_attribute_of_a_width_that_the_example_does_not_come_near_stays():
+    wide, short, long = Longest(), torch.randn(3, 3, 16), torch.randn(2, 12, 16).double()
+    _, clusters, narrow = check_exact(wide, short, free=8)
+    assert (narrow.dim, narrow.longest) == (narrow.a.out_features, 8)
+    same = copy.deepcopy(wide).double()
+    csgd.merge_equal(same, csgd.find_spaces(wide, short), clusters)
+    cut = copy.deepcopy(same)
+    csgd.trim(cut, csgd.find_spaces(wide, short), clusters)
+    torch.testing.assert_close(cut(long), same(long))
+    for how in ({"example": short.double()}, {}):
+        loaded = csgd.load_trimmed(Longest().double(), cut.state_dict(), **how)
+        assert (loaded.dim, loaded.longest) == (cut.dim, 8)
+        assert torch.equal(loaded(long), cut(long))
 
 
 # whole networks
@@ -637,6 +673,26 @@ def test_a_choice_that_the_cut_turns_is_seen():
 
     net = Net(way, a=conv(3, 16), s=conv(16, 1), t=conv(3, 1), h=nn.Linear(16, 5))
     assert not inner(net, IMAGES)[0].trimmable
+
+
+def suppressed(net, x):
+    """The scores of boxes that overlap no better one; how wide the boxes are is a matter of the width."""
+    y, scores = net.a(x), net.s(x).flatten()
+    corners = net.b(y).flatten(2).transpose(1, 2).flatten(0, 1)
+    sizes = 0.1 * y.shape[1] + net.t(x).flatten()[:, None].abs()
+    kept = nms(torch.cat([corners, corners + sizes], 1), scores, 0.2)
+    return net.h(y).mean((2, 3)) + scores[kept].sum()
+
+
+def as_many(net, x):
+    y = net.a(x)
+    return net.h(y).mean((2, 3)) + net.s(x).flatten(1).topk(y.shape[1], 1).values.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("way, more", [(suppressed, dict(b=conv(16, 2), t=conv(3, 1))), (as_many, {})])
+def test_a_choice_is_made_again_only_where_all_that_it_is_made_of_is_the_same(way, more):
+    net = Net(way, a=conv(3, 16), s=conv(3, 1), h=conv(16, 4), **more)
+    assert "its trial trim changes the output" in inner(net, IMAGES)[0].pinned
 
 
 # rules

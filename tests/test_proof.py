@@ -720,3 +720,24 @@ def test_the_default_device_is_the_networks_own_affair():
         csgd.load_trimmed(fresh, net.state_dict())
     assert torch.equal(fresh.eval()(example), net.eval()(example))
     assert any(space.trimmable for space in spaces)
+
+
+def test_threads_that_analyse_at_once_leave_the_default_dtype_as_it_was():
+    class Count:  # of which a twin has no copy
+        inside = most = 0
+
+    def slow(x, net):
+        Count.inside += 1
+        Count.most = max(Count.most, Count.inside)
+        time.sleep(0.02)
+        Count.inside -= 1
+        return x
+
+    bodies = [Body(slow) for _ in range(3)]
+    threads = [threading.Thread(target=csgd.find_spaces, args=(net, IMAGES)) for net in bodies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Count.most == 1
+    assert torch.get_default_dtype() is torch.float32

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,17 +14,23 @@ CHOOSING_ALONG = {"aten::max", "aten::min"}  # with a dim
 
 @dataclass
 class Decision:
-    """What was chosen, by which function, from what."""
+    """What was chosen, by which function, from what: all tensors that say so, and what else was asked."""
 
     name: str
-    given: Tensor
+    given: tuple[Tensor, ...]
+    asked: tuple
     chosen: Tensor
+
+    def is_like(self, other: "Decision") -> bool:
+        """Whether as many are chosen, in the same way, from values of the same shape."""
+        shapes, others = ([tensor.shape for tensor in one.given] for one in (self, other))
+        return (self.name, self.asked, shapes) == (other.name, other.asked, others)
 
 
 class Decisions(TorchDispatchMode):
     """Notes what a forward pass chooses by order.
 
-    earlier  the notes of another pass: of the same values, as far as they have the same shape, it chooses the same
+    earlier  the notes of another pass: where as many are asked of values of the same shape it chooses the same
     """
 
     def __init__(self, earlier: Sequence[Decision] = ()):
@@ -36,15 +43,16 @@ class Decisions(TorchDispatchMode):
         if name not in CHOOSING and not (name in CHOOSING_ALONG and func._overloadname == "dim"):
             return func(*args, **kwargs)
         named = {one.name: value for one, value in zip(func._schema.arguments, args, strict=False)} | kwargs
-        given = named["scores"] if name == "torchvision::nms" else args[0]
-        number = len(self.made)
-        before = self.earlier[number] if number < len(self.earlier) else None
-        if before is not None and before.name == name and before.given.shape == given.shape:
-            out = _again(name, given, before.chosen.clone(), named)
+        given = tuple(value.detach().clone() for value in named.values() if isinstance(value, Tensor))
+        asked = tuple((key, value) for key, value in named.items() if not isinstance(value, Tensor))
+        made = Decision(name, given, asked, torch.empty(0))
+        before = self.earlier[len(self.made)] if len(self.made) < len(self.earlier) else None
+        if before is not None and before.is_like(made):
+            out = _again(name, args[0], before.chosen.clone(), named)
         else:
             out = func(*args, **kwargs)
-        chosen = out[1] if isinstance(out, tuple) else out
-        self.made.append(Decision(name, given.detach().clone(), chosen.clone()))
+        made.chosen = (out[1] if isinstance(out, tuple) else out).clone()
+        self.made.append(made)
         return out
 
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from threading import RLock
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -311,11 +312,15 @@ def _devices(model: nn.Module) -> list[int]:
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
 
+# Random states, and the default dtype that a trial sets, are those of all threads: one at a time keeps them.
+_KEEPING = RLock()
+
+
 @contextmanager
 def keep_random_state(model: nn.Module) -> Iterator[None]:
     """Random states of torch, numpy and Python as they were, whatever a forward pass draws."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(_devices(model)):
+    with _KEEPING, torch.random.fork_rng(_devices(model)):
+        states = random.getstate(), np.random.get_state()
         try:
             yield
         finally:
