@@ -1,7 +1,12 @@
 """Trials of learning rates: images held out of the training set, and the run that goes by the best rate."""
 
 import json
+import math
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +16,16 @@ from torch.utils.data import TensorDataset
 
 from conf.schema import ConfigError
 from csgd.data import Data, digits
-from csgd.errors import InputError
+from csgd.errors import InputError, RateError
+from csgd.optim import check_stability
 from csgd.pipeline import run
+from csgd.pipeline.launch import launch
+from csgd.train import DivergedError
 
 SHORT = [*SMOKE, "schedule.csgd.epochs=2", "schedule.csgd.max_steps=8", "method=prune"]
 SGD = "schedule.csgd.optimizer=sgd"
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +96,58 @@ def test_a_run_that_goes_on_does_not_repeat_its_trials(tmp_path, base_cache):
     after = [path.stat().st_mtime_ns for path in trials]
     assert before[0] == after[0]
     assert before[1] < after[1]
+
+
+def test_a_trial_that_ends_for_another_reason_than_its_rate_ends_the_run(tmp_path, base_cache):
+    """It says nothing of the rate, which may be the best; the run would go by one of the others."""
+    tuned = [*SHORT, base_cache, SGD, "tune.lr=[0.05,0.01]", "resume=auto"]
+    run(composed(*tuned, "schedule.csgd.epochs=1"), tmp_path)
+    shutil.rmtree(tmp_path / "trials" / "lr_0.01")
+    with pytest.raises(InputError, match=r"resume=auto: '.*lr_0\.05' holds another configuration"):
+        run(composed(*tuned), tmp_path)
+
+
+def no_number(outputs, targets):
+    return math.nan if len(targets) > 8 else 0.0  # of all of them, not of the first batch
+
+
+def scored_by_no_number(batch_size, seed, device):
+    images = TensorDataset(torch.randn(100, 3, 16, 16), torch.arange(100) % 10)
+    return Data.of(images, images, classes=10, batch_size=batch_size, seed=seed, device=device, score=no_number)
+
+
+def test_a_score_that_is_not_a_number_is_no_best_one_and_says_why(tmp_path, base_cache):
+    mine = ["dataset._target_=test_tune.scored_by_no_number", "~dataset.image_size", "~dataset.shift"]
+    with pytest.raises(InputError, match=r"no trial came to its end; 0\.05: its score is not a number"):
+        run(composed(*SHORT, base_cache, SGD, "report=false", "tune.lr=[0.05]", *mine), tmp_path)
+
+
+def diverging():
+    raise DivergedError("the loss at step 3 is not a number: a lower learning rate is needed")
+
+
+def test_a_rate_that_diverges_is_known_from_other_errors_of_a_rank():
+    with pytest.raises(RateError, match="^the loss at step 3 is not a number"):
+        launch(diverging, (), 1, None)
+    with pytest.raises(RateError, match="diverges at learning rate 1"):
+        check_stability(1.0, 1e6, 0.0, 0.9, True)
+
+
+@pytest.mark.slow
+def test_trials_of_torchruns_ranks_are_not_repeated_and_name_a_rate_that_diverges(tmp_path):
+    job = [*SMOKE, "schedule.base.max_steps=4", "schedule.csgd.max_steps=6", "report=false", "hydra.run.dir=out"]
+    torchrun = "-m torch.distributed.run --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0"
+
+    def started(*overrides):
+        command = [sys.executable, *torchrun.split(), str(ROOT / "run.py"), *job, SGD, *overrides]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert started("tune.lr=[0.01,0.05]").returncode == 0
+    before = summary_of(tmp_path / "out")
+    again = started("tune.lr=[0.01,0.05]", "resume=auto")
+    assert again.returncode == 0, again.stderr
+    assert summary_of(tmp_path / "out")["verdict"] == before["verdict"]
+    assert "error: tune.lr: 1e+06: the loss at step" in started("tune.lr=[1.0e+6,0.01]").stderr
 
 
 def without_held_out(batch_size, seed, device):

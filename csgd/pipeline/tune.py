@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csgd.errors import InputError, line_of
+from csgd.errors import InputError, RateError, line_of
 from csgd.folder import RunFolder
+from csgd.pipeline.launch import started_outside
 from csgd.pipeline.spec import RunSpec, Trial
 from csgd.verify import Verdict
 
@@ -24,7 +25,8 @@ def tuned(spec: RunSpec, config: "Config", folder: RunFolder, run: Callable[["Co
     """The run with that rate of `tune.lr` whose trial scored highest on the images held out; of equal ones the first.
 
     run  (config, folder) → the verdict of a trial, which is a run of its own in trials/
-    InputError if no trial comes to its end, as where each of the rates lets the loss diverge.
+    InputError if each of the rates lets the loss diverge, or is none to train with for another reason; what else ends a
+    trial ends the run, as it says nothing of the rate.
     """
     if spec.plan_only or not config.tune.lr:
         return spec
@@ -47,7 +49,11 @@ def _tried(lr: float, config: "Config", folder: Path, run: Callable[["Config", P
     began, failure, score = time.perf_counter(), "", math.nan
     try:
         score = run(one, folder).accuracy
-    except InputError as error:  # the loss diverges, or a strength cannot be stable at this rate
+        failure = "its score is not a number" if math.isnan(score) else ""
+    except RateError as error:
+        if started_outside():  # the other ranks may be at another step, and this one cannot call them back
+            raise InputError(f"tune.lr: {lr:g}: {line_of(error)}; with torchrun it must be left out") from None
         failure = line_of(error)
+    if failure:
         log.warning("trial with learning rate %g: %s", lr, failure)
     return Trial(lr, score, time.perf_counter() - began, failure)
