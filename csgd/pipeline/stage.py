@@ -251,6 +251,7 @@ def go_on_narrow(setup: Setup, progress: Progress, watch: Watch) -> None:
     progress.results[-1] = replace(result, verdict=judged)
     if ranks.is_first() and (number := progress.stage + 1) < len(setup.widths):
         cost = saving(watch.plan.costs[0], watch.plan.costs[number])
-        keep(setup, progress.folder.between(number), widths=result.widths, verdict=asdict(judged), cost=cost)
+        so_far = worst([one.verdict for one in progress.results])
+        keep(setup, progress.folder.between(number), widths=result.widths, verdict=asdict(so_far), cost=cost)
     progress.part, progress.stage, progress.step, progress.learner = Part.BETWEEN, progress.stage + 1, 0, None
     progress.save(setup)
