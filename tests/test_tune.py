@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -10,16 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from test_config import composed
 from test_pull import SMOKE, rows_of, summary_of
+from test_sweep import TINY
 from torch.utils.data import TensorDataset
 
 from conf.schema import ConfigError
+from csgd import report
 from csgd.data import Data, digits
 from csgd.errors import InputError, RateError
 from csgd.optim import check_stability
 from csgd.pipeline import run
 from csgd.pipeline.launch import launch
+from csgd.sweep import conclude
 from csgd.train import DivergedError
 
 SHORT = [*SMOKE, "schedule.csgd.epochs=2", "schedule.csgd.max_steps=8", "method=prune"]
@@ -164,6 +170,31 @@ def test_what_cannot_be_tried_is_refused_in_a_line(tmp_path, base_cache):
     mine = ["dataset._target_=test_tune.without_held_out", "~dataset.image_size", "~dataset.shift", "validation=0.1"]
     with pytest.raises(InputError, match="makes a Data without held_out"):
         run(composed(*SHORT, base_cache, *mine), tmp_path / "mine")
+
+
+def test_nothing_is_called_a_test_that_was_held_out(tmp_path, base_cache, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    words, job = [], [*TINY[:-1], base_cache, "validation=0.25", "schedule.csgd.epochs=2", "wandb=disabled"]
+    monkeypatch.setattr(report, "draw_collapse", lambda _: None)  # which takes seconds
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *_, **__: words.extend(one.get_text() for one in figure.findobj(Text))
+    )
+    run(composed(*job), tmp_path / "0")
+    summary = summary_of(tmp_path / "0")
+    assert "test" not in summary["data"]
+    assert summary["data"]["held_out"] == 16
+    assert not [key for row in rows_of(tmp_path / "0") for key in row if "test" in key]
+    page, card = ((tmp_path / "0" / name).read_text("utf-8") for name in ("report.html", "pruned.md"))
+    told = page.split("<h2>Configuration")[0].replace("tested", "")
+    for text in (told, card.split("## Use")[0], caplog.text, "\n".join(words)):
+        assert "held-out" in text
+        assert re.findall(r".*\btest\b.*", text) == []
+    assert json.loads((tmp_path / "0" / "pruned.json").read_text())["validation"] == 0.25
+    (tmp_path / "0" / ".hydra").mkdir()
+    (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text("- seed=0")
+    words.clear()
+    assert "| held-out accuracy |" in conclude(tmp_path)[0]
+    assert "held-out accuracy" in words
 
 
 def test_tests_come_at_the_end_of_every_so_many_epochs_and_of_the_last(tmp_path, base_cache):

@@ -131,11 +131,11 @@ class Watch:
 
     def _row(self, setup: Setup, progress: Progress, moment: Moment) -> None:
         sums, tested, score = progress.take_sums(), measured(setup.model, setup.data), setup.data.task["score"]
-        part = "base" if progress.part is Part.BASE else "csgd"
+        part, on = "base" if progress.part is Part.BASE else "csgd", setup.spec.tested_on
         values = {
             "loss": sums.mean_loss,
             **({} if setup.data.score else {"train_accuracy": sums.accuracy}),
-            f"test_{score}": tested,
+            f"{on.replace('-', '_')}_{score}": tested,
             "lr": moment.lr,
             "seconds": sums.seconds,
             "seconds_per_step": sums.seconds_per_step,
@@ -143,10 +143,11 @@ class Watch:
         row = {"epoch": moment.epoch} if part == "base" else _stage_row(setup, progress, moment)
         self.tracker.log({"phase": part, "step": moment.step} | {f"{part}/{k}": v for k, v in values.items()} | row)
         log.info(
-            "%s epoch %d: loss %.4f, test %s %.4f, lr %.2g%s, %.1f s (%s a step), %s to go",
+            "%s epoch %d: loss %.4f, %s %s %.4f, lr %.2g%s, %.1f s (%s a step), %s to go",
             part,
             moment.epoch,
             sums.mean_loss,
+            on,
             score,
             tested,
             moment.lr,
