@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +23,14 @@ from conf.schema import ConfigError
 from csgd import report
 from csgd.data import Data, digits
 from csgd.errors import InputError, RateError
+from csgd.folder import RunFolder
 from csgd.optim import check_stability
-from csgd.pipeline import run
+from csgd.pipeline import run, watch
+from csgd.pipeline.foresee import foresee
 from csgd.pipeline.launch import launch
+from csgd.pipeline.progress import Progress
+from csgd.pipeline.setup import prepare
+from csgd.pipeline.spec import RunSpec, Trial
 from csgd.sweep import conclude
 from csgd.train import DivergedError
 
@@ -163,13 +169,42 @@ def without_held_out(batch_size, seed, device):
 def test_what_cannot_be_tried_is_refused_in_a_line(tmp_path, base_cache):
     with pytest.raises(ConfigError, match=r"validation must be null beside tune\.lr"):
         composed("tune.lr=[0.1]", "validation=0.1")
-    with pytest.raises(ConfigError, match=r"tune\.lr must be different rates above 0, or \[\], got \[0\.1, 0\.1\]"):
+    with pytest.raises(ConfigError, match=r"tune\.lr must be different rates above 0, .*, got \[0\.1, 0\.1\]"):
         composed("tune.lr=[0.1,0.1]")
+    with pytest.raises(
+        ConfigError, match=r"tune\.lr must be different rates above 0, in their first six digits, or \[\]"
+    ):
+        composed("tune.lr=[0.1,0.10000001]")  # whose trials would share a folder
+    few = ["dataset=synthetic", "dataset.train_size=8", "dataset.image_size=16", "validation=0.95"]
+    with pytest.raises(InputError, match=r"^validation=0\.95 leaves 1 training image, 2 are the least$"):
+        prepare(RunSpec.of(composed(*few)))
     with pytest.raises(InputError, match=r"tune\.lr: no trial came to its end; 1e\+06: the loss at step"):
         run(composed(*SHORT, base_cache, SGD, "tune.lr=[1.0e+6]"), tmp_path / "diverges")
     mine = ["dataset._target_=test_tune.without_held_out", "~dataset.image_size", "~dataset.shift", "validation=0.1"]
     with pytest.raises(InputError, match="makes a Data without held_out"):
         run(composed(*SHORT, base_cache, *mine), tmp_path / "mine")
+
+
+def test_held_out_images_that_a_file_of_weights_may_know_are_warned_of(caplog):
+    prepare(RunSpec.of(composed(*SMOKE, "validation=0.1", "base.weights=mine.pt")))
+    assert "base.weights 'mine.pt' may have been trained on images held out here" in caplog.text
+
+
+def test_a_plan_says_that_trials_are_not_in_it(tmp_path, base_cache, caplog):
+    caplog.set_level("INFO")
+    run(composed(*SMOKE, base_cache, SGD, "tune.lr=[0.01,0.05]", "plan_only=true"), tmp_path)
+    assert "the plan is without its 2 trials, each a run as this one, at learning rate 0.05" in caplog.text
+    assert not (tmp_path / "trials").exists()
+
+
+def test_wandb_is_told_the_rate_that_trials_gave(tmp_path, monkeypatch):
+    given, spec = {}, RunSpec.of(composed(*SMOKE, "tune.lr=[0.5]"))
+    rates = replace(spec.pull.rates, lr=0.5)
+    setup = prepare(replace(spec, pull=replace(spec.pull, rates=rates), trials=(Trial(0.5, 0.1, 1.0, ""),)))
+    monkeypatch.setattr(watch, "Tracker", lambda where, **how: given.update(how) or nullcontext())
+    with watch.Watch(setup, foresee(setup), Progress(RunFolder(tmp_path))):
+        pass
+    assert given["config"]["tuned"] == {"lr": 0.5}
 
 
 def test_nothing_is_called_a_test_that_was_held_out(tmp_path, base_cache, caplog, monkeypatch):

@@ -5,12 +5,14 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from csgd.errors import InputError, RateError, line_of
 from csgd.folder import RunFolder
+from csgd.pipeline.console import console, headline
 from csgd.pipeline.launch import started_outside
 from csgd.pipeline.spec import RunSpec, Trial
 from csgd.verify import Verdict
@@ -28,8 +30,19 @@ def tuned(spec: RunSpec, config: "Config", folder: RunFolder, run: Callable[["Co
     InputError if each of the rates lets the loss diverge, or is none to train with for another reason; what else ends a
     trial ends the run, as it says nothing of the rate.
     """
-    if spec.plan_only or not config.tune.lr:
+    if not config.tune.lr:
         return spec
+    if spec.plan_only:
+        count, lr = len(config.tune.lr), spec.pull.rates.lr
+        headline.info(
+            "tune.lr: the plan is without its %d trials, each a run as this one, at learning rate %g", count, lr
+        )
+        return spec
+    with console(True) if spec.quiet else nullcontext():
+        return _by_trials(spec, config, folder, run)
+
+
+def _by_trials(spec: RunSpec, config: "Config", folder: RunFolder, run: Callable[["Config", Path], Verdict]) -> RunSpec:
     trials = []
     for lr in config.tune.lr:
         log.info("trial %d of %d: learning rate %g", len(trials) + 1, len(config.tune.lr), lr)

@@ -44,7 +44,8 @@ class Watch:
         name = f"{label(spec.model)}-{label(spec.dataset)}-{widths_label(spec.deps)}-s{spec.seed}"
         settings = dict(project=wandb.project, entity=wandb.entity, group=wandb.group, tags=wandb.tags, name=name)
         where = progress.folder.path if first else None
-        self.tracker = Tracker(where, mode=str(wandb.mode), config=spec.config, settings=settings, rows=progress.rows)
+        config = spec.config | ({"tuned": {"lr": spec.pull.rates.lr}} if spec.trials else {})
+        self.tracker = Tracker(where, mode=str(wandb.mode), config=config, settings=settings, rows=progress.rows)
         self.plan, self._album, self._film, self._opened, self._steps = plan, None, None, ExitStack(), 0
         self._looks = True
         self._opened.push(self.tracker)
