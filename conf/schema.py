@@ -308,8 +308,9 @@ class Tune:
     held_out: float = 0.1  # the part of the training images by which trials are judged
 
     def __post_init__(self):
-        fits = all(map(_positive, self.lr)) and len(set(self.lr)) == len(self.lr)
-        _require(fits, "tune.lr", "different rates above 0, or []", self.lr)
+        names = {f"{lr:g}" for lr in self.lr}  # of the folders of the trials
+        fits = all(map(_positive, self.lr)) and len(names) == len(self.lr)
+        _require(fits, "tune.lr", "different rates above 0, in their first six digits, or []", self.lr)
         _require(0 < self.held_out < 1, "tune.held_out", "above 0 and below 1", self.held_out)
 
 

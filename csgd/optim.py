@@ -22,7 +22,7 @@ from csgd.centripetal import (
     stability_limit,
 )
 from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors
-from csgd.errors import InputError
+from csgd.errors import InputError, RateError
 from csgd.graph import ChannelSpace
 from csgd.graph.twin import dotted
 from csgd.stacks import STACKED, Latest, Stack, stacks_of
@@ -471,10 +471,10 @@ def _check_group(group: dict) -> None:
 
 
 def check_stability(lr: float, centri_strength: float, weight_decay: float, momentum: float, nesterov: bool) -> None:
-    """Raises InputError if a deviation would grow: τ(η+ε) beyond the stability limit (fact F6)."""
+    """Raises RateError if a deviation would grow: τ(η+ε) beyond the stability limit (fact F6)."""
     limit = stability_limit(momentum, nesterov)
     if not lr * (weight_decay + centri_strength) < limit:
-        raise InputError(
+        raise RateError(
             f"centri_strength {centri_strength:g} diverges at learning rate {lr:g}: "
             f"lr × (weight_decay + centri_strength) must stay below {limit:.3g}, "
             f"so centri_strength below {limit / lr - weight_decay:.4g}"

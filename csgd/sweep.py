@@ -18,7 +18,7 @@ from typing import Any
 
 from csgd.errors import line_of
 from csgd.folder import RunFolder, Status
-from csgd.report import baseline_note, table, task_of
+from csgd.report import baseline_note, table, task_of, tested_on
 
 log = logging.getLogger("csgd")
 
@@ -186,8 +186,14 @@ def means_table(jobs: list[Job]) -> str:
 
 
 def _score(jobs: list[Job]) -> str:
-    """What is told as accuracy."""
-    return task_of(next((job.summary for job in jobs if job.summary), {}))["score"].replace("_", " ")
+    """What is told as accuracy; with the images that it is of where some were held out."""
+    return _score_of(jobs).removeprefix("test ")
+
+
+def _score_of(jobs: list[Job]) -> str:
+    summaries = [job.summary for job in finished(jobs)]
+    images = sorted({tested_on(summary) for summary in summaries}) or ["test"]
+    return f"{' or '.join(images)} {task_of(next(iter(summaries), {}))['score'].replace('_', ' ')}"
 
 
 def _spread(values: list[float]) -> str:
@@ -310,7 +316,7 @@ def _accuracies(axes: Any, jobs: list[Job], within: Sequence[str], at: Callable[
         axes.scatter([], [], s=42, edgecolors="black", facecolors="white", label="not lossless")
     axes.autoscale_view()
     axes.margins(0.08)
-    axes.set(ylabel=f"test {_score(jobs)}")
+    axes.set(ylabel=_score_of(jobs))
 
 
 def _bases(jobs: list[Job]) -> dict[tuple[str, int], list[float]]:

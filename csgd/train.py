@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from csgd import ranks
 from csgd.collapse import Collapse
 from csgd.data import Batches, Data
-from csgd.errors import InputError
+from csgd.errors import InputError, RateError
 from csgd.graph.twin import tensors_in
 from csgd.optim import CSGD, set_lr, set_ramp
 from csgd.plan import COLLAPSED
@@ -29,7 +29,7 @@ CHECK_EVERY = 16  # steps between two looks at the losses; a look waits for the 
 AUXILIARY_WEIGHT = 0.3  # of the loss of an auxiliary head (Szegedy et al., 2015)
 
 
-class DivergedError(InputError):
+class DivergedError(RateError):
     """The loss became NaN or infinite."""
 
 

@@ -1,10 +1,13 @@
 """Widths of a run that go by what the base network, or this machine, says: found once, the same in all that follows."""
 
 import json
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from test_config import composed
 from test_sweep import TINY
 
@@ -12,6 +15,7 @@ import csgd
 from csgd import InputError
 from csgd.pipeline import deps, leave, run, settle
 from csgd.pipeline.foresee import foresee, levelled
+from csgd.pipeline.launch import launch
 from csgd.pipeline.progress import Part, Progress
 from csgd.pipeline.setup import prepare
 from csgd.pipeline.spec import RunSpec
@@ -75,6 +79,35 @@ def test_a_budget_is_allotted_by_what_was_measured_once(tmp_path, measured, monk
     assert kept.stat().st_mtime_ns == stamp
     run(composed(*job, "deps.params=0.7", "seed=1"), tmp_path / "three")
     assert len(measured) == 2, "of another base network"
+
+
+@pytest.mark.parametrize("other", [["schedule.csgd.max_steps=2"], ["centri_strength=auto", "schedule.csgd.lr=0.1"]])
+def test_what_was_measured_on_other_images_or_of_other_spaces_is_not_taken(tmp_path, measured, monkeypatch, other):
+    """What is in base.cache must not depend on which run came first."""
+    job = [*BY, "deps.params=0.5", f"base.cache={tmp_path}/base"]
+    short = prepare(RunSpec.of(composed(*job, *other)))
+    if "centri_strength=auto" in other:
+        short = replace(short, spaces=short.spaces[:2])  # as where the published pull does not reach a space
+    first = settle._shared(short)
+    second = settle._shared(prepare(RunSpec.of(composed(*job))))
+    assert len(measured) == 2
+    assert (first["images"], len(first["changes"])) != (second["images"], len(second["changes"]))
+
+
+def measured_slowly(cache: str) -> dict:
+    """As a rank: four losses, each of which takes half of the time for which ranks wait for each other."""
+    setup = prepare(RunSpec.of(composed(*BY, "deps.params=0.5", f"base.cache={cache}")))
+
+    def slowly(model, spaces, loss_of, **_):
+        return {str(number): [time.sleep(1.5), loss_of(model)] for number in range(4)}
+
+    settle.sensitivity = slowly
+    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+    return settle._shared(setup)
+
+
+def test_ranks_wait_for_a_measurement_that_takes_long(tmp_path):
+    assert len(launch(measured_slowly, (str(tmp_path),), 2, None)["changes"]) == 4
 
 
 def test_the_test_set_is_not_looked_at(tmp_path):

@@ -1,6 +1,7 @@
 """The folder of a run: how far it came, and what an older run left."""
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 from test_config import composed
@@ -8,8 +9,9 @@ from test_sweep import TINY
 
 from csgd import InputError, load_pruned
 from csgd.folder import RunFolder, Status
-from csgd.pipeline import run
+from csgd.pipeline import run, stage
 from csgd.report.tables import verdict_rows
+from csgd.verify import Verdict, worst
 from evaluate import evaluate
 
 
@@ -67,18 +69,27 @@ def test_a_run_in_the_place_of_another_says_so_and_one_of_stages_which_cut_it_te
     assert "… after the last cut" in rows
 
 
-def test_the_network_between_two_stages_is_kept_as_a_folder_that_loads(tmp_path):
+def test_the_network_between_two_stages_is_kept_as_a_folder_that_loads(tmp_path, monkeypatch):
+    verdicts, verdict = [], stage.verdict
+
+    def first_not_lossless(*outputs, **how):
+        verdicts.append(verdict(*outputs, **how))
+        return replace(verdicts[-1], lossless=len(verdicts) > 1)
+
+    monkeypatch.setattr(stage, "verdict", first_not_lossless)
     job = [*TINY[:-1], "wandb=disabled", f"base.cache={tmp_path}/base"]
     run(composed(*job, "deps.stages=[0.9,0.75,0.5]", "schedule.csgd.epochs=2"), tmp_path / "out")
     stages = json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]
     assert sorted(path.name for path in tmp_path.glob("out/pruned_*")) == ["pruned_1", "pruned_2"]
-    for number, stage in enumerate(stages[:-1], 1):
+    for number, kept in enumerate(stages[:-1], 1):
         folder = tmp_path / "out" / f"pruned_{number}"
         for name, module in load_pruned(folder, allow=["nets"]).named_modules():
-            assert stage["widths"].get(name) in (None, len(getattr(module, "weight", ()))), name
-        assert f"test accuracy {stage['verdict']['accuracy']:.4f}" in evaluate(folder, [], ["nets"])
+            assert kept["widths"].get(name) in (None, len(getattr(module, "weight", ()))), name
+        assert f"test accuracy {kept['verdict']['accuracy']:.4f}" in evaluate(folder, [], ["nets"])
         told = json.loads((folder / "pruned.json").read_text())
-        assert told["verdict"] == stage["verdict"]
+        so_far = worst([Verdict(**one["verdict"]) for one in stages[:number]])
+        assert not so_far.lossless
+        assert told["verdict"] == asdict(so_far), "of all cuts up to it, as the network that loads went through all"
         assert told["cost"]["params_after"] == sum(p.numel() for p in load_pruned(folder, allow=["nets"]).parameters())
     assert stages[0]["widths"] != stages[1]["widths"]
     (tmp_path / "out" / "pruned_2" / "mine.txt").write_text("")

@@ -51,7 +51,7 @@ def base(setup: Setup, progress: Progress, watch: Watch) -> None:
         else:
             source = _cached_or_trained(setup, progress, watch)
         score = measured(setup.model, setup.data)
-    log.info("base network: test %s %.4f", setup.data.task["score"], score)
+    log.info("base network: %s %s %.4f", setup.spec.tested_on, setup.data.task["score"], score)
     progress.base = BaseResult(score, source)
     progress.sums.clear()  # of a training that was killed, where another run has left its weights meanwhile
     progress.part, progress.step, progress.learner = Part.BETWEEN, 0, None

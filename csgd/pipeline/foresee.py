@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from csgd.clusters import cluster
-from csgd.errors import InputError
+from csgd.errors import RateError
 from csgd.pipeline.by_layer import of_modules, params_by_space
 from csgd.pipeline.learners import csgd_optimizer, stop_of
 from csgd.pipeline.setup import Setup
@@ -110,7 +110,7 @@ def levelled(setup: Setup) -> Setup:
 
 
 def foresee(setup: Setup) -> RunPlan:
-    """InputError if a strength diverges, or if no stable one collapses the filters in time.
+    """RateError if a strength diverges, or if no stable one collapses the filters in time.
 
     It needs no weights: what will not do is said before the base network is trained.
     """
@@ -152,7 +152,7 @@ def _solved(setup: Setup, groups: list[dict], collapsed: Collapsed) -> dict[str,
     by, steps = setup.spec.pull.collapse_by, setup.csgd.steps
     solved = strengths_by(groups, setup.csgd, collapsed, round(by * steps))
     if None in solved.values():
-        raise InputError(
+        raise RateError(
             f"centri_strength=auto: no stable strength collapses the filters within {round(by * steps)} of {steps} "
             f"steps; a larger collapse_by than {by:g}, schedule.csgd.epochs or schedule.csgd.lr would, and "
             "centri_strength=null does in any number of steps"

@@ -17,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
 from csgd import ranks
-from csgd.errors import InputError
+from csgd.errors import InputError, RateError
 from csgd.pipeline.device import device_of
 from csgd.pipeline.spec import Machine
 
@@ -69,8 +69,8 @@ def join_ranks(machine: Machine) -> Iterator[None]:
 def launch(run: Callable[..., Any], arguments: tuple, nproc: int, logs: Mapping[str, Any] | None) -> Any:
     """What rank 0 of `nproc` ranks, each in its own process, returns of run(*arguments).
 
-    logs  what logging.config.dictConfig takes, for rank 0.  An error names its rank: InputError if the user can mend
-    it, RankError for a rank that was killed.
+    logs  what logging.config.dictConfig takes, for rank 0.  An error names its rank: InputError, or RateError, if the
+    user can mend it, RankError for a rank that was killed.
     """
     for name in ("torch.multiprocessing.spawn", "torch.distributed.elastic.multiprocessing.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # their traces: the cause is told below, once
@@ -113,6 +113,12 @@ def _cause(rank: int, failure: ProcessFailure) -> Exception:
     if not isinstance(failure.message, dict):
         return RankError(f"rank {rank} ended with status {failure.exitcode}; resume=auto goes on where it was")
     kind, _, text = failure.message["message"].partition(": ")
-    if kind in {known.__name__ for known in (InputError, *InputError.__subclasses__())}:
-        return InputError(text)
+    for known in (RateError, InputError):
+        if kind in _names(known):
+            return known(text)
     return RuntimeError(f"rank {rank} failed\n{failure.message['extraInfo']['py_callstack']}")
+
+
+def _names(kind: type[Exception]) -> set[str]:
+    """Of an exception and of all that are derived from it."""
+    return {kind.__name__}.union(*map(_names, kind.__subclasses__()))

@@ -70,7 +70,7 @@ def _summary(setup: Setup, plan: RunPlan, progress: Progress, judged: Verdict) -
         "date": datetime.now().astimezone().isoformat(timespec="minutes"),
         "data": {
             "train": data.train_size,
-            "test": data.test_size,
+            setup.spec.tested_on.replace("-", "_"): data.test_size,
             "image": list(data.example.shape[1:]),
             "classes": data.num_classes,
             "class_names": list(data.class_names),

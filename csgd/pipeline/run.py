@@ -18,7 +18,7 @@ from csgd.pipeline.preview import preview
 from csgd.pipeline.progress import Part, begin_or_resume, last_checkpoint
 from csgd.pipeline.settle import settle
 from csgd.pipeline.setup import prepare
-from csgd.pipeline.spec import RunSpec
+from csgd.pipeline.spec import RunSpec, machine_of
 from csgd.pipeline.stage import begin, cut_stage, go_on_narrow, pull, resume
 from csgd.pipeline.tune import tuned
 from csgd.pipeline.watch import Watch
@@ -46,8 +46,14 @@ def run(
 
 
 def _tried(trial: "Config", path: Path, logs: Mapping[str, Any] | None) -> Verdict:
-    """The verdict of a trial, which is not run again where it is finished and the run goes on."""
-    done = finished(trial, path, "resume=auto") if trial.resume == "auto" else None
+    """The verdict of a trial, which is not run again where it is finished and the run goes on.
+
+    Of torchrun's ranks the first looks, as the others have no folder.
+    """
+    done = None
+    if trial.resume == "auto":
+        with join_ranks(machine_of(trial)):
+            done = ranks.from_first(finished(trial, path, "resume=auto") if ranks.is_first() else None)
     return done or run(trial, path, logs=logs)
 
 

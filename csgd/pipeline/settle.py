@@ -21,7 +21,7 @@ from csgd.pipeline.foresee import RunPlan, foresee, levelled
 from csgd.pipeline.progress import Progress
 from csgd.pipeline.provenance import versions
 from csgd.pipeline.setup import Setup
-from csgd.pipeline.ways import MEASURED, WAYS, some_batches
+from csgd.pipeline.ways import MEASURED, WAYS, batches_seen, some_batches
 from csgd.sensitivity import sensitivity
 from csgd.train import loss_of
 
@@ -60,7 +60,10 @@ def _of_base(setup: Setup) -> Setup:
 
 
 def _shared(setup: Setup) -> dict[str, Any]:
-    """What merging each space alone does to the loss, on every rank: as it was kept, or measured and then kept."""
+    """What merging each space alone does to the loss, on every rank: as it was kept, or measured and then kept.
+
+    The others hear from the first rank after each loss, else they would give up on it.
+    """
     path = ranks.from_first(_path(setup) if ranks.is_first() else None)
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(Path(f"{path}.lock"), "sensitivity: another run is measuring it"):
@@ -74,7 +77,9 @@ def _shared(setup: Setup) -> dict[str, Any]:
                 write_json(path, found)
             except OSError as error:  # a full disk: the run goes on all the same
                 log.warning("sensitivity: could not be kept in base.cache: %s", line_of(error))
-        return ranks.from_first(found)
+        while (told := ranks.from_first(found)) is None:
+            pass
+        return told
 
 
 def _measured(setup: Setup) -> dict[str, Any]:
@@ -86,7 +91,9 @@ def _measured(setup: Setup) -> dict[str, Any]:
 
         def mean_loss(network: nn.Module) -> float:
             losses = (len(images) * loss_of(setup.data, network(images), targets) for images, targets in batches)
-            return float(sum(losses)) / count
+            mean = float(sum(losses)) / count
+            ranks.from_first(None)
+            return mean
 
         log.info("sensitivity: each layer merged alone at several widths, on %d training images", count)
         seen = [images for images, _ in batches] if how.of == "outputs" else None
@@ -95,11 +102,13 @@ def _measured(setup: Setup) -> dict[str, Any]:
 
 
 def _path(setup: Setup) -> Path:
-    """Where in base.cache the sensitivities of these weights are kept, on these data, by this code."""
+    """Where in base.cache the sensitivities of these weights and spaces are kept, on these images, by this code."""
     spec, digest = setup.spec, hashlib.sha256()
     for name, value in setup.model.state_dict().items():
         if isinstance(value, Tensor):
             digest.update(name.encode() + value.cpu().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(f"{spec.clustering.of} {MEASURED} {versions()['csgd']}".encode())
+    seen = batches_seen(setup, MEASURED), ranks.own_share().ranks
+    names = [space.name for space in setup.spaces if space.trimmable]
+    digest.update(f"{spec.clustering.of} {seen} {names} {versions()['csgd']}".encode())
     base = cache_path(spec, setup.model, setup.data)
     return base.with_name(f"{base.stem}-{digest.hexdigest()[:12]}.sensitivity.json")

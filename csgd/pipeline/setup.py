@@ -129,6 +129,11 @@ def dataset_of(spec: RunSpec, device: torch.device) -> Data:
         raise InputError("validation: dataset._target_ makes a Data without held_out, from which none can be taken")
     if spec.validation:
         data = data.held_out(spec.validation)
+        if data.train_size < 2:
+            raise InputError(f"validation={spec.validation:g} leaves {data.train_size} training image, 2 are the least")
+        if spec.base.weights:
+            told = "validation: base.weights '%s' may have been trained on images held out here: scores may be too good"
+            log.warning(told, spec.base.weights)
     if not data.example.isfinite().all():
         raise InputError("dataset: its first images hold NaN or infinity")
     return data

@@ -25,6 +25,7 @@ def keep(setup: Setup, folder: Path, **facts: Any) -> None:
     """Writes the network as it is into a folder that loads; `facts` are told beside where it comes from."""
     spec, data = setup.spec, setup.data
     facts |= {"seed": spec.seed, "versions": versions(), "commit": setup.commit, "dataset": spec.dataset}
+    facts |= {"validation": spec.validation} if spec.validation else {}
     facts |= {"class_names": data.class_names, "mean": data.mean, "std": data.std}
     save_pruned(folder, setup.model, spec.model, data.example, data.num_classes, **facts)
 

@@ -155,6 +155,11 @@ class RunSpec:
     config: Mapping[str, Any]
     trials: tuple[Trial, ...] = ()
 
+    @property
+    def tested_on(self) -> str:
+        """What scores are of: nothing is called a test that was held out of the training images."""
+        return "held-out" if self.validation else "test"
+
     @classmethod
     def of(cls, c: "Config") -> "RunSpec":
         """From an object of the schema in conf/."""

@@ -160,7 +160,7 @@ def cut_stage(setup: Setup, progress: Progress, watch: Watch) -> None:
             apart={name: (progress.apart.get(name, left), left) for name, left in apart.items()},
         )
     )
-    tell_cut(judged, way, progress.step, setup.csgd.steps)
+    tell_cut(judged, way, progress.step, setup.csgd.steps, spec.tested_on)
     progress.part = Part.NARROW
     if not way.pulls:
         progress.learner = free_learner(setup)
@@ -169,11 +169,11 @@ def cut_stage(setup: Setup, progress: Progress, watch: Watch) -> None:
         learner.network = as_trained(setup.model, spec.machine.compile)
 
 
-def tell_cut(judged: Verdict, way: Way, step: int, steps: int) -> None:
+def tell_cut(judged: Verdict, way: Way, step: int, steps: int, on: str) -> None:
     told = way.told if not way.pulls else "lossless" if judged.lossless else "NOT lossless"
     accuracies = judged.accuracy_before_trim, judged.accuracy_after_trim
     change = f"outputs moved by at most {judged.relative_logit_change:.1e} of an image's spread"
-    log.info("CUT at step %d of %d, %s: %s; test %.4f before, %.4f after", step, steps, told, change, *accuracies)
+    log.info("CUT at step %d of %d, %s: %s; %s %.4f before, %.4f after", step, steps, told, change, on, *accuracies)
 
 
 def merge_average(average: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> None:
@@ -251,6 +251,7 @@ def go_on_narrow(setup: Setup, progress: Progress, watch: Watch) -> None:
     progress.results[-1] = replace(result, verdict=judged)
     if ranks.is_first() and (number := progress.stage + 1) < len(setup.widths):
         cost = saving(watch.plan.costs[0], watch.plan.costs[number])
-        keep(setup, progress.folder.between(number), widths=result.widths, verdict=asdict(judged), cost=cost)
+        so_far = worst([one.verdict for one in progress.results])
+        keep(setup, progress.folder.between(number), widths=result.widths, verdict=asdict(so_far), cost=cost)
     progress.part, progress.stage, progress.step, progress.learner = Part.BETWEEN, progress.stage + 1, 0, None
     progress.save(setup)

@@ -44,7 +44,8 @@ class Watch:
         name = f"{label(spec.model)}-{label(spec.dataset)}-{widths_label(spec.deps)}-s{spec.seed}"
         settings = dict(project=wandb.project, entity=wandb.entity, group=wandb.group, tags=wandb.tags, name=name)
         where = progress.folder.path if first else None
-        self.tracker = Tracker(where, mode=str(wandb.mode), config=spec.config, settings=settings, rows=progress.rows)
+        config = spec.config | ({"tuned": {"lr": spec.pull.rates.lr}} if spec.trials else {})
+        self.tracker = Tracker(where, mode=str(wandb.mode), config=config, settings=settings, rows=progress.rows)
         self.plan, self._album, self._film, self._opened, self._steps = plan, None, None, ExitStack(), 0
         self._looks = True
         self._opened.push(self.tracker)
@@ -131,11 +132,11 @@ class Watch:
 
     def _row(self, setup: Setup, progress: Progress, moment: Moment) -> None:
         sums, tested, score = progress.take_sums(), measured(setup.model, setup.data), setup.data.task["score"]
-        part = "base" if progress.part is Part.BASE else "csgd"
+        part, on = "base" if progress.part is Part.BASE else "csgd", setup.spec.tested_on
         values = {
             "loss": sums.mean_loss,
             **({} if setup.data.score else {"train_accuracy": sums.accuracy}),
-            f"test_{score}": tested,
+            f"{on.replace('-', '_')}_{score}": tested,
             "lr": moment.lr,
             "seconds": sums.seconds,
             "seconds_per_step": sums.seconds_per_step,
@@ -143,10 +144,11 @@ class Watch:
         row = {"epoch": moment.epoch} if part == "base" else _stage_row(setup, progress, moment)
         self.tracker.log({"phase": part, "step": moment.step} | {f"{part}/{k}": v for k, v in values.items()} | row)
         log.info(
-            "%s epoch %d: loss %.4f, test %s %.4f, lr %.2g%s, %.1f s (%s a step), %s to go",
+            "%s epoch %d: loss %.4f, %s %s %.4f, lr %.2g%s, %.1f s (%s a step), %s to go",
             part,
             moment.epoch,
             sums.mean_loss,
+            on,
             score,
             tested,
             moment.lr,

@@ -13,6 +13,7 @@ from csgd.report.tables import (
     milliseconds,
     table,
     task_of,
+    tested_on,
     verdict_table,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "milliseconds",
     "table",
     "task_of",
+    "tested_on",
     "verdict_table",
     "write_page",
 ]

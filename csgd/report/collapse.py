@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from csgd.report.curves import Rows, film_of, rows_of
 from csgd.report.paper import BLUE, GRAY, RED, figure_of, summary_of
 from csgd.report.pictures import arranged, enlarged
-from csgd.report.tables import task_of
+from csgd.report.tables import task_of, tested_on
 
 PALETTE = 8  # frames that the colours of all are taken from
 MILLISECONDS, HELD, LAST = 90, 1200, 3000  # of a frame, of the first and of that at the cut, and of the last
@@ -100,7 +100,7 @@ def _pictures(output_dir: Path, film: dict[str, NDArray]) -> Iterator[tuple[NDAr
     told = left.supxlabel("step", fontsize=10, animated=True)
     points, threads = _points(plane, film["1/places"][0], clusters)
     score.axvline(first + stage["cut"]["step"], color=RED, linestyle="--", linewidth=1)
-    now = _line(score, times, values, task_of(summary)["score"])
+    now = _line(score, times, values, task_of(summary)["score"], tested_on(summary))
     agg.draw()
     paper = agg.copy_from_bbox(figure.bbox)
     for frame in _frames(film, stage["cut"]["step"], stage["forecast"]["steps"]):
@@ -133,12 +133,12 @@ def _points(axes, places: NDArray, clusters: Sequence[Sequence[int]]) -> tuple[A
     return points, threads
 
 
-def _line(axes, times: Sequence[int], values: Sequence[float], name: str) -> Any:
+def _line(axes, times: Sequence[int], values: Sequence[float], name: str, on: str) -> Any:
     """The score of the run, and the point that moves along it."""
     axes.plot(times, values, "-", color=BLUE, linewidth=1.3)
     if name == "accuracy":
         axes.set_ylim(0, 1.05)
-    axes.set_title(f"test {name.replace('_', ' ')}", fontsize=10)
+    axes.set_title(f"{on} {name.replace('_', ' ')}", fontsize=10)
     axes.set_xlabel("step of the run; the cut is marked", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
@@ -158,7 +158,7 @@ def _told(frame: Frame) -> str:
 
 def _scores(summary: dict[str, Any], rows: Rows) -> tuple[list[int], list[float]]:
     """The score over the steps of the run, with that of the base network and those around each cut."""
-    key = f"csgd/test_{task_of(summary)['score']}"
+    key = f"csgd/{tested_on(summary).replace('-', '_')}_{task_of(summary)['score']}"
     found = [(rows.base_steps, 0, summary["base"]["accuracy"])]
     found += [(at, 0, row[key]) for at, row in rows.placed if key in row]
     cuts = zip(rows.cuts, summary["stages"], strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from csgd.report.paper import BLUE, GRAY, PALE, RED, figure_of, save, summary_of
-from csgd.report.tables import milliseconds, task_of
+from csgd.report.tables import milliseconds, task_of, tested_on
 
 GROUPS = {"kernels": BLUE, "vectors": "tab:orange", "filters": BLUE}
 FLOAT32 = 2.0**-24  # the largest relative error of rounding to float32
@@ -20,7 +20,7 @@ def draw_curves(output_dir: Path) -> Path:
     """Score, loss, what is left of the deviation beside its forecast if there was a pull, and what a step costs, over
     the steps of the run; each cut marked.  report/curves.png"""
     summary, rows = summary_of(output_dir), rows_of(output_dir)
-    task, base_steps = task_of(summary), rows.base_steps
+    task, base_steps, judged = task_of(summary), rows.base_steps, tested_on(summary)
     figure = figure_of(10, 7.8)
     (score, loss), (deviation, cost) = grid = figure.subplots(2, 2, sharex=True)
     for axes in grid.flat:
@@ -31,10 +31,10 @@ def draw_curves(output_dir: Path) -> Path:
         here = [(at, row) for at, row in rows.placed if row["phase"] == phase]
         before = [(base_steps, summary["base"]["accuracy"])] if phase == "csgd" else []
         if here:
-            for on, line in (("test", "o-"), ("train", ".:")):
-                key = f"{phase}/{on}_{task['score']}"
+            for on, line in ((judged, "o-"), ("train", ".:")):
+                key = f"{phase}/{on.replace('-', '_')}_{task['score']}"
                 if key in here[0][1]:  # of a score of the data's own the test alone
-                    points = before * (on == "test") + [(at, row[key]) for at, row in here]
+                    points = before * (on == judged) + [(at, row[key]) for at, row in here]
                     score.plot(*zip(*points, strict=True), line, color=color, label=f"{name}, {on}", markersize=4)
             values = [row[f"{phase}/loss"] for _, row in here]
             loss.plot([at for at, _ in here], values, "o-", color=color, label=name, markersize=4)

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from csgd.report.tables import baseline_note, cost_header, cost_rows, numeric, verdict_rows
+from csgd.report.tables import baseline_note, cost_header, cost_rows, numeric, tested_on, verdict_rows
 
 CAPTIONS = {
     "collapse": "The first layer that was cut, over the first stage. On the left its filters that are not alone in "
@@ -21,7 +21,7 @@ CAPTIONS = {
     "weights, in which the tolerance is told, what is left is smaller still. The gray one is how finely float32 can "
     "tell weights apart: the published pull comes to rest about there, while a Collapse makes members equal and ends "
     "at exactly 0.",
-    "outputs": "What the network says of images of the test set before the cut and after it, the worst image among "
+    "outputs": "What the network says of {on} images before the cut and after it, the worst image among "
     "them; and of every image how much its outputs changed, divided by their own spread (max − min).",
     "spaces": "Layers whose filters must move together share a box (a residual stream is one, however many layers add "
     "to it). An arrow is a layer that reads one box and writes another; those that follow from others are left out. "
@@ -53,12 +53,13 @@ def write_page(output_dir: Path) -> Path:
     summary = json.loads((output_dir / "summary.json").read_text("utf-8"))
     clusters = json.loads((output_dir / "clusters.json").read_text("utf-8"))
     pictures = {name: output_dir / "report" / f"{name}.{KINDS.get(name, 'png')}" for name in CAPTIONS}
+    captions = {name: caption.replace("{on}", tested_on(summary)) for name, caption in CAPTIONS.items()}
     page = PAGE.get_template("page.html.j2").render(
         name=_name(summary["config"]),
         summary=summary,
         verdict_rows=verdict_rows(summary),
         note=baseline_note(summary),
-        figures=[(name, _encoded(path), CAPTIONS[name]) for name, path in pictures.items() if path.exists()],
+        figures=[(name, _encoded(path), captions[name]) for name, path in pictures.items() if path.exists()],
         kinds=KINDS,
         plain=PLAIN,
         layer_header=cost_header(summary),
@@ -85,7 +86,7 @@ def _run(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("command", summary["command"] or "from Python, with the configuration below"),
         ("date", datetime.fromisoformat(summary["date"]).strftime("%d %B %Y, %H:%M %z")),
-        ("data", f"{name}: {data['train']:,} images to train on and {data['test']:,} to test, each {size}"),
+        ("data", f"{name}: {data['train']:,} images to train on and {_judged(summary)}, each {size}"),
     ]
     if data["classes"]:
         names = ", ".join(data["class_names"][:NAMED]) + (", …" if len(data["class_names"]) > NAMED else "")
@@ -94,6 +95,11 @@ def _run(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         mean, std = (", ".join(f"{value:.3f}" for value in data[key]) for key in ("mean", "std"))
         rows.append(("normalised", f"(image − mean) / std of each channel, mean {mean}, std {std}"))
     return [*rows, ("device", summary["device"])]
+
+
+def _judged(summary: Mapping[str, Any]) -> str:
+    held_out = summary["data"].get("held_out")
+    return f"{held_out:,} held out of them to judge by" if held_out else f"{summary['data']['test']:,} to test"
 
 
 def _encoded(picture: Path) -> str:

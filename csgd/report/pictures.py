@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from csgd.report.paper import BLUE, GRAY, PALE, RED, figure_of, save, summary_of
+from csgd.report.tables import tested_on
 
 ROWS = 40  # layers in a picture of one column; more make two
 SIZES = (("alone", 1, 1), ("2", 2, 2), ("3 to 4", 3, 4), ("5 to 8", 5, 8), ("9 or more", 9, math.inf))
@@ -23,20 +24,20 @@ TILE = 24  # pixels of a filter's picture, at least
 
 
 def draw_outputs(output_dir: Path) -> Path | None:
-    """What the network says of test images before each cut and after it; and of every image by how much of its spread
-    that differs.  report/outputs.png; None if that was not kept"""
+    """What the network says of the images that it is tested on before each cut and after it; and of every image by how
+    much of its spread that differs.  report/outputs.png; None if that was not kept"""
     from safetensors.numpy import load_file
 
     if not (path := output_dir / "outputs.safetensors").is_file():
         return None
     kept, summary = load_file(path), summary_of(output_dir)
-    tolerance = summary["config"]["tolerance"]["logits"]
+    tolerance, on = summary["config"]["tolerance"]["logits"], tested_on(summary)
     figure = figure_of(10, 4.3)
     scatter, change = figure.subplots(1, 2)
     numbers = sorted({int(key.split("/")[0]) for key in kept})
     for number in numbers:
         before, after = kept[f"{number}/before"], kept[f"{number}/after"]
-        name = f"cut {number}" if len(numbers) > 1 else "an output of a test image"
+        name = f"cut {number}" if len(numbers) > 1 else f"an output of a {on} image"
         color = STAGES[(number - 1) % len(STAGES)]
         scatter.scatter(before, after, s=7, alpha=0.4, color=color, linewidths=0, label=name)
         changes = np.sort(kept[f"{number}/change"])[::-1]
@@ -47,7 +48,7 @@ def draw_outputs(output_dir: Path) -> Path | None:
     scatter.plot(ends, ends, color=GRAY, linewidth=0.8, zorder=0, label="no change")
     scatter.set(xlabel="before the cut", ylabel="after the cut", title="Outputs")
     change.axhline(tolerance, color=RED, linestyle=":", linewidth=1.2, label=f"tolerance, {tolerance:.0e}")
-    change.set(xlabel="% of the test images, those that changed most first", yscale="log")
+    change.set(xlabel=f"% of the {on} images, those that changed most first", yscale="log")
     change.set(ylabel="of the spread of its outputs", title="Change of an image's outputs")
     for axes in (scatter, change):
         axes.grid(alpha=0.3)

@@ -32,6 +32,11 @@ def task_of(summary: Mapping[str, Any]) -> dict[str, str]:
     return summary.get("task", CLASSIFICATION)
 
 
+def tested_on(summary: Mapping[str, Any]) -> str:
+    """What its scores are of: "test", or "held-out" of the training images; in files held_out."""
+    return "held-out" if summary["config"].get("validation") else "test"
+
+
 def _tuned(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The learning rate, where trials gave it."""
     if not (tuned := summary.get("tuned")):
@@ -71,7 +76,7 @@ def verdict_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [
         *_tuned(summary),
         (
-            f"{'held-out' if summary['config'].get('validation') else 'test'} {score}, base network",
+            f"{tested_on(summary)} {score}, base network",
             f"{base['accuracy']:.4f}",
             _trained(summary),
         ),
