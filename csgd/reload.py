@@ -353,6 +353,7 @@ def _of_attention(
         ] = {}  # of the dims of each space: what share of all heads' is, by which tensor
         for dims in beside:
             shared = [ref for ref in dims.refs if (tuple(ref.owners), ref.dim) in places]
+            shared = [ref for ref in shared if ref.index.numel() == ref.extent] or shared  # not beside others in a cat
             keeps = {
                 dotted(*ref.owners[0]): Fraction(shapes[dotted(*ref.owners[0])][ref.dim], ref.extent) for ref in shared
             }
