@@ -58,8 +58,8 @@ def load_trimmed(
             _check_layer(path, module, narrowed)
         if example is not None:
             spaces = _check_spaces(model, shapes, example)
-        if example is None:
-            spaces = _spaces_on_any(model)
+        if example is None and not (spaces := _spaces_on_any(model)):
+            _refuse_integers(model, narrowed)
     counted = _counted_in(model, shapes, spaces, widths) if narrowed else {}
     if narrowed:
         more = partial(_counted_by_trial, model, shapes, spaces, widths)
@@ -300,6 +300,24 @@ def _spaces_on_any(model: nn.Module) -> list[ChannelSpace]:
     return []
 
 
+def _refuse_integers(model: nn.Module, narrowed: Mapping[int, torch.Size]) -> None:
+    """InputError if a module holds an integer that may say where channels lie, on which no input could shed light."""
+    pairs = [
+        (tensor.shape, narrowed[id(tensor)])
+        for tensor in model.state_dict(keep_vars=True).values()
+        if id(tensor) in narrowed
+    ]
+    widest = max(old for wide, narrow in pairs for old, new in zip(wide, narrow, strict=True) if old != new)
+    paths = {id(module): path for path, module in model.named_modules()}
+    for module in _own_code(model):
+        for attribute, _, value in integers_of(module):
+            if 1 < value <= widest:
+                raise InputError(
+                    f"{dotted(paths[id(module)], attribute)} = {value} may count channels that the cut has left fewer "
+                    "of, and no input was found that the network takes: give an example"
+                )
+
+
 def _own_code(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if not type(module).__module__.startswith("torch.")]
 
@@ -335,6 +353,7 @@ def _of_attention(
         ] = {}  # of the dims of each space: what share of all heads' is, by which tensor
         for dims in beside:
             shared = [ref for ref in dims.refs if (tuple(ref.owners), ref.dim) in places]
+            shared = [ref for ref in shared if ref.index.numel() == ref.extent] or shared  # not beside others in a cat
             keeps = {
                 dotted(*ref.owners[0]): Fraction(shapes[dotted(*ref.owners[0])][ref.dim], ref.extent) for ref in shared
             }

@@ -324,6 +324,26 @@ def test_widths_that_do_not_fit_the_heads_are_refused(widths, line, example):
         assert torch.equal(loaded.eval()(TOKENS), net.eval()(TOKENS))
 
 
+class Beside(Three):
+    """What comes out of the heads is read beside the stream."""
+
+    def __init__(self):
+        super().__init__(fused)
+        self.proj = nn.Linear(HEADS * 5 + WIDTH, WIDTH)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.proj(torch.cat([self.meet(self, q, k, v).transpose(1, 2).flatten(2), x], -1))
+
+
+def test_heads_that_are_read_beside_others_reload():
+    net, spaces = found(Beside)
+    widths = csgd.target_widths(spaces, 0.5)
+    csgd.trim(net, spaces, csgd.cluster(net, spaces, widths), tolerance=None)
+    again = csgd.load_trimmed(Net(Beside()), net.state_dict(), example=TOKENS, widths=widths)
+    assert torch.equal(again.eval()(TOKENS), net.eval()(TOKENS))
+
+
 @pytest.mark.parametrize("crosses", [False, True])
 def test_torchs_attention_reloads_of_one_weight_and_of_three(crosses):
     net, spaces = found(lambda: Torchs(crosses))

@@ -273,3 +273,26 @@ def test_random_states_are_left_alone():
     before = torch.get_rng_state()
     load_trimmed(wide, state)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_integers_that_may_count_channels_ask_for_an_example_where_no_input_is_found():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.conv, self.last = 6, nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x, scale):
+            y = self.conv(x) * scale
+            return self.last(torch.cat([y[:, : self.first].relu(), y[:, self.first :]], 1))
+
+    wide, example = Two(), (torch.randn(2, 3, 5, 5), torch.ones(2, 1, 1, 1))
+    spaces = csgd.find_spaces(wide, example)
+    widths = csgd.target_widths(spaces, 0.5)
+    narrow = copy.deepcopy(wide)
+    csgd.trim(narrow, spaces, csgd.cluster(narrow, spaces, widths), tolerance=None)
+    assert narrow.first == 3
+    message = refused(wide, narrow.state_dict(), widths=widths)
+    assert "first = 6 may count channels" in message
+    assert "give an example" in message
+    loaded = load_trimmed(wide, narrow.state_dict(), example=example, widths=widths)
+    assert torch.equal(loaded(*example), narrow(*example))
