@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,18 @@ def one_goes_astray(kind: str):
 def test_a_rank_that_goes_astray_is_named(kind, error, message):
     with pytest.raises(error, match=message):
         launch(in_group, (one_goes_astray, kind), 2, None)
+
+
+def stopping(number: int):
+    if ranks.own_share().rank == 0:
+        os.kill(os.getppid(), number)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_what_stops_a_run_of_ranks_stops_it_as_it_does_one_without(number, error):
+    with pytest.raises(error):
+        launch(in_group, (stopping, number), 2, None)
 
 
 def test_a_batch_too_small_for_the_ranks_is_refused():

@@ -3,6 +3,7 @@
 import logging
 import logging.config
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
@@ -91,6 +92,8 @@ def launch(run: Callable[..., Any], arguments: tuple, nproc: int, logs: Mapping[
             return elastic_launch(config, _rank)(run, arguments, logs, threads)[0]
         except ChildFailedError as error:
             raise _cause(*error.get_first_failure()) from None
+        except SignalException as stopped:  # by Ctrl-C, as without ranks, or by a scheduler
+            raise KeyboardInterrupt if stopped.sigval == signal.SIGINT else SystemExit(128 + stopped.sigval) from None
 
 
 def _rank(run: Callable[..., Any], arguments: tuple, logs: Mapping[str, Any] | None, threads: int) -> Any:
