@@ -128,6 +128,43 @@ def test_a_resumed_run_looks_for_the_collapse_at_the_same_steps(tmp_path, monkey
     assert json.loads((tmp_path / "killed" / "summary.json").read_text())["cut"] == told
 
 
+class Attends(nn.Module):
+    """Shapes alone do not say whether an attention has fewer heads or smaller ones."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.patches, self.heads = nn.Conv2d(3, 16, 4, 4), 4
+        self.q, self.k, self.v, self.out = *(nn.Linear(16, 32) for _ in range(3)), nn.Linear(32, 16)
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, images):
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.fc(x.mean(1))
+
+
+def test_a_run_that_is_killed_after_the_cut_of_an_attention_goes_on_with_its_heads(tmp_path, monkeypatch):
+    cfg = composed(*RUN[:2], "wandb=disabled", "quiet=true", "deps=1_2", "model._target_=test_resume.Attends",
+                   "schedule.csgd={epochs: 2, lr: 0.01, optimizer: adamw, max_steps: 6}", "resume=auto", "report=false",
+                   "schedule.base.max_steps=6", f"base.cache={tmp_path / 'base'}")  # fmt: skip
+    run(cfg, tmp_path / "whole")
+    save = Progress.save
+
+    def killed(self, setup):
+        save(self, setup)
+        if self.part is Part.NARROW:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(cfg, tmp_path / "killed")
+    monkeypatch.setattr(Progress, "save", save)
+    run(cfg, tmp_path / "killed")
+    weights = [(tmp_path / name / "pruned.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+
+
 def test_a_finished_run_has_nothing_left_to_do(whole):
     out, _ = whole
     before = load_weights(out / "pruned.safetensors")

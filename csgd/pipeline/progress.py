@@ -260,7 +260,8 @@ def _with_preparation(progress: Progress, setup: Setup) -> Progress:
 def _restored(saved: Checkpoint, setup: Setup, folder: RunFolder) -> Progress:
     """The facts of a checkpoint, and its weights in the network, at their widths."""
     facts = saved["facts"]
-    load_trimmed(setup.model, saved["state"]["model"])
+    widths = facts["results"][-1]["widths"] if facts["results"] else None
+    load_trimmed(setup.model, saved["state"]["model"], example=setup.data.example, widths=widths)
     counted = dict.fromkeys(Sums.over_ranks(), 0.0)  # by rank 0 for all ranks
     results = [StageResult(**one | {"verdict": Verdict(**one["verdict"])}) for one in facts["results"]]
     typed = {
