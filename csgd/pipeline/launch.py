@@ -57,8 +57,11 @@ def check_ranks(machine: Machine) -> None:
 
 @contextmanager
 def join_ranks(machine: Machine) -> Iterator[None]:
-    """Within it this process is one of the ranks, if there are several; only rank 0 speaks."""
-    if not started_outside():
+    """Within it this process is one of the ranks, if there are several; only rank 0 speaks.
+
+    Once for a run and its trials: torchrun's ranks may wait for ever where they meet for a second time.
+    """
+    if not started_outside() or torch.distributed.is_initialized():
         yield
         return
     if not started_first():

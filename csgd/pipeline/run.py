@@ -18,7 +18,7 @@ from csgd.pipeline.preview import preview
 from csgd.pipeline.progress import Part, begin_or_resume, last_checkpoint
 from csgd.pipeline.settle import settle
 from csgd.pipeline.setup import prepare
-from csgd.pipeline.spec import RunSpec, machine_of
+from csgd.pipeline.spec import RunSpec
 from csgd.pipeline.stage import begin, cut_stage, go_on_narrow, pull, resume
 from csgd.pipeline.tune import tuned
 from csgd.pipeline.watch import Watch
@@ -38,7 +38,8 @@ def run(
     """
     spec, where = RunSpec.of(config), RunFolder(Path(folder))
     check_ranks(spec.machine)
-    with where.reserved() if started_first() else nullcontext(), threads_of(spec.machine):
+    lock = where.reserved() if started_first() else nullcontext()
+    with lock, threads_of(spec.machine), join_ranks(spec.machine):
         spec = tuned(spec, config, where, lambda trial, path: _tried(trial, path, logs))
         if spec.machine.ranks > 1 and not spec.plan_only:
             return launch(_one_rank, (spec, where, command), spec.machine.ranks, logs)
@@ -52,8 +53,7 @@ def _tried(trial: "Config", path: Path, logs: Mapping[str, Any] | None) -> Verdi
     """
     done = None
     if trial.resume == "auto":
-        with join_ranks(machine_of(trial)):
-            done = ranks.from_first(finished(trial, path, "resume=auto") if ranks.is_first() else None)
+        done = ranks.from_first(finished(trial, path, "resume=auto") if ranks.is_first() else None)
     return done or run(trial, path, logs=logs)
 
 
