@@ -12,6 +12,8 @@ from csgd.graph.twin import dotted
 from csgd.proof import randomise
 from tests import nets
 
+NORMALISED = [nets.ConvNext, nets.UNet, nets.Transformer]  # over channels, so that norms see what is dropped
+
 
 def prepared(net):
     model, example = net().double(), nets.example_of(net, torch.float64)
@@ -35,7 +37,7 @@ def without_reading(model, spaces, kept):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("net", [n for n in nets.EXAMPLES if n not in (nets.ConvNext, nets.UNet)])
+@pytest.mark.parametrize("net", [n for n in nets.EXAMPLES if n not in NORMALISED])
 def test_the_network_without_some_channels_is_the_one_in_which_nothing_reads_them(net):
     model, spaces, example = prepared(net)
     kept = best(model, spaces, csgd.target_widths(spaces, 0.5))
@@ -47,7 +49,7 @@ def test_the_network_without_some_channels_is_the_one_in_which_nothing_reads_the
     assert torch.equal(fresh(example), narrow(example))
 
 
-@pytest.mark.parametrize("net", [nets.ConvNext, nets.UNet])
+@pytest.mark.parametrize("net", NORMALISED)
 def test_every_group_of_a_norm_keeps_as_many(net):
     model, spaces, example = prepared(net)
     widths = csgd.target_widths(spaces, 0.5)
