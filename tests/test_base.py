@@ -48,7 +48,7 @@ def test_a_run_that_waits_for_the_base_of_another_says_so_again_and_again(tmp_pa
     lock = FileLock(tmp_path / "lock", thread_local=False)
     lock.acquire()
     threading.Timer(0.5, lock.release).start()
-    with caplog.at_level(logging.INFO, "csgd"), base._locked(tmp_path / "lock"):
+    with caplog.at_level(logging.INFO, "csgd"), base.locked(tmp_path / "lock", "another run is training it"):
         assert caplog.text.count("another run is training it") > 2
         assert not FileLock(tmp_path / "lock").is_locked
     FileLock(tmp_path / "lock").acquire(timeout=0)
