@@ -111,7 +111,8 @@ def ways() -> str:
         tuned.append((study_ways.NAMES[network], f"{int(images):,}", *told))
     about = f"""Fashion-MNIST, test accuracy in per cent at the last epoch: mean (least … most) of n seeds. All have
 the same base networks, channel spaces and widths, and the training cost of the C-SGD run in multiply-accumulates, what
-choosing takes included; from scratch also the base network's. `csgd` and `merge` cluster by outputs, the deletion is
+choosing takes included; from scratch also the base network's, with weights drawn as
+that commit drew them. `csgd` and `merge` cluster by outputs, the deletion is
 of the channels of least group L2. Commit `{commit[:7]}`, torch {torch}, one thread; every row of
 `experiments/study_ways.jsonl` holds its command, `python experiments/study_ways.py run` makes them all."""
     rates = ", ".join(f"{rate:g}" for rate in study_ways.RATES)

@@ -60,7 +60,8 @@ def test_family_is_cut_exactly_and_reloads(name):
 
     trial = Trial(model, spaces, clusters, example)
     trimmed = trial.cut(clusters)
-    fresh = csgd.load_trimmed(without_randomness(torchvision(name, 10)).double(), trimmed.state_dict())
+    wide, widths = without_randomness(torchvision(name, 10)).double(), {key: len(of) for key, of in clusters.items()}
+    fresh = csgd.load_trimmed(wide, trimmed.state_dict(), widths=widths if name in TYPED else None)
     for a, b in zip(*(trial.passes(net, False).outputs for net in (trimmed, fresh)), strict=True):
         assert torch.equal(a, b)
     attributes = [[(m.extra_repr(), type(m)) for m in net.modules()] for net in (trimmed, fresh)]

@@ -108,7 +108,7 @@ def faster_rcnn(torchvision):
 
 ZOO = {
     **{
-        name: Entry("timm", lambda p, name=name: (p.create_model(name), images(64)), "MACs", 0.70)
+        name: Entry("timm", lambda p, name=name: (p.create_model(name), images(64)), "MACs", 0.65)
         for name in (
             "mambaout_femto",
             "inception_next_atto",
