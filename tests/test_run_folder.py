@@ -57,6 +57,18 @@ def test_what_an_older_run_came_to_is_cleared_and_its_weights_are_not(folder):
     folder.clear()
 
 
+def test_an_export_of_older_weights_does_not_stay_beside_new_ones(tmp_path):
+    config = [*TINY[:-1], "wandb=disabled", "quiet=true", "report=false", f"base.cache={tmp_path}/base"]
+    exports = [tmp_path / "out" / name for name in ("pruned.onnx", "pruned.onnx.data", "pruned.pt2")]
+    run(composed(*config), tmp_path / "out")
+    for path in exports:
+        path.write_text("of these weights")
+    run(composed(*config), tmp_path / "out")
+    assert all(path.exists() for path in exports), "the same weights"
+    run(composed(*config, "seed=1"), tmp_path / "out")
+    assert not any(path.exists() for path in exports)
+
+
 def test_a_run_in_the_place_of_another_says_so_and_one_of_stages_which_cut_it_tells_of(tmp_path, caplog):
     job = [*TINY[:-1], "wandb=disabled", f"base.cache={tmp_path}/base", "deps.stages=[0.75,0.5]"]
     run(composed(*job), tmp_path / "out")

@@ -1,7 +1,9 @@
 """What a run hands to other programs: the pruned network in their formats, its size and latency, and its card."""
 
+import json
 import logging
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from csgd.folder import RunFolder
 from csgd.pipeline.device import device_name, place
 from csgd.pipeline.provenance import versions
 from csgd.pipeline.setup import Setup
-from csgd.pruned import load_pruned, save_pruned
+from csgd.pruned import DESCRIPTION, load_pruned, save_pruned
 
 log = logging.getLogger("csgd")
 
@@ -22,12 +24,25 @@ FILES = {"onnx": "pruned.onnx", "torch": "pruned.pt2"}
 
 
 def keep(setup: Setup, folder: Path, **facts: Any) -> None:
-    """Writes the network as it is into a folder that loads; `facts` are told beside where it comes from."""
-    spec, data = setup.spec, setup.data
+    """Writes the network as it is into a folder that loads; `facts` are told beside where it comes from.
+
+    What was exported of other weights, as of an older run, is removed.
+    """
+    spec, data, older = setup.spec, setup.data, _weights_in(folder)
     facts |= {"seed": spec.seed, "versions": versions(), "commit": setup.commit, "dataset": spec.dataset}
     facts |= {"validation": spec.validation} if spec.validation else {}
     facts |= {"class_names": data.class_names, "mean": data.mean, "std": data.std}
     save_pruned(folder, setup.model, spec.model, data.example, data.num_classes, **facts)
+    if _weights_in(folder) != older:
+        for path in (path for name in FILES.values() for path in folder.glob(f"{name}*")):
+            path.unlink()
+
+
+def _weights_in(folder: Path) -> str | None:
+    """The SHA-256 of the weights that a folder describes."""
+    with suppress(OSError, ValueError, KeyError):
+        return json.loads((folder / DESCRIPTION).read_text("utf-8"))["sha256"]
+    return None
 
 
 def ship(setup: Setup, summary: dict[str, Any], folder: RunFolder) -> None:
