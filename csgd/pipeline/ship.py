@@ -35,7 +35,8 @@ def keep(setup: Setup, folder: Path, **facts: Any) -> None:
     save_pruned(folder, setup.model, spec.model, data.example, data.num_classes, **facts)
     if _weights_in(folder) != older:
         for path in (path for name in FILES.values() for path in folder.glob(f"{name}*")):
-            path.unlink()
+            if path.is_file():
+                path.unlink()
 
 
 def _weights_in(folder: Path) -> str | None:
