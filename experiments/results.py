@@ -48,7 +48,9 @@ WAYS_SUMMARY = """What to use when, as the rows below say:
 - *At the end, with three quarters of the widths* and few images, nobody is ahead of it by more than 2 points; a
   deletion without norm ends last, 4 below.
 - *At the end, with less*, `csgd` is behind the best: by 1 to 3 points at a half, 4 to 6 at a quarter. Half of its steps
-  are those of the wide network; for their cost a rival takes 2.4 and 7.6 times as many.
+  are those of the wide network; for their cost a rival takes 2.4 and 7.6 times as many. With filters equal by 15 % of a
+  longer run of the same cost it ends level with the best, and gives up a part of what it has after the cut
+  ([one thing varied](#one-thing-varied): one seed so far).
 - *With all images* the base networks had one epoch and all were still learning: who trains the narrow network for
   longest ends highest, from scratch first, `csgd` last.
 - So: `csgd` where the network must be right at every moment, the cut be proven, or little training can follow; the same
