@@ -211,6 +211,8 @@ def draw_panel(panel, here: list[dict]) -> None:
             panel.plot(at, [mean(values[width]) for width in WIDTHS], style, color=color, label=label)
             for x, width in zip(at, WIDTHS, strict=True):
                 panel.plot([x] * len(values[width]), values[width], ".", color=color, markersize=4)
+    if not here:
+        panel.text(0.5, 0.5, "not run yet", transform=panel.transAxes, ha="center", color="0.5")
     bases = {row["seed"]: 100 * row["base"] for row in here if row["way"] != "scratch"}
     if bases:
         panel.axhline(mean(bases.values()), color="0.6", linewidth=0.8, label="base network")
