@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import wandb
 from test_sweep import logged_steps
 
 from csgd.tracking import Tracker
@@ -25,6 +26,7 @@ def row(step):
 
 
 def offline_runs(folder):
+    wandb.teardown()  # a run that is finished may be written a moment later; this waits for W&B's service
     return [logged_steps(path) for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))]
 
 
