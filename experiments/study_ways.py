@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python experiments/study_ways.py run              adds the rows that study_ways.jsonl lacks
     OMP_NUM_THREADS=1 python experiments/study_ways.py more vgg16 --images 512      … those that vary one thing
+    OMP_NUM_THREADS=1 python experiments/study_ways.py early --images 512           … or `allot`
     python experiments/study_ways.py draw                               the picture; the tables are in docs/results.md
 
 Three networks on Fashion-MNIST, with all 60,000 images and with 512 of them, cut to 3/4, 1/2 and 1/4 of every width, in
@@ -10,6 +11,7 @@ rates are tuned alike: for each network, number of images and way three rates ar
 widths, on images held out of the training set, a tenth of 60,000 and a quarter of 512; the best is that of all its
 runs.  Every row is what run.py says of the command that it holds.  `more` varies one thing at half of the widths and
 with 512 images: the learning rate, the optimizer, what is clustered, the importance, and the pull as published.
+`early` cuts at 15 % of a longer run of the same cost, `allot` shares a budget of multiply-accumulates in two ways.
 """
 
 import argparse
@@ -38,7 +40,11 @@ IMAGES = {  # settings, epochs of the base, of its warm-up and of what follows
     "512": ("dataset.train_size=512 schedule.batch_size=32 schedule.test_every=1000", 40, 3, 20),
     "60000": ("schedule.batch_size=256 schedule.test_every=1000", 1, 0.1, 1),
 }
-EARLY = {"1_2": 34, "1_4": 51}  # epochs at the cost of IMAGES["512"], if filters are equal by 15 % of them
+EARLY = {  # epochs for each of WIDTHS that cost no more than those of IMAGES["512"], if filters are equal by 15 % of them
+    "vgg16": (24, 34, 51),
+    "resnet20": (24, 34, 51),
+    "convnext": (21, 33, 49),
+}
 HELD_OUT = {"512": 0.25, "60000": 0.1}
 NAMES = {"vgg16": "VGG-16, no norm", "resnet20": "ResNet-20, batch norm", "convnext": "ConvNeXt, layer norm"}
 TOLD = {"csgd": "csgd", "merge": "merged at once", "prune": "deleted", "scratch": "from scratch"}
@@ -62,13 +68,15 @@ def command(network: str, images: str, width: str, way: str, seed: int, lr: floa
     csgd = f"schedule.csgd={{epochs: {epochs}, lr: {lr}, optimizer: {optimizer}}}"
     whole = any(key in more for key in ("centri_strength", "clustering", "importance"))  # nothing of OWN beside it
     own = more if whole else f"{OWN[way]} {more}"
-    words = f"dataset=fashion_mnist {of_network} {of_images} deps={width} seed={seed} {own}".split()
+    deps = f"deps.{width}" if "=" in width else f"deps={width}"
+    words = f"dataset=fashion_mnist {of_network} {of_images} {deps} seed={seed} {own}".split()
     return shlex.join(["python", "run.py", *words, base, csgd])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "more", "draw"))
+    studies = {"run": runs_of, "more": further_runs, "early": early_runs, "allot": allotted_runs}
+    parser.add_argument("what", choices=(*studies, "draw"))
     parser.add_argument("networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--images", nargs="*", default=list(IMAGES))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
@@ -79,7 +87,7 @@ def main() -> None:
     for images in given.images:
         for seed in given.seeds:
             for network in given.networks:
-                for facts in (runs_of if given.what == "run" else further_runs)(network, images, seed):
+                for facts in studies[given.what](network, images, seed):
                     add(facts)
 
 
@@ -106,12 +114,27 @@ def further_runs(network: str, images: str, seed: int) -> Iterator[dict]:
     for by in ("l1", "taylor"):
         rate = best_rate(network, images, "prune")
         yield {"study": "importance", **one, "way": "prune", "lr": rate, "more": f"method=prune importance={by}"}
-    for width, epochs in EARLY.items():
-        early = {"study": "early", **one, "width": width, "way": "csgd", "lr": best_rate(network, images, "csgd")}
-        yield early | {"more": f"epochs={epochs} collapse_by=0.15"}
     for lr in (5e-3, 1.5e-2, 5e-2):
         yield {"study": "sgd", **one, "way": "csgd", "lr": lr, "more": "optimizer=sgd"}
         yield {"study": "published", **one, "way": "csgd", "lr": lr, "more": "optimizer=sgd centri_strength=auto"}
+
+
+def early_runs(network: str, images: str, seed: int) -> Iterator[dict]:
+    """The pull in the first 15 % of a run; what the narrow network then saves makes it longer."""
+    one = {"study": "early", "network": network, "images": images, "seed": seed, "way": "csgd"}
+    for width, epochs in zip(WIDTHS, EARLY[network], strict=True):
+        lr = best_rate(network, images, "csgd")
+        yield one | {"width": width, "lr": lr, "more": f"epochs={epochs} collapse_by=0.15"}
+
+
+def allotted_runs(network: str, images: str, seed: int) -> Iterator[dict]:
+    """40 % and 15 % of the multiply-accumulates: one fraction of all widths, or by what a layer can spare."""
+    one = {"study": "allot", "network": network, "images": images, "seed": seed}
+    for macs in (0.4, 0.15):
+        for allot in ("uniform", "sensitivity"):
+            for way in ("csgd", "merge"):
+                lr = best_rate(network, images, way)
+                yield one | {"width": f"macs={macs}", "way": way, "lr": lr, "more": f"deps.allot={allot}"}
 
 
 def rows() -> list[dict]:
