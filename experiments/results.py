@@ -31,7 +31,6 @@ MAIN_JOB = {
 VARIED = {
     "kernels": "{way}, k-means on kernels",
     "importance": "deleted, {more}",
-    "early": "csgd to {width}, equal by 15 %, then narrow for longer, same cost",
     "sgd": "csgd, beside SGD at {lr}",
     "published": "the pull as published, ε solved for, SGD at {lr}",
 }
@@ -78,7 +77,7 @@ COMPARED = {
 
 
 def page() -> str:
-    runs = (ways, rates, variations, main_job, front, rivals, curves, ramps, one_stroke, lenet, papers)
+    runs = (ways, rates, variations, allotments, main_job, front, rivals, curves, ramps, one_stroke, lenet, papers)
     costs = (step, step_beside, training_step, latency, memory, clusters, spaces, growth, loading)
     return "\n\n".join([HEAD, *(part() for part in (*runs, *costs))]) + "\n"
 
@@ -94,17 +93,17 @@ image is 0.0028 of an accuracy. What is said here holds for small networks on a 
 
 
 def ways() -> str:
-    rows = [row for row in lines(HERE / "study_ways.jsonl") if row["study"] == "ways"]
+    rows, known = study_ways.compared(), list(study_ways.TOLD)
     body, after = [], []
     for (network, images, width), members in grouped(rows, at("network", "images", "width")).items():
         of = grouped(members, lambda row: row["way"])
         place = study_ways.NAMES[network], f"{int(images):,}", width.replace("_", "/")
         (macs,) = {round(100 * row["macs"]) for row in members}
         base = spread([100 * row["base"] for row in of["csgd"]], ".1f")
-        ends = [percent(of.get(way, []), "end") for way in study_ways.WAYS]
-        body.append((*place, f"{macs} %", base, *ends, "/".join(str(len(of.get(way, []))) for way in study_ways.WAYS)))
-        after.append((*place, base, *(percent(of.get(way, []), "after_cut") for way in study_ways.WAYS[:3])))
-    commit, torch = common(rows, "commit", "torch")
+        ends = [percent(of.get(way, []), "end") for way in known]
+        body.append((*place, f"{macs} %", base, *ends, "/".join(str(len(of.get(way, []))) for way in known)))
+        after.append((*place, base, *(percent(of.get(way, []), "after_cut") for way in known[:-1])))
+    (torch,), commits = common(rows, "torch"), " and ".join(sorted({f"`{row['commit'][:7]}`" for row in rows}))
     trials = [row for row in lines(HERE / "study_ways.jsonl") if row["study"] == "trial"]
     tuned = []
     for (network, images), members in grouped(trials, at("network", "images")).items():
@@ -113,13 +112,13 @@ def ways() -> str:
         tuned.append((study_ways.NAMES[network], f"{int(images):,}", *told))
     about = f"""Fashion-MNIST, test accuracy in per cent at the last epoch: mean (least … most) of n seeds. All have
 the same base networks, channel spaces and widths, and the training cost of the C-SGD run in multiply-accumulates, what
-choosing takes included; from scratch also the base network's, with weights drawn as
-that commit drew them. `csgd` and `merge` cluster by outputs, the deletion is
-of the channels of least group L2. Commit `{commit[:7]}`, torch {torch}, one thread; every row of
-`experiments/study_ways.jsonl` holds its command, `python experiments/study_ways.py run` makes them all."""
+choosing takes included; from scratch also the base network's. `csgd` cuts when half of its steps are done; *cut early*
+at 15 % of a run that is as much longer as its narrow steps are cheaper. `csgd` and `merge` cluster by outputs, the
+deletion is of the channels of least group L2. Commits {commits}, torch {torch}, one thread; every row of
+`experiments/study_ways.jsonl` holds its command, `python experiments/study_ways.py run`, and `early`, make them."""
     rates = ", ".join(f"{rate:g}" for rate in study_ways.RATES)
     picture = "![accuracy after the cut and at the end against the width](../experiments/study_ways.png)"
-    header, ways = ("network", "images", "widths"), [study_ways.TOLD[way] for way in study_ways.WAYS]
+    header, ways = ("network", "images", "widths"), list(study_ways.TOLD.values())
     return section(
         "Four ways at one cost",
         WAYS_SUMMARY,
@@ -128,9 +127,9 @@ of the channels of least group L2. Commit `{commit[:7]}`, torch {torch}, one thr
         "At the end:",
         table((*header, "MACs", "base", *ways, "n"), body),
         "Right after the cut, before any training behind it:",
-        table((*header, "base", *ways[:3]), after),
+        table((*header, "base", *ways[:-1]), after),
         f"Trials: the score on images held out, with the rates {rates}; seed 0, half of the widths.",
-        table(("network", "images", *ways), tuned),
+        table(("network", "images", *(study_ways.TOLD[way] for way in study_ways.WAYS)), tuned),
     )
 
 
@@ -163,14 +162,27 @@ def variations() -> str:
                 (study_ways.NAMES[network], STANDARD[way], percent(of, "after_cut"), percent(of, "end"), len(of))
             )
         varied = [row for row in rows if row["network"] == network]
-        for (study, way, lr, more, width), of in grouped(varied, at("study", "way", "lr", "more", "width")).items():
-            told = VARIED[study].format(
-                way=study_ways.TOLD[way], lr=f"{lr:g}", more=more.split()[-1], width=width.replace("_", "/")
-            )
+        for (study, way, lr, more), of in grouped(varied, at("study", "way", "lr", "more")).items():
+            told = VARIED[study].format(way=study_ways.TOLD[way], lr=f"{lr:g}", more=more.split()[-1])
             body.append((study_ways.NAMES[network], told, percent(of, "after_cut"), percent(of, "end"), len(of)))
     about = """512 images, half of the widths; the rates are the tuned ones of each way, of SGD each that was tried.
 Mean (least … most), by the same command as above."""
     return section("One thing varied", about, table(("network", "", "after the cut", "at the end", "n"), body))
+
+
+def allotments() -> str:
+    rows = [row for row in lines(HERE / "study_ways.jsonl") if row["study"] == "allot"]
+    body = []
+    for (network, width, way), members in grouped(rows, at("network", "width", "way")).items():
+        of = grouped(members, lambda row: row["more"].removeprefix("deps.allot="))
+        told = [percent(of.get(how, []), key) for how in ("uniform", "sensitivity") for key in ("after_cut", "end")]
+        counts = "/".join(str(len(of.get(how, []))) for how in ("uniform", "sensitivity"))
+        body.append((study_ways.NAMES[network], width.removeprefix("macs="), study_ways.TOLD[way], *told, counts))
+    about = """512 images, a budget of multiply-accumulates (`deps.macs`), met by one fraction of all widths (`uniform`,
+the default) or by what each layer can spare (`deps.allot=sensitivity`); test accuracy in per cent, mean (least … most)
+of n seeds. Made by `python experiments/study_ways.py allot --images 512`."""
+    header = ("network", "MACs", "way", "uniform: after the cut", "at the end", "sensitivity: after the cut", "at the end")
+    return section("A budget, shared in two ways", about, table((*header, "n"), body))
 
 
 def percent(rows: Sequence[Row], key: str) -> str:

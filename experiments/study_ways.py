@@ -47,8 +47,20 @@ EARLY = {  # epochs for each of WIDTHS that cost no more than those of IMAGES["5
 }
 HELD_OUT = {"512": 0.25, "60000": 0.1}
 NAMES = {"vgg16": "VGG-16, no norm", "resnet20": "ResNet-20, batch norm", "convnext": "ConvNeXt, layer norm"}
-TOLD = {"csgd": "csgd", "merge": "merged at once", "prune": "deleted", "scratch": "from scratch"}
-COLORS = {"csgd": "tab:blue", "merge": "tab:green", "prune": "tab:orange", "scratch": "tab:gray"}
+TOLD = {
+    "csgd": "csgd",
+    "early": "csgd, cut early",
+    "merge": "merged at once",
+    "prune": "deleted",
+    "scratch": "from scratch",
+}
+COLORS = {
+    "csgd": "tab:blue",
+    "early": "tab:purple",
+    "merge": "tab:green",
+    "prune": "tab:orange",
+    "scratch": "tab:gray",
+}
 OWN = {  # of each way
     "csgd": "clustering.of=outputs",
     "merge": "method=merge clustering.of=outputs",
@@ -141,6 +153,12 @@ def rows() -> list[dict]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
+def compared() -> list[dict]:
+    """The rows of the four ways, and those of an early cut as a fifth."""
+    found = [row for row in rows() if row["study"] in ("ways", "early")]
+    return [row | {"way": "early"} if row["study"] == "early" else row for row in found]
+
+
 def best_rate(network: str, images: str, way: str) -> float:
     """Of the trials, the rate whose images held out were told best."""
     asked = dict(study="trial", network=network, images=images, way=way)
@@ -205,7 +223,7 @@ def draw() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = [row for row in rows() if row["study"] == "ways"]
+    found = compared()
     figure, panels = plt.subplots(2, len(NETWORKS), figsize=(11, 6.4), sharex=True, sharey="row")
     for line, images in zip(panels, IMAGES, strict=True):
         for panel, network in zip(line, NETWORKS, strict=True):
@@ -217,7 +235,7 @@ def draw() -> None:
         panel.set_xticks(range(len(WIDTHS)), [width.replace("_", "/") for width in WIDTHS])
         panel.set_xlabel("of every width")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(PICTURE, dpi=110)
 
@@ -229,7 +247,7 @@ def draw_panel(panel, here: list[dict]) -> None:
             values = {width: [100 * r[key] for r in here if (r["way"], r["width"]) == (way, width)] for width in WIDTHS}
             if not all(values.values()) or (key == "after_cut" and way == "scratch"):
                 continue
-            at = [x + 0.05 * (place - 1.5) for x in range(len(WIDTHS))]
+            at = [x + 0.05 * (place - 2) for x in range(len(WIDTHS))]
             label = f"{TOLD[way]}, {'at the end' if key == 'end' else 'after the cut'}"
             panel.plot(at, [mean(values[width]) for width in WIDTHS], style, color=color, label=label)
             for x, width in zip(at, WIDTHS, strict=True):

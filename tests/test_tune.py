@@ -1,6 +1,8 @@
 """Trials of learning rates: images held out of the training set, and the run that goes by the best rate."""
 
+import io
 import json
+import logging
 import math
 import re
 import shutil
@@ -98,9 +100,14 @@ def test_the_best_rate_of_the_trials_makes_the_run_and_each_trial_is_a_run_of_it
     assert not (tmp_path / "tuned" / "trials" / "lr_0.05" / "report.html").exists()
 
 
-def test_a_run_that_goes_on_does_not_repeat_its_trials(tmp_path, base_cache):
+def test_a_run_that_goes_on_does_not_repeat_its_trials(tmp_path, base_cache, caplog):
     config = composed(*SHORT, base_cache, SGD, "tune.lr=[0.01,0.05]", "resume=auto", "report=false")
-    first = run(config, tmp_path)
+    terminal = logging.StreamHandler(io.StringIO())
+    logging.getLogger().addHandler(terminal)
+    with caplog.at_level(logging.INFO):
+        first = run(config, tmp_path)
+    logging.getLogger().removeHandler(terminal)
+    assert terminal.stream.getvalue().count("multiply-accumulates") == 1, "quiet: the run's verdict, not its trials'"
     trials = [tmp_path / "trials" / name / "metrics.jsonl" for name in ("lr_0.01", "lr_0.05")]
     before = [path.stat().st_mtime_ns for path in trials]
     (tmp_path / "trials" / "lr_0.05" / "summary.json").unlink()  # as if killed at the end of the second

@@ -9,11 +9,12 @@ headline = logging.getLogger("csgd.headline")  # what a run is there to say, als
 
 
 @contextmanager
-def console(quiet: bool):
-    """Keeps the lines of the log and a progress bar apart; with `quiet` only warnings and the verdict are shown."""
+def console(quiet: bool, *, verdict: bool = True):
+    """Keeps the lines of the log and a progress bar apart; with `quiet` only warnings and the verdict are shown, of a
+    trial only warnings."""
 
     def shown(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING or record.name == headline.name
+        return record.levelno >= logging.WARNING or (verdict and record.name == headline.name)
 
     root = logging.getLogger()
     handlers = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]

@@ -38,7 +38,7 @@ def tuned(spec: RunSpec, config: "Config", folder: RunFolder, run: Callable[["Co
             "tune.lr: the plan is without its %d trials, each a run as this one, at learning rate %g", count, lr
         )
         return spec
-    with console(True) if spec.quiet else nullcontext():
+    with console(True, verdict=False) if spec.quiet else nullcontext():
         return _by_trials(spec, config, folder, run)
 
 
