@@ -181,7 +181,8 @@ def allotments() -> str:
     about = """512 images, a budget of multiply-accumulates (`deps.macs`), met by one fraction of all widths (`uniform`,
 the default) or by what each layer can spare (`deps.allot=sensitivity`); test accuracy in per cent, mean (least … most)
 of n seeds. Made by `python experiments/study_ways.py allot --images 512`."""
-    header = ("network", "MACs", "way", "uniform: after the cut", "at the end", "sensitivity: after the cut", "at the end")
+    how = ("uniform: after the cut", "at the end", "sensitivity: after the cut", "at the end")
+    header = ("network", "MACs", "way", *how)
     return section("A budget, shared in two ways", about, table((*header, "n"), body))
 
 

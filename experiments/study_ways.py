@@ -40,7 +40,7 @@ IMAGES = {  # settings, epochs of the base, of its warm-up and of what follows
     "512": ("dataset.train_size=512 schedule.batch_size=32 schedule.test_every=1000", 40, 3, 20),
     "60000": ("schedule.batch_size=256 schedule.test_every=1000", 1, 0.1, 1),
 }
-EARLY = {  # epochs for each of WIDTHS that cost no more than those of IMAGES["512"], if filters are equal by 15 % of them
+EARLY = {  # epochs for each of WIDTHS, at the cost of IMAGES["512"], if filters are equal by 15 % of them
     "vgg16": (24, 34, 51),
     "resnet20": (24, 34, 51),
     "convnext": (21, 33, 49),
