@@ -119,6 +119,19 @@ def test_the_test_set_is_not_looked_at(tmp_path):
     assert settle._measured(blind) == settle._measured(setup), "and the same each time"
 
 
+def test_images_held_out_of_the_training_set_are_measured_on_where_there_are_some(tmp_path):
+    def held_out():
+        for images, labels in setup.data.test_batches():
+            seen.append(len(images))
+            yield images, labels.flip(0)
+
+    setup, seen = prepare(RunSpec.of(composed(*BY, "deps.params=0.5", "validation=0.25"))), []
+    usual = settle._measured(setup)
+    others = settle._measured(replace(setup, data=replace(setup.data, test_batches=held_out)))
+    assert usual["images"] == sum(seen) == setup.data.test_size
+    assert others["changes"] != usual["changes"]
+
+
 def test_a_plan_says_that_widths_wait_for_the_base_network(tmp_path, caplog):
     caplog.set_level("INFO")
     run(composed(*BY, "deps.macs=0.5", "plan_only=true", f"base.cache={tmp_path}/base"), tmp_path / "out")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from csgd import ranks
 from csgd.checkpoint import write_json
+from csgd.data import Batches
 from csgd.errors import InputError, line_of
 from csgd.folder import RunFolder
 from csgd.graph.twin import keep_random_state, twin_of
@@ -83,10 +84,12 @@ def _shared(setup: Setup) -> dict[str, Any]:
 
 
 def _measured(setup: Setup) -> dict[str, Any]:
-    """On the first batches of an epoch: images to train on, as the test set is for the end."""
-    how, model = setup.spec.clustering, setup.model
+    """On images held out of the training set where the run holds some out, else on the first batches of an epoch: the
+    test set is for the end."""
+    how, model, told = setup.spec.clustering, setup.model, "held-out" if setup.spec.validation else "training"
     with keep_random_state(model):
-        batches = list(some_batches(setup, images=MEASURED))
+        trained_on = list(some_batches(setup, images=MEASURED))
+        batches = list(_first(setup.data.test_batches(), MEASURED)) if setup.spec.validation else trained_on
         count = sum(len(images) for images, _ in batches)
 
         def mean_loss(network: nn.Module) -> float:
@@ -95,10 +98,17 @@ def _measured(setup: Setup) -> dict[str, Any]:
             ranks.from_first(None)
             return mean
 
-        log.info("sensitivity: each layer merged alone at several widths, on %d training images", count)
-        seen = [images for images, _ in batches] if how.of == "outputs" else None
+        log.info("sensitivity: each layer merged alone at several widths, on %d %s images", count, told)
+        seen = [images for images, _ in trained_on] if how.of == "outputs" else None
         changes = sensitivity(model, setup.spaces, mean_loss, of=how.of, seed=setup.spec.seed, data=seen)
     return {"images": count, "changes": changes}
+
+
+def _first(batches: Batches, count: int) -> Batches:
+    """Those with the first `count` images, the last one whole."""
+    while count > 0 and (batch := next(batches, None)):
+        yield batch
+        count -= len(batch[0])
 
 
 def _path(setup: Setup) -> Path:
@@ -109,6 +119,6 @@ def _path(setup: Setup) -> Path:
             digest.update(name.encode() + value.cpu().flatten().view(torch.uint8).numpy().tobytes())
     seen = batches_seen(setup, MEASURED), ranks.own_share().ranks
     names = [space.name for space in setup.spaces if space.trimmable]
-    digest.update(f"{spec.clustering.of} {seen} {names} {versions()['csgd']}".encode())
+    digest.update(f"{spec.clustering.of} {seen} {spec.validation} {names} {versions()['csgd']}".encode())
     base = cache_path(spec, setup.model, setup.data)
     return base.with_name(f"{base.stem}-{digest.hexdigest()[:12]}.sensitivity.json")
