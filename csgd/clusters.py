@@ -18,6 +18,7 @@ from csgd.centripetal import laid_out, memory_order, one_of_each, representative
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Ref, conditions
 from csgd.graph.integers import Integers, at_place, replaced
+from csgd.graph.kernels import norms
 from csgd.graph.twin import dotted
 from csgd.outputs import output_rows
 
@@ -118,7 +119,7 @@ def filters(model: nn.Module, space: ChannelSpace, of: str = "pacesetter") -> Te
 
 
 def _rows(model: nn.Module, ref: Ref, size: int) -> Tensor:
-    weight = tensor_of(model, ref).detach()
+    weight = weight_of(model, ref)
     rows = weight.index_select(ref.dim, ref.index.reshape(-1).to(weight.device)).movedim(ref.dim, 0)
     return rows.reshape(size, -1)
 
@@ -171,6 +172,7 @@ class ClusteredTensor:
     summed  (dim, segments): input slices along `dim` are summed at the cut (consumers)
     rows    (dim, segments, factors): where the cut does not take the mean of equal rows alone, all rows that it makes
             one, and what it multiplies the mean by: the number of members where they are summed (keys, fact F14)
+    lengths owners of g where this is the v of a weight norm, w = g · v / ‖v‖
     Segments [positions] give the position of the representative of each position's cluster.
     """
 
@@ -179,6 +181,7 @@ class ClusteredTensor:
     merged: tuple[int, Tensor] | None
     summed: tuple[int, Tensor] | None
     rows: tuple[int, Tensor, Tensor] | None = None
+    lengths: Sequence[tuple[str, str]] = ()
 
     @property
     def cut_rows(self) -> tuple[int, Tensor] | None:
@@ -291,21 +294,22 @@ def _clustered(owners: list[tuple[str, str]], model: nn.Module, uses: list[tuple
     acts on what the other leaves."""
     (tensor,) = {tensor_of(model, ref) for ref, _ in uses}
     segments: dict[str, tuple[int, Tensor]] = {}
-    factors, of_keys = torch.empty(0, device="cpu"), False
+    factors, apart = torch.empty(0, device="cpu"), False  # apart: of rows that the cut makes one, and that differ
     for ref, first in uses:
-        kinds = ["in"] if ref.role == "in" else ["rows"] if ref.role == "key" else ["rows", "merged"]
+        kinds = ["in"] if ref.role == "in" else ["rows"] if ref.role in ("key", "length") else ["rows", "merged"]
         for kind in kinds:
             dim, vector = segments.setdefault(kind, (ref.dim, torch.arange(tensor.size(ref.dim), device="cpu")))
             if dim != ref.dim:
                 raise InputError(f"{dotted(*owners[0])} is indexed along two dims by channels that become equal")
             vector[ref.index] = vector[ref.index[first]]
-        if ref.role == "key":
-            of_keys, after = True, len(first.unique())
+        if ref.role in ("key", "length"):
+            apart, after = True, len(first.unique())
             factors = factors if len(factors) else torch.ones(ref.extent, dtype=torch.float64, device="cpu")
+        if ref.role == "key":
             summed = first.bincount(minlength=len(first))[first].double() * (after / len(first)) ** ref.power
             factors[ref.index] *= summed[:, None]
-    rows = (*segments["rows"], factors) if of_keys else None
-    return ClusteredTensor(owners, tensor, segments.get("merged"), segments.get("in"), rows)
+    rows = (*segments["rows"], factors) if apart else None
+    return ClusteredTensor(owners, tensor, segments.get("merged"), segments.get("in"), rows, uses[0][0].lengths)
 
 
 def counted_channels(
@@ -375,7 +379,7 @@ def relative_deviation(model: nn.Module, spaces: list[ChannelSpace], clusters: C
 
 def tensor_of(model: nn.Module, ref: Ref) -> Tensor:
     """The tensor of `ref`; InputError if `model` has no such tensor, or another one than when the spaces were found."""
-    tensors = [_registered(model, *owner) for owner in ref.owners]
+    tensors = [registered(model, *owner) for owner in ref.owners]
     tensor, name = tensors[0], dotted(*ref.owners[0])
     for one, owner in zip(tensors, ref.owners, strict=True):
         if one is None or one.dim() <= ref.dim:
@@ -392,7 +396,14 @@ def tensor_of(model: nn.Module, ref: Ref) -> Tensor:
     return tensor
 
 
-def _registered(model: nn.Module, path: str, attribute: str) -> Tensor | None:
+def weight_of(model: nn.Module, ref: Ref) -> Tensor:
+    """What a layer is called with: the tensor of `ref`, or g · v / ‖v‖ where that is the v of a weight norm."""
+    v = tensor_of(model, ref).detach()
+    g = registered(model, *ref.lengths[0]).detach() if ref.lengths else None
+    return v if g is None else v * (g / norms(v, g))
+
+
+def registered(model: nn.Module, path: str, attribute: str) -> Tensor | None:
     """The parameter or buffer of that name, None if there is none: a tensor that is computed cannot be cut."""
     try:
         module = model.get_submodule(path)

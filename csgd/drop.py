@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from csgd.clusters import ClusteredTensor, Clusters, check_width, is_slot, parts_of, tensor_of
+from csgd.clusters import ClusteredTensor, Clusters, check_width, is_slot, parts_of, tensor_of, weight_of
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Ref
 from csgd.graph.twin import dotted
@@ -44,11 +44,11 @@ def _importance(model: nn.Module, space: ChannelSpace, by: str) -> Tensor:
 
     total = torch.zeros(space.size, dtype=torch.float64)
     for ref in (ref for ref in space.refs if ref.role in COUNTED[by]):
-        tensor = tensor_of(model, ref)
+        tensor, weight = tensor_of(model, ref), weight_of(model, ref)
         if by == "l1":
-            total += rows(tensor, ref).abs().sum(1)
+            total += rows(weight, ref).abs().sum(1)
         elif by == "l2":
-            total += rows(tensor, ref).square().sum(1) * isinstance(tensor, nn.Parameter)
+            total += rows(weight, ref).square().sum(1) * isinstance(tensor, nn.Parameter)
         elif tensor.grad is None:
             raise InputError(f"importance by taylor needs gradients: {dotted(*ref.owners[0])} has none")
         else:

@@ -68,6 +68,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, weights: Iterable[Tensor]):
         super().__init__()
         self.of_weight: dict[int, _Moments | None] = {id(weight): None for weight in weights}
+        self._normed = WeakTensorKeyDictionary()  # a weight that is computed with weight norm -> the id of its v
         self._moving = WeakTensorKeyDictionary()  # what depends on the batch -> how it was made of a layer's outputs
 
     def begin(self, batch: Inputs) -> None:
@@ -83,10 +84,13 @@ class _Watch(TorchFunctionMode):
         if source and (name in AFFINE or (name == "batch_norm" and not given.get(5, given.get("training")))):
             made = self._behind(source, func, args, kwargs, moving[0])
         out = func(*args, **kwargs)
-        if name in LAYERS and id(weight := given.get(1, given.get("weight"))) in self.of_weight:
+        if name == "_weight_norm":
+            self._normed[out] = id(args[0])
+        weight = given.get(1, given.get("weight")) if name in LAYERS else None
+        if weight is not None and (key := self._normed.get(weight, id(weight))) in self.of_weight:
             dim = -1 if name == "linear" else out.dim() - weight.dim() + 1
             groups = given.get(6, given.get("groups", 1)) if "transpose" in name else 1
-            made = self._outputs(id(weight), out, dim, groups)
+            made = self._outputs(key, out, dim, groups)
         if moving or made:
             self._moving.update((part, made) for part in tree_leaves(out) if isinstance(part, Tensor))
         return out

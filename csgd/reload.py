@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from csgd.clusters import counted_channels, is_slot
 from csgd.errors import InputError, line_of
 from csgd.graph import ChannelSpace, Inputs, trace_spaces
 from csgd.graph.integers import Integers, at_place, integers_of, replaced
+from csgd.graph.kernels import kernel_of
 from csgd.graph.twin import dotted, keep_random_state, tensors_in
 from csgd.trial import pin_failures
 from csgd.trim import depthwise_multipliers, fit_attributes, replace_data
@@ -90,7 +92,8 @@ def _check_widths(widths: Mapping[str, int] | None) -> None:
 def _touched(modules: Iterable[nn.Module], narrowed: Mapping[int, torch.Size]) -> Iterator[nn.Module]:
     """The modules that own a tensor which is narrowed."""
     for module in modules:
-        if any(id(tensor) in narrowed for tensor in (*module._parameters.values(), *module._buffers.values())):
+        own = (*module._parameters.values(), *module._buffers.values(), kernel_of(module))
+        if any(id(tensor) in narrowed for tensor in own):
             yield module
 
 
@@ -137,7 +140,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _check_layer(path: str, module: nn.Module, narrowed: Mapping[int, torch.Size]) -> None:
     """The tensors of one layer fit each other, if they did so before."""
-    if not any(_touched([module], narrowed)) or _misfit(module):
+    if not any(_touched([module], narrowed)) or _misfit(module) or parametrize.is_parametrized(module):
         return
     layer = type(module).__new__(type(module))
     layer.__dict__ = {**module.__dict__, "_parameters": {}, "_buffers": {}}

@@ -15,8 +15,10 @@ from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors, counted_
 from csgd.collapse import attached
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
+from csgd.graph.kernels import kernel_of, layer_of
 from csgd.graph.twin import dotted
 from csgd.hooks import check_hooks
+from csgd.weight_norm import cut_values
 
 log = logging.getLogger("csgd.trim")
 
@@ -120,7 +122,7 @@ def cut(
     narrowed  what each tensor becomes
     """
     touched, counted = clustered_tensors(model, spaces, clusters), counted_channels(model, spaces, clusters)
-    narrow = [narrowed(t, t.tensor.detach()) for t in touched]
+    touched, narrow = zip(*cut_values(model, touched, narrowed), strict=True) if touched else ((), ())
     carry_over(optimizers, touched)
     multipliers, widths = depthwise_multipliers(model), defaultdict(lambda: defaultdict(set))
     for t, data in zip(touched, narrow, strict=True):
@@ -128,9 +130,9 @@ def cut(
         for path in {part for owner, _ in t.owners for part in _with_ancestors(owner)}:
             for old, new in changed:
                 widths[path][old].add(new)
-        if changed:
+        if changed or not torch.equal(t.tensor, data):  # lengths of a weight norm, where inputs alone are cut
             replace_data(t.tensor, data)
-    fit_attributes({model.get_submodule(path) for t in touched for path, _ in t.owners}, multipliers)
+    fit_attributes({model.get_submodule(layer_of(path)) for t in touched for path, _ in t.owners}, multipliers)
     for (module, attribute), count in counted.items():
         setattr(module, attribute, count)
     return [line for path in widths for line in _stale_integers(model.get_submodule(path), path, widths[path])]
@@ -204,7 +206,7 @@ def depthwise_multipliers(model: nn.Module) -> dict[nn.Module, int]:
 def fit_attributes(modules: Iterable[nn.Module], multipliers: dict[nn.Module, int]) -> None:
     """Makes in_channels, groups, num_features … say what the shapes of the parameters say."""
     for module in modules:
-        weight = module._parameters.get("weight")
+        weight = kernel_of(module)
         if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
             if module in multipliers:
                 module.groups = module.in_channels = (

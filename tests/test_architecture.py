@@ -27,6 +27,7 @@ FLOORS = {
     "csgd.carry_over": 1,
     "csgd.collapse": 1,
     "csgd.trim": 1,
+    "csgd.weight_norm": 1,
     "csgd.budget": 1,
     "csgd.drop": 1,
     "csgd.sensitivity": 1,

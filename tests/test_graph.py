@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm
 
 import csgd
 from csgd.trial import random_clusters
@@ -217,7 +217,7 @@ def test_one_module_in_several_spaces_gets_numbered_names():
 
 
 def test_computed_weights_and_uncalled_layers_are_listed():
-    net = Net(Apply(lambda x, m: m.normed(x), normed=weight_norm(nn.Conv2d(8, 8, 1)), unused=nn.Conv2d(8, 8, 1)))
+    net = Net(Apply(lambda x, m: m.normed(x), normed=spectral_norm(nn.Conv2d(8, 8, 1)), unused=nn.Conv2d(8, 8, 1)))
     spaces = spaces_of(net)
     assert spaces["body.normed"].pinned == ["its weight is computed, not a plain parameter"]
     assert spaces["body.unused"].pinned == ["not called as a layer in the forward pass"]

@@ -60,6 +60,8 @@ class Ledger:
         self.seen: set[int] = set()  # ids of the tensors read since this was last emptied
         self.activations: list[Tensor] = []  # labels of all that was computed
         self._labels = WeakTensorKeyDictionary()
+        self.lengths: dict[int, Tensor] = {}  # id of the v of a weight norm -> its g
+        self._normed = WeakTensorKeyDictionary()  # weight g · v / ‖v‖ -> v
         self.pins: list[tuple[Tensor, str]] = []  # (atoms, why they must stay)
         self.pinned_dims: list[tuple[Tensor, str]] = []  # the same for slots, not for whole heads
         self.heads: list[Tensor] = []  # atoms [heads] of an attention, tied to all that is of each head
@@ -73,6 +75,18 @@ class Ledger:
 
     def owns(self, tensor: Tensor | None) -> bool:
         return tensor is not None and id(tensor) in self.owners
+
+    def norm(self, weight: Tensor, v: Tensor, g: Tensor) -> bool:
+        """Notes that a weight is g · v / ‖v‖; False where one of the two is in another pair too."""
+        pairs = self.lengths.items()
+        if any((id(v) == one) != (g is other) for one, other in pairs) or id(g) in self.lengths:
+            return False
+        self.lengths[id(v)], self._normed[weight] = g, v
+        return True
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        """What is cut of a layer's weight: the weight, or the v of its weight norm."""
+        return weight if self.owns(weight) else self._normed.get(weight, weight)
 
     # atoms
 
@@ -166,6 +180,9 @@ class Ledger:
                 self._unplaced.append((compact(blank).reshape(-1), tensor))
             return blank
         labels = self._labels.get(tensor)
+        if (v := self._normed.get(tensor)) is not None:
+            self.freeze(v, why := "a weight with weight norm is used outside conv and linear layers")
+            return self.blank(tensor, why)
         if labels is None:
             return self.blank(tensor, "meets a constant of the network's code")
         if labels.shape == tensor.shape:
@@ -242,6 +259,9 @@ class Ledger:
         if not self.owns(tensor):
             self.pin(atoms, "meets an operand that is not a registered parameter")
             return
+        g = self.lengths.get(id(tensor))
+        if g is not None and g.size(dim) > 1:
+            self.record(g, dim, atoms, "length" if role == "in" else "follow")
         earlier, earlier_role = self.uses.setdefault((id(tensor), dim), (atoms, role))
         self.same_channel(earlier, atoms)
         if earlier_role != role:

@@ -356,7 +356,7 @@ def _produced(ledger: Ledger, weight: Tensor, dim: int, n: int) -> Tensor:
 def conv(ledger: Ledger, call: Call) -> None:
     """Kernel [out, in / groups, ...], or [in, out / groups, ...] where transposed."""
     transposed = "transpose" in call.name
-    x, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
+    x, weight, bias = call.arg(0, "input"), ledger.kernel(call.arg(1, "weight")), call.arg(2, "bias")
     groups = call.arg(6, "groups", 1)
     dim = x.dim() - weight.dim() + 1
     n = call.outputs[0].size(dim)
@@ -388,7 +388,7 @@ def conv(ledger: Ledger, call: Call) -> None:
 
 
 def linear(ledger: Ledger, call: Call) -> None:
-    x, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
+    x, weight, bias = call.arg(0, "input"), ledger.kernel(call.arg(1, "weight")), call.arg(2, "bias")
     if not ledger.owns(weight):
         return unknown(ledger, call, "its weight is not a plain parameter")
     labels = ledger.labels(x)
@@ -401,6 +401,16 @@ def linear(ledger: Ledger, call: Call) -> None:
     ledger.record(weight, 0, outs, "out")
     ledger.record(bias, 0, outs, "follow")
     ledger.label(call.outputs[0], outs)
+
+
+def weight_norm(ledger: Ledger, call: Call) -> str | None:
+    """g · v / ‖v‖, with a length in g for each entry along one dim: the kernel of a layer as it is called."""
+    v, g = call.inputs
+    if not (ledger.owns(v) and ledger.owns(g)):
+        return "its kernel is not a plain parameter"
+    if not g.dim():
+        return "one length for the whole kernel (dim=None): dim=0 frees it"
+    return None if ledger.norm(call.outputs[0], v, g) else "its lengths or its kernel have another use"
 
 
 def addmm(ledger: Ledger, call: Call) -> str | None:
@@ -532,6 +542,7 @@ RULES: dict[str, Rule] = {
         pad: "pad",
         conv: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
         linear: "linear",
+        weight_norm: "weight_norm",
         addmm: "addmm",
         embedding: "embedding",
         batch_norm: "batch_norm instance_norm",

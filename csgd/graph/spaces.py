@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from csgd.graph.kernels import kernel_of, layer_of
 from csgd.graph.labels import UnionFind
 from csgd.graph.ledger import Ledger
 
@@ -24,12 +25,14 @@ class Ref:
     dim     the indexed dim
     role    'out' filters of a producer | 'follow' one entry per channel | 'in' input slices of a consumer |
             'key' filters that the cut sums: those of keys, whose queries become equal (fact F14) |
+            'length' entries of the g of a weight norm, w = g · v / ‖v‖, where v's are 'in': those of a cluster differ |
             'size' no tensor, but an integer that counts the channels, or entry `dim` of a tuple of them
     index   [slots, lanes] positions along `dim`
     extent  size of `dim` when the spaces were found: a tensor of another size has been cut since
     order   rank of this use in the forward pass
     power   a key's rows are multiplied by (slots after the cut / before) ** power: ½ where the scale of a product is
             the inverse root of the number of channels, which the cut changes
+    lengths  owners of g where the tensor is the v of a weight norm
     """
 
     owners: list[tuple[str, str]]
@@ -39,6 +42,7 @@ class Ref:
     extent: int
     order: int = 0
     power: float = 0.0
+    lengths: Sequence[tuple[str, str]] = ()
 
 
 class Kind(StrEnum):
@@ -118,7 +122,8 @@ def describe(spaces: Sequence[ChannelSpace]) -> str:
     """The spaces as a table: slots, the layers whose filters move together, and whether they are free or why not."""
     rows = [("space", "slots", "moves together with", "free, or stays because")]
     for space in spaces:
-        with_it = dict.fromkeys(path for ref in space.producers for path, _ in ref.owners if path != space.name)
+        layers = (layer_of(path) for ref in space.producers for path, _ in ref.owners)
+        with_it = dict.fromkeys(path for path in layers if path != space.name)
         free = "free" if not space.conditions else "; ".join(map(str, space.conditions))
         state = "; ".join(space.pinned) if space.pinned else free if space.trimmable else "one slot"
         rows.append((space.name, str(space.size), ", ".join(with_it) or "-", state))
@@ -148,7 +153,7 @@ def spaces_of(ledger: Ledger, model: nn.Module) -> list[ChannelSpace]:
             pinned = ["its heads are all tied together" if of_heads else "all its channels are tied together"]
         if not pinned and not any(ref.role in ("in", "key") for ref in group.refs):
             pinned = ["no layer is seen to read its channels"]
-        path, attribute = pacesetter.owners[0]
+        path, attribute = layer_of(pacesetter.owners[0][0]), pacesetter.owners[0][1]
         name = f"{path or attribute}#heads" if of_heads else path or attribute
         count[name] += 1
         name = f"{name}#{count[name]}" if count[name] > 1 else name
@@ -209,7 +214,8 @@ def _grouped(
                     index = torch.from_numpy(positions[entries[:, columns]])
                     power = 0.5 * (key and any(keys[channel] for channel in channels[entries[0][columns]].tolist()))
                     role = "key" if key else use.role
-                    refs.append(Ref(use.owners, use.dim, role, index, len(use.atoms), int(order), power))
+                    extent = len(use.atoms)
+                    refs.append(Ref(use.owners, use.dim, role, index, extent, int(order), power, use.lengths))
         pinned = sorted(set().union(*(reasons.get(slot, ()) for slot, _ in members)))
         first = int(which[entries[0, 0]]), int(positions[entries[0, 0]])
         groups.append(Group(np.array([slot for slot, _ in members]), refs, pinned, first))
@@ -249,11 +255,16 @@ class Use(NamedTuple):
     dim: int
     role: str
     atoms: Tensor
+    lengths: Sequence[tuple[str, str]] = ()
 
 
 def uses_of(ledger: Ledger) -> list[Use]:
     """Every use of channels, in the order of the forward pass."""
-    uses = [Use(ledger.owners[key], dim, role, atoms) for (key, dim), (atoms, role) in ledger.uses.items()]
+    lengths = {key: ledger.owners[id(g)] for key, g in ledger.lengths.items()}
+    uses = [
+        Use(ledger.owners[key], dim, role, atoms, lengths.get(key, ()))
+        for (key, dim), (atoms, role) in ledger.uses.items()
+    ]
     sizes = ledger.sizes.items()
     uses += [Use([(path, attribute)], entry, "size", atoms) for (path, attribute, entry), atoms in sizes]
     return uses + [Use([], 0, PART, atoms) for atoms in ledger.parts.values()]
@@ -278,7 +289,8 @@ def _reasons(ledger: Ledger, ties: UnionFind, more: Sequence[tuple[Tensor, str]]
 
 def _uncovered(ledger: Ledger, model: nn.Module, spaces: list[ChannelSpace]) -> list[ChannelSpace]:
     """A pinned space without refs for every conv and linear layer that no space knows, and why."""
-    covered = {path for space in spaces for ref in space.refs if ref.role != "in" for path, _ in ref.owners}
+    own = (ref for space in spaces for ref in space.refs if ref.role not in ("in", "length"))
+    covered = {layer_of(path) for ref in own for path, _ in ref.owners}
     missing = []
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd):
@@ -289,7 +301,7 @@ def _uncovered(ledger: Ledger, model: nn.Module, spaces: list[ChannelSpace]) -> 
             continue
         if path in covered:
             continue
-        weight = module._parameters.get("weight")
+        weight = kernel_of(module)
         if weight is None:
             reason = "its weight is computed, not a plain parameter"
         else:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from csgd.errors import InputError
 from csgd.graph.attention import ATTENTION
 from csgd.graph.conditions import add_conditions
+from csgd.graph.kernels import layer_of
 from csgd.graph.labels import compact
 from csgd.graph.ledger import Ledger
 from csgd.graph.rules import RULES, Call, apply_rule, unknown
@@ -234,10 +235,11 @@ class _Unreached:
 
 def _unreached(ledger: Ledger, model: nn.Module, seen: set[int]) -> dict[str, _Unreached]:
     left: dict[str, _Unreached] = defaultdict(_Unreached)
-    for path, module, _, tensor in own_tensors(model):
+    for path, _, _, tensor in own_tensors(model):
         if id(tensor) in seen or not tensor.is_floating_point() or tensor.numel() < 2:
             continue
-        layer = left[path]
+        path = layer_of(path)
+        layer, module = left[path], model.get_submodule(path)
         if isinstance(module, nn.modules.conv._ConvNd):
             layer.reads.add(module.in_channels)
             layer.makes.add(module.out_channels)

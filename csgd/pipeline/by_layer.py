@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from csgd.clusters import Clusters, clustered_tensors
 from csgd.graph import ChannelSpace, Ref
+from csgd.graph.kernels import layer_of
 
 ROUNDS, LEAST_ROUNDS, SECONDS = 31, 3, 1.0  # of a latency: at most, at least, and after which it is enough
 IMAGES = 8
@@ -31,7 +32,7 @@ def relations(spaces: Sequence[ChannelSpace]) -> Iterator[dict[str, list[str]]]:
 
 def _layers(space: ChannelSpace, role: str) -> list[str]:
     """Paths of modules; a parameter of the network itself has its own name."""
-    return [path or attribute for ref in space.refs if ref.role == role for path, attribute in ref.owners]
+    return [layer_of(path) or attribute for ref in space.refs if ref.role == role for path, attribute in ref.owners]
 
 
 def params_by_space(model: nn.Module, spaces: Sequence[ChannelSpace], widths: Mapping[str, int]) -> dict[str, int]:
@@ -50,7 +51,7 @@ def of_modules(
     among several by the number of theirs."""
     parts: dict[str, dict[tuple, list[tuple[str, float]]]] = defaultdict(lambda: defaultdict(list))
     for space, ref, share in _shares(model, spaces, widths):
-        parts[ref.owners[0][0]][ref.owners[0][1], ref.dim].append((space.name, share))
+        parts[layer_of(ref.owners[0][0])][ref.owners[0][1], ref.dim].append((space.name, share))
     costs = dict.fromkeys((space.name for space in spaces), 0.0)
     for path, tensors in parts.items():
         for name, share in tensors.get(("weight", 0)) or next(iter(tensors.values())):
