@@ -168,6 +168,48 @@ PICKS = {
     "quarters of the width": (quarters, dict(a=conv(3, 16), h=head(16)), 4),
     "sums of attributes": (sums, dict(a=conv(3, 16), b=conv(5, 5), h=head(16), k=7, m=4), 21),
     "every other": (lambda n, x: n.h((y := n.a(x))[:, ::2] * y[:, 1::2]), dict(a=conv(3, 16), h=head(8)), 8),
+    "rolled by half": (
+        lambda n, x: n.h((y := n.a(x)).roll(y.shape[1] // 2, 1) + y.relu()),
+        dict(a=conv(3, 16), h=head(16)),
+        8,
+    ),
+    "rolled by a number": (lambda n, x: n.h(n.a(x).roll(3, 1)), dict(a=conv(3, 16), h=head(16)), 13),
+    "rolled by an attribute": (lambda n, x: n.h(n.a(x).roll(n.k, 1)), dict(a=conv(3, 16), h=head(16), k=6), 16),
+    "rolled back": (
+        lambda n, x: n.h(torch.roll(n.a(x), shifts=(1, -n.k), dims=(2, 1))),
+        dict(a=conv(3, 16), h=head(16), k=6),
+        16,
+    ),
+    "flipped": (
+        lambda n, x: n.h(n.b(n.a(x).flip(1)).relu() + n.a(x)),
+        dict(a=conv(3, 16), b=conv(16, 16), h=head(16)),
+        16,
+    ),
+    "flipped beside itself": (
+        lambda n, x: n.h((y := n.a(x)) + torch.flip(y, (1, 2))),
+        dict(a=conv(3, 16), h=head(16)),
+        8,
+    ),
+    "flipped with others": (
+        lambda n, x: n.h(torch.cat([n.a(x), n.b(x)], 1).flatten(1).flip(-1)),
+        dict(a=conv(3, 4), b=conv(3, 6), h=nn.Linear(10 * 64, 5)),
+        10,
+    ),
+    "listed": (
+        lambda n, x: n.h(torch.cat([(y := n.a(x))[:, [2, 0, 1]].relu(), y], 1)),
+        dict(a=conv(3, 16), h=head(19)),
+        13,
+    ),
+    "listed from the end": (
+        lambda n, x: n.h(torch.cat([(y := n.a(x))[:, [-1, -3]].relu(), y], 1)),
+        dict(a=conv(3, 16), h=head(18)),
+        13,
+    ),
+    "listed in a buffer": (
+        lambda n, x: n.h(torch.cat([(y := n.a(x)).index_select(1, n.few), y], 1)),
+        dict(a=conv(3, 16), h=head(19), few=torch.tensor([1, 0, 4])),
+        11,
+    ),
     "one gate": (
         lambda n, x: n.h((s := n.a(x).split([n.k, 1], 1))[0] * s[1].sigmoid()),
         dict(a=conv(3, 16), h=head(15), k=15),
@@ -194,7 +236,7 @@ def test_parts_of_the_channels_are_cut_each_for_itself_and_reload(name):
     expected = narrow(IMAGES.double())
     widths = {space: len(members) for space, members in clusters.items()}
     for how in ({"example": IMAGES}, {}):
-        if name == "sums of attributes":
+        if name in ("sums of attributes", "rolled by an attribute", "rolled back"):
             how["widths"] = widths
         loaded = csgd.load_trimmed(copy.deepcopy(wide), narrow.state_dict(), **how).double().eval()
         assert csgd.proof.largest_change([expected], [loaded(IMAGES.double())]) <= 1e-5
@@ -233,6 +275,28 @@ def test_attributes_that_say_where_parts_lie_follow_and_are_listed():
     way, parts, _ = PICKS["CSP"]
     _, _, narrow = check_exact(Net(way, **parts), IMAGES, free=16)
     assert narrow.expand == narrow.a.out_channels == 2 * narrow.b.in_channels < 16
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda n, x: n.h(n.a(x)[:, [1, 0, *range(2, 16)]]),
+        lambda n, x: n.h(n.a(x)[:, n.order]),
+        lambda n, x: n.h(n.a(x).index_select(1, n.order)),
+    ],
+)
+def test_a_permutation_by_a_list_says_why_all_stays(way):
+    net = Net(way, a=conv(3, 16), h=head(16), order=torch.randperm(16))
+    (a, *_) = inner(net, IMAGES, trial=False)
+    assert a.size == 16
+    assert "picks channels by a list of their numbers" in a.pinned[0]
+
+
+def test_channels_that_are_picked_by_computed_numbers_stay():
+    ways = [lambda n, x: n.h((y := n.a(x)).index_select(1, y.mean((0, 2, 3)).topk(4).indices))]
+    ways += [lambda n, x: n.h(n.a(x)[:, torch.arange(16) < 4])]
+    for way in ways:
+        assert not any(space.trimmable for space in inner(Net(way, a=conv(3, 16), h=head(4)), IMAGES, trial=False))
 
 
 @pytest.mark.parametrize(

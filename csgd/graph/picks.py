@@ -39,7 +39,11 @@ def _counted(ledger: Ledger, call: "Call", labels: Tensor, dim: int) -> bool:
     """Lets the numbers of a pick follow the channels along `dim`; False for a form that is not understood."""
     whole, ndim = row(labels, dim), labels.dim()
     if call.name in ("getitem", "setitem"):
-        return _sliced(ledger, _index_of(call.args[1], ndim)[dim], whole, call.name)
+        return _indexed(ledger, _index_of(call.args[1], ndim)[dim], whole, call.name)
+    if call.name == "index_select":
+        return _indexed(ledger, call.arg(2, "index"), whole, call.name)
+    if call.name == "roll":
+        return _rolled(ledger, call, whole, dim)
     position = 2 if "split" in call.name else 1
     along_dim = call.arg(position, "dim", 0)
     if call.name not in ("split", "split_with_sizes", "narrow", "select", "unbind") or along_dim % ndim != dim:
@@ -67,6 +71,32 @@ def _counted(ledger: Ledger, call: "Call", labels: Tensor, dim: int) -> bool:
         else:
             ledger.pin(part, f"{call.name}: picks channels that remain")
     count(ledger, sizes, parts[0], whole, call.name)
+    return True
+
+
+def _rolled(ledger: Ledger, call: "Call", whole: Tensor, dim: int) -> bool:
+    """The same for a roll: its shift says how many channels come from the end to the front."""
+    shifts, dims = ([one] if isinstance(one, int) else one for one in (call.arg(1, "shifts"), call.arg(2, "dims", ())))
+    given = [shift for shift, along_dim in zip(shifts, dims, strict=True) if along_dim % call.inputs[0].dim() == dim]
+    if len(given) != 1 or abs(given[0]) >= len(whole):
+        return False
+    (shift,) = given
+    count(ledger, shift if shift > 0 else -shift, whole[-shift:] if shift > 0 else whole[:-shift], whole, call.name)
+    return True
+
+
+def _indexed(ledger: Ledger, index: Any, whole: Tensor, by: str) -> bool:
+    """The same for what indexes the channels: a slice, a number, or a list of numbers, which a buffer may hold.
+
+    Such a list does not follow: the channels stay up to the last one in it.
+    """
+    numbers = index.tolist() if isinstance(index, Tensor) and ledger.owns(index) else index
+    if not isinstance(numbers, list | tuple | range) or not all(type(one) in (int, Size) for one in numbers):
+        return _sliced(ledger, index, whole, by)
+    places = [one % len(whole) for one in numbers]
+    from_end = all(one < 0 for one in numbers)
+    reason = "picks channels by a list of their numbers: chunk, flip, or slices by attributes free it"
+    ledger.pin_picked(whole, f"{by}: {reason}", whole[min(places) :] if from_end else whole[: max(places) + 1])
     return True
 
 
