@@ -39,6 +39,7 @@ TOLERANCE = {torch.float64: 1e-8}  # change of an output above which a cut is no
 ROUGH = 1e-3  # the same in another dtype
 ROUNDING = 100  # times what rounding its inputs changes: a network that makes rounding grow is judged less sharply,
 WORST = 1e-5  # but not below this
+SOFT = 0.3  # the least ε of the batch norms of a twin
 DROPOUTS = {
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout",
 }  # fmt: skip
@@ -197,7 +198,26 @@ class Trial:
         model = twin_of(self._model, partial(self._weights, self.dtype, generator))
         if self._weights is _random:
             _randomise_statistics(model, generator)
+            _soften(model)
+            self._fit_statistics(model)
         return model
+
+    def _fit_statistics(self, model: nn.Module) -> None:
+        """Makes the running statistics of each layer as large as the values that it normalises, in place: else these
+        grow from layer to layer, and rounding with them."""
+
+        @torch.no_grad()
+        def fit(module: nn.Module, args: tuple) -> None:
+            handles.pop(module).remove()  # a layer that is called again keeps them
+            values = next((arg for arg in args if isinstance(arg, Tensor)), None)
+            size = float(values.square().mean()) if values is not None else 0.0
+            for name, statistic in _statistics(module).items() if 0 < size < math.inf else ():
+                statistic.mul_(size if name == "running_var" else size**0.5)
+
+        model = twin_of(model, Tensor.detach)  # it shares the statistics
+        handles = {module: module.register_forward_pre_hook(fit) for module in model.modules() if _statistics(module)}
+        if handles:
+            self.passes(model, False)
 
     @torch.no_grad()
     def _make_equal(self, model: nn.Module, clusters: Clusters) -> None:
@@ -470,15 +490,24 @@ def _rounded_otherwise(generator: torch.Generator, tensor: Tensor) -> Tensor:
 _signed = partial(_drawn, signed=True)
 
 
+def _statistics(module: nn.Module) -> dict[str, Tensor]:
+    buffers = dict(module._buffers.items())  # scripted modules have no dict
+    named = {name: buffers.get(name) for name in ("running_mean", "running_var")}
+    return {name: buffer for name, buffer in named.items() if buffer is not None and buffer.is_floating_point()}
+
+
 def _randomise_statistics(model: nn.Module, generator: torch.Generator) -> None:
     for module in model.modules():
-        for name, draw, scale, shift in (
-            ("running_mean", torch.randn, 0.2, 0.0),
-            ("running_var", torch.rand, 1.0, 0.5),
-        ):
-            statistic = dict(module._buffers.items()).get(name)  # scripted modules have no dict
-            if statistic is not None and statistic.is_floating_point():
-                statistic.copy_(draw(statistic.shape, generator=generator, device="cpu") * scale + shift)
+        for name, statistic in _statistics(module).items():
+            draw, scale, shift = (torch.randn, 0.2, 0.0) if name == "running_mean" else (torch.rand, 1.0, 0.5)
+            statistic.copy_(draw(statistic.shape, generator=generator, device="cpu") * scale + shift)
+
+
+def _soften(model: nn.Module) -> None:
+    """Batch norm as it is, but for its ε: with few values it would make rounding grow by 1/√ε, layer after layer."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.eps = max(module.eps, SOFT)
 
 
 @torch.no_grad()

@@ -687,6 +687,45 @@ def test_what_is_small_but_no_rounding_is_found():
     assert proof.change > proof.tolerance
 
 
+class Star(nn.Module):
+    """x ← norm(mix(relu6(f(x)) · g(x))), some times: what relu6 lets through does not grow with the products."""
+
+    def __init__(self, blocks=12, channels=12):
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, channels, 1), nn.ModuleList()
+        for _ in range(blocks):
+            f, g = (nn.Conv2d(channels, 4 * channels, 1) for _ in "fg")
+            last = nn.Sequential(nn.Conv2d(4 * channels, channels, 1), nn.BatchNorm2d(channels))
+            self.blocks.append(nn.ModuleList([f, g, last]))
+        self.head = nn.Linear(channels, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for f, g, last in self.blocks:
+            x = last(F.relu6(f(x)) / 4 * g(x))
+        return self.head(x.mean((2, 3)))
+
+
+def of_two_values(layers=16, channels=400):
+    """Batch norms over the two images of a batch, which are close in some of the channels."""
+    inner = [nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)) for _ in range(layers)]
+    return nn.Sequential(nn.Conv2d(3, channels, 8), *inner, nn.Flatten(), nn.Linear(channels, 5))
+
+
+@pytest.mark.parametrize(
+    ("make", "example"), [(Star, 255 * IMAGES), (of_two_values, IMAGES)], ids=["products", "batch norm of two values"]
+)
+def test_a_twin_does_not_make_rounding_grow(make, example):
+    """Its running statistics are as large as what they meet, and the ε of its batch norms is large."""
+    net = make()
+    spaces = csgd.find_spaces(net, example, trial=False)
+    proof = csgd.prove(net, spaces, csgd.cluster(net, spaces, csgd.target_widths(spaces, 0.5), "even"), example)
+    assert proof.exact
+    assert proof.control > 0.1
+    assert proof.change < 1e-12
+    assert {module.eps for module in net.modules() if isinstance(module, nn.BatchNorm2d)} == {1e-5}
+
+
 def test_code_that_asks_whether_gradients_are_enabled_is_seen():
     """As in training, and no graph is kept."""
 
