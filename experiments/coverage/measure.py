@@ -1,26 +1,36 @@
 """How much of networks that people use can be cut exactly, and how long is it sought?  One row a network.
 
-    OMP_NUM_THREADS=1 python experiments/coverage/measure.py            adds what is missing to rows.jsonl
-    OMP_NUM_THREADS=1 python experiments/coverage/measure.py --only timm
+    OMP_NUM_THREADS=1 python experiments/coverage/measure.py               adds what is missing to rows.jsonl
+    OMP_NUM_THREADS=1 python experiments/coverage/measure.py --only timm   of one package
 
-Each network has a process of its own.  All spaces go to half of their widths, clusters are runs; the proof is csgd's,
-on a float64 twin with random weights, in eval and in train mode.  Beside it Torch-Pruning cuts the same network to
-half: what counts is whether it raises, and whether the network runs afterwards and answers in the same shapes.
+It may be stopped and started again, and run several times at once: each network is measured by one of them.
+
+Each tool has a process of its own, and LIMIT seconds of its own.  Ours sends all spaces to half of their widths,
+clusters are runs; the proof is csgd's, on a float64 twin with random weights, in eval and in train mode.  Beside it
+Torch-Pruning and torch-kirigami cut the same network to half: what counts is whether they raise, and whether the
+network runs afterwards and answers in the same shapes.
 """
 
 import argparse
 import copy
+import fcntl
 import json
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from networks import build, networks
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import csgd
@@ -29,32 +39,49 @@ from csgd.graph.twin import run, tensors_in
 from csgd.verify import count_params
 
 ROWS = Path(__file__).parent / "rows.jsonl"
-LIMIT = 150  # seconds a network may take
-REASONS = 5  # of those that pin most channels
+LIMIT = 60  # CPU seconds that a tool may take for a network: others at work on the machine change them little
+OURS = 240  # the same of csgd, with its proof
+WALL = 900  # seconds after which a process counts as stuck
+REASONS = 8  # of those that keep most multiply-accumulates
 
 
-def macs(model: nn.Module, example: Any) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+def counted(model: nn.Module, example: Any) -> dict[str, int]:
+    """Multiply-accumulates by module path, those of the whole network under ''.
+
+    All attention is counted as the products that it is made of, and recurrent layers as their steps.
+    """
+    torch.backends.mha.set_fastpath_enabled(False)
+    plainly = (sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False), torch.no_grad())
+    with plainly[0], plainly[1], plainly[2], FlopCounterMode(display=False) as counter:
         run(model.eval(), Inputs.of(example))
-    return counter.get_total_flops() // 2
+    root = type(model).__name__
+    counts = {
+        path.removeprefix(root).removeprefix("."): sum(ops.values()) // 2 for path, ops in counter.flop_counts.items()
+    }
+    return counts | {"": counter.get_total_flops() // 2}
 
 
 def share_cut(narrow: nn.Module, wide: nn.Module, example: Any) -> dict[str, float]:
     return {
         "params": 1 - count_params(narrow) / count_params(wide),
-        "macs": 1 - macs(narrow, example) / max(1, macs(wide, example)),
+        "macs": 1 - counted(narrow, example)[""] / max(1, counted(wide, example)[""]),
     }
 
 
+class Clock:
+    """Seconds since it was made, by the clock on the wall and of this process."""
+
+    def __init__(self):
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
+
+
 def ours(model: nn.Module, example: Any) -> dict[str, Any]:
-    started = time.perf_counter()
+    clock = Clock()
     spaces = csgd.find_spaces(model, example)
-    row: dict[str, Any] = {"seconds": time.perf_counter() - started, "spaces": len(spaces)}
-    pins: dict[str, int] = {}
-    for space in spaces:
-        for reason in space.pinned[:1]:
-            pins[reason] = pins.get(reason, 0) + space.size
-    row["pinned"] = dict(sorted(pins.items(), key=lambda pin: -pin[1])[:REASONS])
+    row: dict[str, Any] = clock.read() | {"spaces": len(spaces), "pinned": kept(model, spaces, example)}
     row["conditional"] = sum(bool(space.conditions) for space in spaces if space.trimmable)
     if not any(space.trimmable for space in spaces):
         return row | {"outcome": "nothing is free"}
@@ -62,97 +89,233 @@ def ours(model: nn.Module, example: Any) -> dict[str, Any]:
     proof = csgd.prove(model, spaces, clusters, example)
     narrow = copy.deepcopy(model)
     csgd.trim(narrow, spaces, clusters, tolerance=None)
-    outcome = "exact" if proof.exact else "inexact"
-    return row | {
-        "outcome": outcome,
-        "changes": proof.changes,
-        "control": proof.control,
-        **share_cut(narrow, model, example),
-    }
+    row |= {"outcome": "exact" if proof.exact else "inexact", "changes": proof.changes, "control": proof.control}
+    if proof.failing:
+        row["why"] = next(f"{name}: {why}" for name, why in proof.failing.items())
+    return row | share_cut(narrow, model, example)
+
+
+def kept(model: nn.Module, spaces: list[csgd.ChannelSpace], example: Any) -> dict[str, dict[str, float]]:
+    """Of each reason the channels that it pins, and what share of the network's multiply-accumulates it keeps.
+
+    A layer whose filters and input channels are all halved does a quarter of its work; what it does beyond that for
+    pins is shared out among their reasons, by the rows and columns of its weight that they hold.
+    """
+    channels, work = Counter(), Counter()
+    reasons: list[str] = []
+    dims: dict[
+        str, dict[int, Tensor]
+    ] = {}  # of each weight and dim: 0 what no space indexes, −1 free, n of reason n − 1
+    for space in sorted(spaces, key=lambda space: space.trimmable):  # where two spaces index a row, the free one counts
+        if space.size < 2:
+            continue
+        if not space.trimmable:
+            reason = space.pinned[0]
+            channels[reason] += space.size
+            reasons += [reason] if reason not in reasons else []
+        for ref in space.refs:
+            path, name = ref.owners[0]
+            if ref.role in ("out", "key", "in"):
+                whole = torch.zeros(ref.extent, dtype=torch.long)
+                rows = dims.setdefault(f"{path}.{name}", {}).setdefault(ref.dim, whole)
+                rows[ref.index.flatten().cpu()] = -1 if space.trimmable else 1 + reasons.index(reason)
+    counts = counted(model, example)
+    for weight, of_dim in dims.items():
+        path, _, name = weight.rpartition(".")
+        if name.startswith("bias") or path not in counts:
+            continue
+        free = [(rows < 0).double().mean().item() for rows in of_dim.values()]
+        held = [(rows > 0).double().mean().item() for rows in of_dim.values()]
+        does, least = 1.0, 1.0
+        for one, other in zip(free, held, strict=True):
+            does, least = does * (1 - one / 2), least * (1 - (one + other) / 2)
+        for rows in of_dim.values():
+            for number, share in zip(*rows[rows > 0].unique(return_counts=True), strict=True):
+                of_all = share.item() / len(rows) / sum(held)
+                work[reasons[number - 1]] += (does - least) * counts[path] * of_all / counts[""]
+    most = sorted(reasons, key=lambda reason: -work[reason])[:REASONS]
+    return {reason: {"channels": channels[reason], "macs": work[reason]} for reason in most}
 
 
 def torch_pruning(model: nn.Module, example: Any) -> dict[str, Any]:
-    """By magnitude, as its own README does; of each output the last layer of its width is left alone."""
+    """By magnitude, as its own README does; the layers that end in outputs are left alone."""
     import torch_pruning as tp
 
-    model = copy.deepcopy(model)
-    inputs = example if isinstance(example, tuple) else (example,)
-    with torch.no_grad():
-        before = [t.shape for t in tensors_in(model.eval()(*inputs))]
-    widths = {m: m.out_features for m in model.modules() if isinstance(m, nn.Linear)}
-    widths |= {m: m.out_channels for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    of_width = {widths[m]: m for m in model.modules() if m in widths}  # the last of each
-    ignored = [of_width[shape[1]] for shape in before if len(shape) > 1 and shape[1] in of_width]
-    started, wide = time.perf_counter(), copy.deepcopy(model)
-    pruner = tp.pruner.MagnitudePruner(
-        model, example, importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=0.5, ignored_layers=ignored
+    ignored = _ends(model, example)
+    clock = Clock()
+    pruner = tp.pruner.BasePruner(
+        model,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=0.5,
+        ignored_layers=ignored,
     )
     pruner.step()
-    row = {"seconds": time.perf_counter() - started}
+    return clock.read()
+
+
+def _ends(model: nn.Module, example: Any) -> list[nn.Module]:
+    """The layers that an output ends in, or, where csgd does not tell, of each output the last layer of its width."""
+    modules = dict(model.named_modules())
     try:
-        with torch.no_grad():
-            after = [t.shape for t in tensors_in(model.eval()(*inputs))]
+        spaces = csgd.find_spaces(model, example, trial=False)
+        ends = [space for space in spaces if "network output" in space.pinned]
+        return [modules[path] for space in ends for ref in space.producers for path, _ in ref.owners if path in modules]
+    except csgd.InputError:
+        widths = {m: m.out_features for m in model.modules() if isinstance(m, nn.Linear)}
+        widths |= {m: m.out_channels for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+        of_width = {widths[m]: m for m in model.modules() if m in widths}  # the last of each
+        shapes = _shapes(model, example)
+        return [of_width[shape[1]] for shape in shapes if len(shape) > 1 and shape[1] in of_width]
+
+
+def torch_kirigami(model: nn.Module, example: Any) -> dict[str, Any]:
+    """Every second channel of each axis that it lists, in one plan, as its own README does with exact positions.
+
+    Its search by magnitude would ask for each channel alone: minutes for a ResNet-18.  An axis is left out if what its
+    cut entails is not resolved, and, where the plan of all is refused, if its own plan is refused too.
+    """
+    from torch_kirigami import DependencyGraph
+    from torch_kirigami.pruning import PlanningError, Pruner
+
+    clock = Clock()
+    graph = DependencyGraph.build(model, args=Inputs.of(example).args)
+    pruner, half, entailed = Pruner(model, graph=graph), [], []
+    specs = filter(None, map(graph.operator_spec, graph.operations()))
+    for axis, block in {one.axis: one.block_size for spec in specs for one in spec.candidates}.items():
+        if any(impact.selection(axis.tensor).fully_selected_indices(axis.dim) for impact in entailed):
+            continue
+        every_second = [i for i in range(axis.tensor.shape[axis.dim]) if i // block % 2]
+        impact = graph.propagate(remove=[axis.select(every_second)], constraints=pruner.constraints)
+        if every_second and impact.status == "resolved":
+            half.append(axis.select(every_second))
+            entailed.append(impact)
+    try:
+        plan = pruner.plan_remove(half)
+    except PlanningError as error:
+        if not (half := [one for one in half if _has_plan(pruner, one)]):
+            raise
+        plan, refused = pruner.plan_remove(half), {"refused": told(error)}
+    else:
+        refused = {}
+    pruner.apply(plan)
+    return clock.read() | refused
+
+
+def _has_plan(pruner: Any, removal: Any) -> bool:
+    try:
+        return bool(pruner.plan_remove([removal]))
+    except Exception:
+        return False
+
+
+def of_other(tool: Callable[[nn.Module, Any], dict[str, Any]], model: nn.Module, example: Any) -> dict[str, Any]:
+    """What another tool makes of a network: it runs, answers in other shapes, or breaks."""
+    wide = copy.deepcopy(model)
+    before = _shapes(model, example)
+    row = tool(model, example)
+    try:
+        after = _shapes(model, example)
     except Exception as error:  # what a network raises whose layers do not fit each other
-        return row | {"outcome": "breaks", "why": f"{type(error).__name__}: {error}"[:200]}
-    if after != before:
-        return row | {"outcome": "other shapes", **share_cut(model, wide, example)}
-    return row | {"outcome": "runs", **share_cut(model, wide, example)}
+        return row | {"outcome": "breaks", "why": told(error)}
+    return row | {"outcome": "runs" if after == before else "other shapes"} | share_cut(model, wide, example)
 
 
-def row_of(package: str, name: str) -> dict[str, Any]:
+def _shapes(model: nn.Module, example: Any) -> list[torch.Size]:
+    with torch.no_grad():
+        return [tensor.shape for tensor in tensors_in(run(model.eval(), Inputs.of(example)))]
+
+
+def told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+TOOLS: dict[str, Callable[[nn.Module, Any], dict[str, Any]]] = {
+    "ours": ours,
+    "torch_pruning": torch_pruning,
+    "torch_kirigami": torch_kirigami,
+}
+
+
+def of_tool(name: str, package: str, network: str) -> dict[str, Any]:
+    """What a tool says of a network; the process dies of SIGPROF when its time is over."""
     try:
-        model, example = build(package, name)
-        row = {"params": count_params(model), "macs": macs(model, example)}
+        model, example = build(package, network)
+        size = {"params": count_params(model), "macs": counted(model, example)[""]}
     except Exception as error:
-        return {"outcome": "does not run", "why": f"{type(error).__name__}: {error}"[:200]}
-    row["torch_pruning"] = {"outcome": f"no answer in {LIMIT} s"}
-    for tool in (ours, torch_pruning):
-        try:
-            row[tool.__name__] = tool(model, example)
-        except Exception as error:
-            row[tool.__name__] = {"outcome": "raises", "why": f"{type(error).__name__}: {error}"[:200]}
-        print(json.dumps(row), flush=True)  # the next tool may take the process with it
-    return row
-
-
-def measured(package: str, name: str) -> dict[str, Any]:
-    """The row of a network, from a process of its own."""
-    command = [sys.executable, __file__, "--one", package, name]
+        return {"outcome": "does not run", "why": told(error)}
+    print(json.dumps(size), flush=True)
+    signal.setitimer(signal.ITIMER_PROF, OURS if name == "ours" else LIMIT)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
-    except subprocess.TimeoutExpired as late:
-        lines = (late.stdout or b"").decode().splitlines()
-        return json.loads(lines[-1]) if lines else {"outcome": f"took more than {LIMIT} s"}
-    lines = done.stdout.splitlines()
-    return json.loads(lines[-1]) if lines else {"outcome": f"died: {done.stderr[-200:]}"}
+        return size | {name: ours(model, example) if name == "ours" else of_other(TOOLS[name], model.eval(), example)}
+    except Exception as error:
+        return size | {name: {"outcome": "raises", "why": told(error)}}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def measured(tool: str, package: str, name: str) -> dict[str, Any]:
+    """The part of a row that a tool makes, from a process of its own."""
+    command = [sys.executable, __file__, "--one", tool, package, name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WALL, check=False)
+    except subprocess.TimeoutExpired:
+        return {tool: {"outcome": f"no answer in {WALL} s"}}
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    row = rows[-1] if rows else {}
+    if done.returncode == -signal.SIGPROF:
+        return row | {tool: {"outcome": f"no answer in {OURS if tool == 'ours' else LIMIT} s"}}
+    return row if tool in row or "outcome" in row else row | {tool: {"outcome": "dies", "why": done.stderr[-300:]}}
 
 
 def versions(package: str) -> dict[str, str]:
-    names = ("torch", "torch-pruning", package.partition(".")[0].replace("_", "-"))
+    names = ("torch", "torch-pruning", "torch-kirigami", package.partition(".")[0].replace("_", "-"))
     return {name: version(name) for name in dict.fromkeys(names)}
+
+
+def commit() -> str:
+    """The commit that is measured, with a + where the package was changed since."""
+    git = [
+        subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROWS.parent, check=True).stdout.strip()
+        for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", csgd.__path__[0]))
+    ]
+    return git[0] + ("+" if git[1] else "")
+
+
+def is_done(path: Path, package: str, name: str) -> bool:
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return any((row["package"], row["name"]) == (package, name) for row in rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="networks of this package")
-    parser.add_argument("--one", nargs=2, metavar=("PACKAGE", "NAME"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", default=(), help="networks of these packages, or of these names")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="the file that rows are added to")
+    parser.add_argument("--one", nargs=3, metavar=("TOOL", "PACKAGE", "NAME"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        print(json.dumps(row_of(*asked.one)))
+        warnings.simplefilter("ignore")
+        print(json.dumps(of_tool(*asked.one)))
         return
-    done = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    seen = {(row["package"], row["name"]) for row in done}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    for package, name in networks():
-        if (package, name) in seen or (asked.only and asked.only != package):
-            continue
-        about = {"package": package, "name": name, "commit": commit, "threads": torch.get_num_threads()}
-        row = about | {"versions": versions(package)} | measured(package, name)
-        with ROWS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(
-            name, row.get("outcome") or {tool: row[tool]["outcome"] for tool in ("ours", "torch_pruning")}, flush=True
-        )
+    about = {"commit": commit(), "threads": torch.get_num_threads()}
+    with (Path(tempfile.gettempdir()) / "csgd-coverage.lock").open("w") as lock:
+        for place, (package, name) in enumerate(networks()):
+            if asked.only and not {package, name} & {*asked.only}:
+                continue
+            try:  # byte `place` of the lock stands for the network, until this process ends
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            except OSError:
+                continue
+            if is_done(asked.rows, package, name):
+                continue
+            row = {"package": package, "name": name} | about | {"versions": versions(package)}
+            for tool in TOOLS:
+                row |= measured(tool, package, name)
+                if "outcome" in row:
+                    break
+            with asked.rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(name, row.get("outcome") or {tool: row[tool]["outcome"] for tool in TOOLS}, flush=True)
 
 
 if __name__ == "__main__":
