@@ -298,7 +298,7 @@ def main() -> None:
         print(json.dumps(of_tool(*asked.one)))
         return
     about = {"commit": commit(), "threads": torch.get_num_threads()}
-    with (Path(tempfile.gettempdir()) / "csgd-coverage.lock").open("w") as lock:
+    with (Path(tempfile.gettempdir()) / f"coverage{asked.rows.resolve()}.lock".replace("/", "-")).open("w") as lock:
         for place, (package, name) in enumerate(networks()):
             if asked.only and not {package, name} & {*asked.only}:
                 continue
