@@ -15,15 +15,16 @@ import argparse
 import copy
 import fcntl
 import json
+import multiprocessing
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from csgd.verify import count_params
 ROWS = Path(__file__).parent / "rows.jsonl"
 LIMIT = 60  # CPU seconds that a tool may take for a network: others at work on the machine change them little
 OURS = 240  # the same of csgd, with its proof
-WALL = 900  # seconds after which a process counts as stuck
+WALL = 1800  # seconds after which a process counts as stuck
+FORK = multiprocessing.get_context("fork")
 REASONS = 8  # of those that keep most multiply-accumulates
 
 
@@ -237,35 +239,40 @@ TOOLS: dict[str, Callable[[nn.Module, Any], dict[str, Any]]] = {
 }
 
 
-def of_tool(name: str, package: str, network: str) -> dict[str, Any]:
-    """What a tool says of a network; the process dies of SIGPROF when its time is over."""
+def row_of(package: str, name: str) -> dict[str, Any]:
     try:
-        model, example = build(package, network)
-        size = {"params": count_params(model), "macs": counted(model, example)[""]}
+        model, example = build(package, name)
+        row = {"params": count_params(model), "macs": counted(model, example)[""]}
     except Exception as error:
         return {"outcome": "does not run", "why": told(error)}
-    print(json.dumps(size), flush=True)
-    signal.setitimer(signal.ITIMER_PROF, OURS if name == "ours" else LIMIT)
+    return row | {tool: measured(tool, model, example) for tool in TOOLS}
+
+
+def measured(tool: str, model: nn.Module, example: Any) -> dict[str, Any]:
+    """What a tool says of a network, from a process of its own."""
+    limit = OURS if tool == "ours" else LIMIT
+    here, there = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=_measure, args=(there, limit, tool, model, example))
+    process.start()
+    there.close()
     try:
-        return size | {name: ours(model, example) if name == "ours" else of_other(TOOLS[name], model.eval(), example)}
-    except Exception as error:
-        return size | {name: {"outcome": "raises", "why": told(error)}}
+        return here.recv() if here.poll(WALL) else {"outcome": f"no answer in {WALL} s"}
+    except EOFError:  # it has ended without a word
+        process.join()
+        late = process.exitcode == -signal.SIGPROF
+        return {"outcome": f"no answer in {limit} s" if late else f"dies with code {process.exitcode}"}
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        process.kill()
+        process.join()
 
 
-def measured(tool: str, package: str, name: str) -> dict[str, Any]:
-    """The part of a row that a tool makes, from a process of its own."""
-    command = [sys.executable, __file__, "--one", tool, package, name]
+def _measure(there: Connection, limit: float, tool: str, model: nn.Module, example: Any) -> None:
+    signal.setitimer(signal.ITIMER_PROF, limit)  # the process dies of SIGPROF when its time is over
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=WALL, check=False)
-    except subprocess.TimeoutExpired:
-        return {tool: {"outcome": f"no answer in {WALL} s"}}
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
-    row = rows[-1] if rows else {}
-    if done.returncode == -signal.SIGPROF:
-        return row | {tool: {"outcome": f"no answer in {OURS if tool == 'ours' else LIMIT} s"}}
-    return row if tool in row or "outcome" in row else row | {tool: {"outcome": "dies", "why": done.stderr[-300:]}}
+        row = ours(model, example) if tool == "ours" else of_other(TOOLS[tool], model.eval(), example)
+    except Exception as error:
+        row = {"outcome": "raises", "why": told(error)}
+    there.send(row)
 
 
 def versions(package: str) -> dict[str, str]:
@@ -291,12 +298,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=(), help="networks of these packages, or of these names")
     parser.add_argument("--rows", type=Path, default=ROWS, help="the file that rows are added to")
-    parser.add_argument("--one", nargs=3, metavar=("TOOL", "PACKAGE", "NAME"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.one:
-        warnings.simplefilter("ignore")
-        print(json.dumps(of_tool(*asked.one)))
-        return
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # a process that is forked has no threads of torch's
     about = {"commit": commit(), "threads": torch.get_num_threads()}
     with (Path(tempfile.gettempdir()) / f"coverage{asked.rows.resolve()}.lock".replace("/", "-")).open("w") as lock:
         for place, (package, name) in enumerate(networks()):
@@ -308,11 +312,8 @@ def main() -> None:
                 continue
             if is_done(asked.rows, package, name):
                 continue
-            row = {"package": package, "name": name} | about | {"versions": versions(package)}
-            for tool in TOOLS:
-                row |= measured(tool, package, name)
-                if "outcome" in row:
-                    break
+            about_it = {"package": package, "name": name} | about | {"versions": versions(package)}
+            row = about_it | row_of(package, name)
             with asked.rows.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(name, row.get("outcome") or {tool: row[tool]["outcome"] for tool in TOOLS}, flush=True)
