@@ -140,13 +140,11 @@ def early_runs(network: str, images: str, seed: int) -> Iterator[dict]:
 
 
 def allotted_runs(network: str, images: str, seed: int) -> Iterator[dict]:
-    """40 % and 15 % of the multiply-accumulates: one fraction of all widths, or by what a layer can spare."""
-    one = {"study": "allot", "network": network, "images": images, "seed": seed}
-    for macs in (0.4, 0.15):
-        for allot in ("uniform", "sensitivity"):
-            for way in ("csgd", "merge"):
-                lr = best_rate(network, images, way)
-                yield one | {"width": f"macs={macs}", "way": way, "lr": lr, "more": f"deps.allot={allot}"}
+    """A quarter of the multiply-accumulates: one fraction of all widths, or by what a layer can spare."""
+    one = {"study": "allot", "network": network, "images": images, "width": "macs=0.25", "seed": seed}
+    for allot in ("uniform", "sensitivity"):
+        for way in ("csgd", "merge"):
+            yield one | {"way": way, "lr": best_rate(network, images, way), "more": f"deps.allot={allot}"}
 
 
 def rows() -> list[dict]:
