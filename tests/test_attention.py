@@ -149,6 +149,40 @@ class Crossed(nn.Module):
         return self.proj((scores.softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2))
 
 
+class Cosine(nn.Module):
+    """Queries and keys of length one, a scale for each head, and a bias without keys, as in Swin v2."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj, self.heads = nn.Linear(WIDTH, 3 * HEADS * DIMS), nn.Linear(HEADS * DIMS, WIDTH), HEADS
+        self.scale = nn.Parameter(torch.ones(HEADS, 1, 1))
+
+    def forward(self, x):
+        bias = self.qkv.bias.clone()
+        length = bias.numel() // 3
+        bias[length : 2 * length].zero_()
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        y = (scores * self.scale.clamp(max=4.6).exp()).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Joined(nn.Module):
+    """A bias joined of two parameters and zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * HEADS * DIMS, bias=False), nn.Linear(HEADS * DIMS, WIDTH)
+        self.q_bias, self.v_bias = (nn.Parameter(torch.randn(HEADS * DIMS)) for _ in range(2))
+        self.heads = HEADS
+
+    def forward(self, x):
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias])
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
 class Rotary(nn.Module):
     """Pairs of dims are turned by angles, one for each pair."""
 
@@ -201,6 +235,8 @@ NETS = {  # with the names of the spaces of attention that are free
     "one key, expanded": (lambda: Shared(True), {"q", "q#heads", "v"}),
     "windows": (Windows, {"qkv", "qkv#heads"}),
     "channels": (Crossed, {"qkv#heads"}),
+    "vectors of length one": (Cosine, {"qkv", "qkv#heads"}),
+    "a bias of parts": (Joined, {"qkv", "qkv#heads"}),
     "rotary": (Rotary, {"q#heads"}),
     "torch": (Torchs, {"inner#heads"}),
     "torch, three weights": (lambda: Torchs(crosses=True), {"inner#heads"}),
@@ -239,6 +275,40 @@ def test_dims_that_stay_say_why(name, why):
     _, spaces = found(NETS[name][0])
     (dims,) = [s for s in spaces if s.pinned and s.name in ("attention.q", "attention.qkv")]
     assert any(why in reason and "whole heads may be free" in reason for reason in dims.pinned)
+
+
+def unit(x, **how):
+    return F.normalize(x, dim=-1, **how)
+
+
+def flat(x):
+    return unit(x.transpose(1, 2).flatten(2)).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def scores(q, k, v):
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    "meet, free",
+    [
+        (lambda net, q, k, v: scores(unit(q), k, v), {"v", "q#heads"}),
+        (lambda net, q, k, v: scores(unit(q, eps=0.1), unit(k, eps=0.1), v), {"v"}),
+        (lambda net, q, k, v: scores(unit(q, p=1.0), unit(k, p=1.0), v), {"v"}),
+        (lambda net, q, k, v: scores(unit(q).tanh(), unit(k).tanh(), v), {"v", "q#heads"}),
+        (lambda net, q, k, v: scores(unit(q)[..., :4], unit(k)[..., :4], v), {"v", "q#heads"}),
+        (lambda net, q, k, v: scores(flat(q), flat(k), v), {"v"}),
+        (lambda net, q, k, v: scores(q, k, unit(v)), {"q", "q#heads"}),
+        (lambda net, q, k, v: scores(unit(q), unit(k), v) + scores(k, q, v), {"v", "q#heads"}),
+    ],
+    ids=["one side", "large eps", "other length", "bent", "picked", "over heads", "values", "read again"],
+)
+def test_vectors_of_length_one_stay_where_more_than_a_product_reads_them(meet, free):
+    """The rules see it, and the trial after them finds no more."""
+    net = Net(Three(meet))
+    traced, tried = ([*csgd.find_spaces(net, TOKENS, trial=trial)] for trial in (False, True))
+    for spaces in traced, tried:
+        assert {s.name for s in spaces if s.trimmable} - OTHERS == {f"attention.{one}" for one in free}
 
 
 def test_f14_keys_are_summed_and_need_not_be_equal():

@@ -118,6 +118,9 @@ ZOO = {
             "dpn48b",
             "skresnet18",
             "ghostnet_100",
+            "starnet_s1",
+            "convmixer_768_32",
+            "shvit_s1",
         )
     },
     "Faster R-CNN": Entry("torchvision", faster_rcnn, "MACs", 0.70),
@@ -135,6 +138,7 @@ ZOO = {
         0.60,
     ),
     "Swin of torchvision": Entry("torchvision", lambda p: (p.models.swin_t(), images(64)), "params", 0.60),
+    "Swin v2 of torchvision": Entry("torchvision", lambda p: (p.models.swin_v2_t(), images(64)), "params", 0.60),
     "ViT of torchvision": Entry(
         "torchvision", lambda p: (p.models.VisionTransformer(64, 16, 4, 4, 64, 256), images(64)), "params", 0.60
     ),

@@ -99,7 +99,7 @@ def multiplied(ledger: Ledger, x: Operand, y: Operand, out: str, by: str, implie
     if summed and {*summed} <= x.wide & y.wide and not any(free):
         queries, keys = torch.broadcast_tensors(*(one.along(head + summed[0]) for one in (x, y)))
         ledger.slot.union(queries, keys)
-        ledger.products.append(Product(queries.reshape(-1), keys.reshape(-1), implied, by))
+        ledger.products.append(Product(*(one.reshape(-1, one.size(-1)) for one in (queries, keys)), implied, by))
     elif not summed and sum(map(bool, free)) == 1:
         carrier, other = (x, y) if free[0] else (y, x)
         ledger.work_on(carrier.labels)
@@ -201,7 +201,7 @@ def multi_head(ledger: Ledger, call: Call) -> None:
     ledger.split(split)
     queries, keys, values = split.unbind()
     ledger.slot.union(queries, keys)
-    ledger.products.append(Product(queries.reshape(-1), keys.reshape(-1), True, call.name))
+    ledger.products.append(Product(queries, keys, True, call.name))
     atoms = ledger.heads_of(queries, keys, values)
     ledger.heads.append(atoms)
     ledger.same_width.append((streams[0], values.reshape(-1)))

@@ -14,7 +14,7 @@ from csgd.graph.twin import dotted, own_tensors
 
 
 class Product(NamedTuple):
-    """Σ over channels of a query's and a key's: atoms of both, in the same order, and what scales it.
+    """Σ over channels of a query's and a key's: atoms [heads, n] of both, in the same order, and what scales it.
 
     implied  the function divides by the root of the number of channels that it sees
     """
@@ -66,6 +66,7 @@ class Ledger:
         self.pinned_dims: list[tuple[Tensor, str]] = []  # the same for slots, not for whole heads
         self.heads: list[Tensor] = []  # atoms [heads] of an attention, tied to all that is of each head
         self.products: list[Product] = []
+        self.of_length_one: list[tuple[Tensor, str]] = []  # (atoms [groups, n], by what each group is made so long)
         self.same_width: list[tuple[Tensor, Tensor]] = []  # (stream, channels of all heads): as many before as after
         self.worked: list[Tensor] = []  # atoms of channels that are not only moved, scaled and multiplied in a product
 

@@ -180,13 +180,17 @@ def setitem(ledger: Ledger, call: "Call") -> str | None:
 
 
 def made_like(ledger: Ledger, call: "Call") -> str | None:
-    """A tensor in the shape of another one has as many channels, in the same places."""
+    """A tensor in the shape of another one has as many channels, in the same places; that of a vector, such as a bias,
+    which follows them, has others of as many."""
     if len(call.inputs) > 1:
         return NO_RULE
     given = call.inputs[0]
-    blank = ledger.owns(given) or ledger.known(given) is None
+    vector, known = ledger.owns(given) and given.dim() == 1 and given.numel() > 1, ledger.known(given) is not None
     for out in call.outputs:
-        ledger.label(out, ledger.blank(out, _why(call)) if blank else ledger.labels(given))
+        labels = ledger.labels(given) if vector or known else ledger.blank(out, _why(call))
+        if vector:
+            ledger.alike(labels, labels := ledger.fresh(len(labels)))
+        ledger.label(out, labels)
         _noise(ledger, call, out)
     return None
 

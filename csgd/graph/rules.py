@@ -32,6 +32,7 @@ CARRIED = {  # functions through which a sum of channels goes, or whose rule say
 }  # fmt: skip
 SCALED = {"mul", "rmul", "imul", "multiply", "neg"}  # so does it where a single tensor is large,
 DIVIDED = {"div", "divide", "truediv", "itruediv", "true_divide"}  # and is what is divided
+TINY = 1e-6  # the largest ε that nothing is as short as
 PROPERTIES = {"T": "t", "mT": "transpose", "data": "detach"}
 
 
@@ -90,8 +91,10 @@ def apply_rule(ledger: Ledger, func: Callable, args: tuple, kwargs: dict, out) -
         return made(ledger, call)
     ledger.seen.update(map(id, call.inputs))
     if not call.carries:
+        added = call.arg(2, "bias") if call.name.startswith(("linear", "conv")) else None
         for tensor in call.inputs:
-            ledger.work(tensor)
+            if tensor is not added:  # one that is computed, and summed as the rows that it is added to are
+                ledger.work(tensor)
     try:
         if reason := RULES.get(call.name, unknown)(ledger, call):
             unknown(ledger, call, reason)
@@ -249,10 +252,25 @@ def _told(ledger: Ledger, call: Call) -> str:
 def normalise(ledger: Ledger, call: Call) -> None:
     labels, dim = ledger.labels(call.inputs[0]), call.arg(2 if call.name == "normalize" else 1, "dim", 1)
     dims = range(labels.dim()) if dim is None else [dim] if isinstance(dim, int) else dim
+    if call.name == "normalize" and len(dims) == 1 and dims[0] % labels.dim() in ledger.apart(labels):
+        return _make_length_one(ledger, call, labels, dims[0])
     labels = ledger.mixed(labels, {d % labels.dim() for d in dims})
     if labels is None:
         return unknown(ledger, call, "runs over the channels")
     ledger.label(call.outputs[0], labels)
+
+
+def _make_length_one(ledger: Ledger, call: Call, labels: Tensor, dim: int) -> None:
+    """x / ‖x‖ over channels: where clusters have one size n, a cut makes each entry √n times as large, and leaves the
+    product of two such vectors as it is."""
+    if call.arg(1, "p", 2.0) != 2 or call.arg(3, "eps", 1e-12) > TINY:
+        return unknown(ledger, call, "runs over the channels")
+    inside = compact(ledger.canonical(labels))
+    ledger.weigh(inside, [dim], _told(ledger, call))
+    made = ledger.fresh(inside.numel()).view_as(inside)
+    ledger.alike(inside, made)
+    ledger.of_length_one.append((made.movedim(dim, -1).reshape(-1, made.size(dim)), call.name))
+    ledger.label(call.outputs[0], made)
 
 
 # data movement
@@ -354,6 +372,14 @@ def _produced(ledger: Ledger, weight: Tensor, dim: int, n: int) -> Tensor:
     return ledger.outputs[id(weight), dim]
 
 
+def _add_bias(ledger: Ledger, bias: Tensor | None, atoms: Tensor) -> None:
+    """Of a layer, one entry per channel: a parameter, or one that is computed (put together of parts)."""
+    known = None if bias is None or ledger.owns(bias) else ledger.known(bias)
+    if known is None:
+        return ledger.record(bias, 0, atoms, "follow")
+    ledger.same_channel(ledger.channels(known, 0), atoms)
+
+
 def conv(ledger: Ledger, call: Call) -> None:
     """Kernel [out, in / groups, ...], or [in, out / groups, ...] where transposed."""
     transposed = "transpose" in call.name
@@ -367,7 +393,7 @@ def conv(ledger: Ledger, call: Call) -> None:
             return unknown(ledger, call, "its weight is not a plain parameter")
         ins = ledger.channels(ledger.labels(x), dim)  # a kernel for each channel that is computed (a blur)
         ledger.same_channel(ins, compact(known).reshape(-1))
-        ledger.record(bias, 0, ins, "follow")
+        _add_bias(ledger, bias, ins)
         return ledger.label(call.outputs[0], along(ins, dim, x.dim()))
     ins = ledger.channels(ledger.labels(x), dim)
     if groups > 1 and groups == x.size(dim):
@@ -384,7 +410,7 @@ def conv(ledger: Ledger, call: Call) -> None:
             ledger.clustered_alike(outs.view(groups, -1))
         ledger.record(weight, 0 if transposed else 1, ins if transposed else ins[: len(ins) // groups], "in")
         ledger.record(weight, 1 if transposed else 0, outs[: n // groups] if transposed else outs, "out")
-    ledger.record(bias, 0, outs, "follow")
+    _add_bias(ledger, bias, outs)
     ledger.label(call.outputs[0], along(outs, dim, x.dim()))
 
 
@@ -400,7 +426,7 @@ def linear(ledger: Ledger, call: Call) -> None:
     outs = _produced(ledger, weight, 0, weight.size(0))
     ledger.record(weight, 1, ledger.channels(labels, labels.dim() - 1), "in")
     ledger.record(weight, 0, outs, "out")
-    ledger.record(bias, 0, outs, "follow")
+    _add_bias(ledger, bias, outs)
     ledger.label(call.outputs[0], outs)
 
 
@@ -422,7 +448,7 @@ def addmm(ledger: Ledger, call: Call) -> str | None:
     outs = _produced(ledger, weight, 1, weight.size(1))
     ledger.record(weight, 0, ledger.channels(ledger.labels(x), 1), "in")
     ledger.record(weight, 1, outs, "out")
-    ledger.record(bias, 0, outs, "follow")
+    _add_bias(ledger, bias, outs)
     ledger.label(call.outputs[0], outs)
     return None
 

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from csgd.graph.kernels import kernel_of, layer_of
 from csgd.graph.labels import UnionFind
-from csgd.graph.ledger import Ledger
+from csgd.graph.ledger import Ledger, Product
 
 PART = "part"  # of a use that no tensor has: the channels that are picked from among others
 
@@ -223,14 +224,15 @@ def _grouped(
 
 
 def _keys(ledger: Ledger) -> dict[int, bool]:
-    """The channels whose rows a cut sums: of each product one side that is what layers put out, but for its place and a
+    """The channels whose rows a cut sums: of each product one side is what layers put out, but for its place and a
     scale, so that sums go through; the other side's become equal.  Their values: whether the scale is implied.
 
-    Where neither is, or the sides meet again in another part, the dims stay.
+    Where both sides are vectors of length one, all become equal and none is summed.  Where none of this is so, or the
+    sides meet again in another part, the dims stay.
     """
     worked = ledger.channel.find(_joined(ledger.worked)).unique()
     keys, equal = {}, set()
-    for product in ledger.products:
+    for product in _of_any_length(ledger, worked):
         sides = [ledger.channel.find(atoms).unique() for atoms in (product.keys, product.queries)]
         plain = [not torch.isin(side, worked).any() and equal.isdisjoint(side.tolist()) for side in sides]
         if plain[1] and not plain[0]:
@@ -246,6 +248,25 @@ def _keys(ledger: Ledger) -> dict[int, bool]:
         keys.update({channel: product.implied or keys.get(channel, False) for channel in summed})
         equal |= others
     return keys
+
+
+def _of_any_length(ledger: Ledger, worked: Tensor) -> list[Product]:
+    """The products but for those of two vectors of length one; pins what is read of such vectors in any other way."""
+    groups = {tuple(row.tolist()): by for rows, by in ledger.of_length_one for row in ledger.channel.find(rows)}
+    inside = {channel for group in groups for channel in group}
+    others, misread = [], {channel for channel in worked.tolist() if channel in inside}
+    for product in ledger.products:
+        rows = [tuple(row.tolist()) for side in (product.keys, product.queries) for row in ledger.channel.find(side)]
+        if not all(row in groups for row in rows):
+            others.append(product)
+            misread |= inside.intersection(chain(*rows))
+    for group, by in groups.items():
+        if not misread.isdisjoint(group):
+            atoms = torch.tensor(group)
+            heads = ledger.head.find(atoms)
+            pins = ledger.pinned_dims if torch.equal(heads, heads[:1].expand_as(heads)) else ledger.pins
+            pins.append((atoms, f"{by}: runs over the channels"))
+    return others
 
 
 class Use(NamedTuple):

@@ -1,5 +1,6 @@
 """Carries labels along a real forward pass, at the level of torch.*, F.* and tensor methods."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -42,6 +43,7 @@ from csgd.graph.twin import (
 
 RULES.update(ATTENTION)
 
+SIZES = {torch.Tensor.size, torch.Tensor.numel, torch.Tensor.nelement, torch.numel}
 TRAINING_PASSES = 8  # at most, until what is left out at random has all been seen
 
 
@@ -63,7 +65,7 @@ class _Functions(TorchFunctionMode):
                 self._refuse_originals(args, kwargs)
             out = func(*args, **kwargs)
             with torch._C._DisableTorchDispatch():  # labels need no watching, and are many
-                if isinstance(out, torch.Size) or func is torch.Tensor.size:
+                if isinstance(out, torch.Size) or func in SIZES:
                     return self._measured(args, kwargs, out)
                 apply_rule(self.ledger, func, args, kwargs, out)
         finally:
@@ -71,10 +73,10 @@ class _Functions(TorchFunctionMode):
         return out
 
     def _measured(self, args: tuple, kwargs: dict, out: torch.Size | int) -> torch.Size | int:
-        """A shape, or one size of it, that knows of which channels it is the number."""
+        """A shape, one size of it or the product of all, that knows of which channels it is the number."""
         tensor, *rest = (*args, *kwargs.values())
         shape = measured(self.ledger, tensor, out if isinstance(out, torch.Size) else torch.Size(tensor.shape))
-        return shape if isinstance(out, torch.Size) else shape[rest[0]]
+        return shape if isinstance(out, torch.Size) else shape[rest[0]] if rest else math.prod(shape)
 
     def _refuse_originals(self, args: tuple, kwargs: dict) -> None:
         for value in (*args, *kwargs.values()):
