@@ -63,9 +63,10 @@ def trim(
     data is another, and its gradient None.  What remembers shapes must be made anew: wrappers of DDP, compiled steps,
     and optimizers, whose state is that of the wide network.  But those of torch's interface that are given, one or
     several, go on with the narrow network where they were: CSGD and SGD exactly (fact F7; not so under a penalty that
-    is part of the loss), others by the rule of `carry_over`.  A `Collapse` is found by its hooks on them, so that it
-    cannot be forgotten: it is finished, and its other optimizers come along.  A moving average of the weights, whose
-    members lag, goes on after `merge_equal` and `trim` of its own copy.
+    is part of the loss, nor where inputs of a weight norm are cut, whose ‖v‖ is then another), others by the rule of
+    `carry_over`.  A `Collapse` is found by its hooks on them, so that it cannot be forgotten: it is finished, and its
+    other optimizers come along.  A moving average of the weights, whose members lag, goes on after `merge_equal` and
+    `trim` of its own copy.
 
     Integers of the model's own modules that equal a width which is no more are listed in the log (csgd.trim, INFO).
     """
@@ -130,7 +131,7 @@ def cut(
         for path in {part for owner, _ in t.owners for part in _with_ancestors(owner)}:
             for old, new in changed:
                 widths[path][old].add(new)
-        if changed or not torch.equal(t.tensor, data):  # lengths of a weight norm, where inputs alone are cut
+        if changed or t.rows:  # lengths of a weight norm keep their shape where inputs alone are cut
             replace_data(t.tensor, data)
     fit_attributes({model.get_submodule(layer_of(path)) for t in touched for path, _ in t.owners}, multipliers)
     for (module, attribute), count in counted.items():

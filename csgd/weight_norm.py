@@ -52,8 +52,8 @@ def _of_weight_norm(
     data = torch.where(after == 0, 1, data)  # a sum that is zero has no direction; its length is 0
     plain = of.get(id(g)) or ClusteredTensor(list(t.lengths), g, None, None)
     _, segments = plain.cut_rows or (dim, torch.arange(g.size(dim), device="cpu"))
-    factors = torch.ones(len(segments), dtype=torch.float64, device="cpu")
+    factors = torch.ones(len(segments), dtype=torch.float64, device=v.device)
     plain = replace(plain, rows=(dim, segments, factors))
     ratio = after / narrowed(plain, before)
-    factors = factors.index_copy(0, representatives(segments), ratio.flatten().double().cpu())
+    factors = factors.index_copy(0, representatives(segments).to(v.device), ratio.flatten().double())
     return [(t, data), (replace(plain, rows=(dim, segments, factors)), narrowed(plain, value) * ratio)]

@@ -11,8 +11,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 import csgd
+from csgd.pipeline.by_layer import latencies, of_modules
 from csgd.proof import randomise
 from csgd.trial import random_clusters
+from csgd.verify import count_macs
 from tests.test_picks import Net, check_exact, conv, head
 
 IMAGES, ROWS, SOUND = torch.randn(2, 3, 8, 8), torch.randn(4, 6), torch.randn(2, 3, 24)
@@ -270,6 +272,23 @@ def test_a_layer_that_is_called_twice_is_cut_once():
         return net.h(y + net.b(net.b(y).relu()))
 
     check_exact(Net(way, a=weight_norm(conv(3, 8)), b=weight_norm(conv(8, 8)), h=head(8)), IMAGES, free=8)
+
+
+@pytest.mark.parametrize("make, x", [(convs, IMAGES), (vocoder, SOUND)])
+def test_a_budget_prices_what_a_cut_leaves(make, x):
+    net, spaces, _ = random_net(make, x)
+    budget = csgd.budget_widths(net, spaces, x.double(), macs=0.5)
+    csgd.trim(net, spaces, csgd.cluster(net, spaces, budget.widths, "even"), tolerance=None)
+    assert (
+        count_macs(net, x.double()) / count_macs(make(), x) == pytest.approx(budget.cost) == pytest.approx(0.5, abs=0.1)
+    )
+
+
+def test_costs_are_those_of_layers():
+    net, spaces, _ = random_net(convs, IMAGES)
+    times = latencies({"wide": net}, IMAGES.double())["wide"]
+    assert times.keys() == {"", "a", "n", "b", "h"}
+    assert of_modules(net, spaces, {}, {"a": 3.0, "b": 2.0, "h": 1.0}) == {"a": 3.0, "b": 2.0, "h": 1.0}
 
 
 def test_lengths_that_do_not_fit_their_kernel_are_refused():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from csgd.clusters import Clusters, clustered_tensors
 from csgd.graph import ChannelSpace, Ref
-from csgd.graph.kernels import layer_of
+from csgd.graph.kernels import kernel_of, layer_of
 
 ROUNDS, LEAST_ROUNDS, SECONDS = 31, 3, 1.0  # of a latency: at most, at least, and after which it is enough
 IMAGES = 8
@@ -130,7 +130,8 @@ def _timed(model: nn.Module, is_cuda: bool, parts: bool) -> Iterator[dict[str, f
         hooks.extend((module.register_forward_pre_hook(starts), module.register_forward_hook(ends)))
 
     for path, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None if parts else path == "":
+        owns = next(module.parameters(recurse=False), None) is not None or kernel_of(module) is not None
+        if (owns and layer_of(path) == path) if parts else path == "":
             watch(path, module)
     try:
         yield spent
