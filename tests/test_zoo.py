@@ -87,6 +87,19 @@ def conditional_unet(diffusers):
     return model, (images(16, 4), torch.tensor([3, 7]), torch.randn(2, 9, 96))
 
 
+def oobleck(diffusers):
+    """The decoder of Stable Audio's autoencoder, narrower: weight norm by the older hook, on transposed convs too."""
+    with torch.no_grad():  # a weight that has a gradient could not be copied
+        model = diffusers.AutoencoderOobleck(
+            encoder_hidden_size=16,
+            downsampling_ratios=[2, 4],
+            channel_multiples=[1, 2],
+            decoder_channels=32,
+            decoder_input_channels=16,
+        )
+    return model.decoder, torch.randn(2, 16, 12)
+
+
 def bert(transformers):
     config = transformers.BertConfig(
         hidden_size=192, num_attention_heads=6, num_hidden_layers=3, intermediate_size=768, vocab_size=100
@@ -147,6 +160,7 @@ ZOO = {
     "UNet2DConditionModel": Entry("diffusers", conditional_unet, "MACs", 0.70),
     "UNet2DModel": Entry("diffusers", unet, "MACs", 0.65),
     "AutoencoderKL": Entry("diffusers", autoencoder, "MACs", 0.65),
+    "AutoencoderOobleck, of weight norm": Entry("diffusers", oobleck, "MACs", 0.70),
     "SegResNet": Entry(
         "monai.networks.nets",
         lambda p: (p.SegResNet(spatial_dims=2, init_filters=32, in_channels=3, out_channels=3), images(64)),
