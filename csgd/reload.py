@@ -65,7 +65,11 @@ def load_trimmed(
     counted = _counted_in(model, shapes, spaces, widths) if narrowed else {}
     if narrowed:
         more = partial(_counted_by_trial, model, shapes, spaces, widths)
-        counted |= _check_run(model, versioned, narrowed, shapes, example, counted, more)
+        followed = _check_run(model, versioned, narrowed, shapes, example, counted, more)
+        if example is not None and not followed and _holds_widths(model, narrowed, counted):
+            with suppress(InputError):  # on inputs of odd sizes, of which `view(-1, int(self.dim))` makes no whole
+                followed = _check_run(model, versioned, narrowed, shapes, None, counted, more)
+        counted |= followed
 
     changed = list(_touched(model.modules(), narrowed))
     multipliers = depthwise_multipliers(model)
@@ -319,6 +323,19 @@ def _refuse_integers(model: nn.Module, narrowed: Mapping[int, torch.Size]) -> No
                     f"{dotted(paths[id(module)], attribute)} = {value} may count channels that the cut has left fewer "
                     "of, and no input was found that the network takes: give an example"
                 )
+
+
+def _holds_widths(
+    model: nn.Module, narrowed: Mapping[int, torch.Size], counted: Mapping[tuple[str, str], Integers]
+) -> bool:
+    """Whether a module of the network's own holds an integer that is a width which is no more, and that stays."""
+    tensors = (
+        tensor for module in model.modules() for tensor in _tensors_of(module).values() if id(tensor) in narrowed
+    )
+    gone = {old for t in tensors for old, new in zip(t.shape, narrowed[id(t)], strict=True) if old != new}
+    paths = {id(module): path for path, module in model.named_modules()}
+    held = ((paths[id(module)], *one) for module in _own_code(model) for one in integers_of(module))
+    return any(value in gone and (path, attribute) not in counted for path, attribute, _, value in held)
 
 
 def _own_code(model: nn.Module) -> list[nn.Module]:

@@ -352,7 +352,7 @@ def test_an_attribute_of_a_width_that_the_example_does_not_come_near_stays():
     cut = copy.deepcopy(same)
     csgd.trim(cut, csgd.find_spaces(wide, short), clusters)
     torch.testing.assert_close(cut(long), same(long))
-    for how in ({"example": short.double()}, {}):
+    for how in ({"example": short.double()}, {"example": long}, {}):  # of the long one any width makes a whole view
         loaded = csgd.load_trimmed(Longest().double(), cut.state_dict(), **how)
         assert (loaded.dim, loaded.longest) == (cut.dim, 8)
         assert torch.equal(loaded(long), cut(long))
