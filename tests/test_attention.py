@@ -57,6 +57,12 @@ def fused(net, q, k, v):
     return F.scaled_dot_product_attention(q, k, v, scale=net.scale, dropout_p=0.5 if net.training else 0.0)
 
 
+def eager(net, q, k, v):
+    """As in Hugging Face's GPT-2."""
+    scores = (q @ k.transpose(-1, -2) / v.size(-1) ** 0.5).float().softmax(-1)
+    return scores.type(v.dtype) @ v
+
+
 def causal(net, q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
@@ -225,6 +231,7 @@ NETS = {  # with the names of the spaces of attention that are free
     "bmm": (lambda: Three(bmm), {"q", "q#heads", "v"}),
     "fused, scale implied": (lambda: Three(fused), {"q", "q#heads", "v"}),
     "fused, scale typed in": (lambda: Three(fused, scale=0.3), {"q", "q#heads", "v"}),
+    "eager": (lambda: Three(eager, values=DIMS), {"q", "q#heads"}),
     "causal": (lambda: Three(causal), {"q", "q#heads", "v"}),
     "one layer": (One, {"qkv", "qkv#heads"}),
     "as wide as the stream": (lambda: One(typed=True), {"qkv#heads"}),

@@ -107,6 +107,15 @@ def bert(transformers):
     return transformers.BertForSequenceClassification(config), torch.arange(18).view(2, 9)
 
 
+def gpt2(transformers):
+    """Without the cache: the keys and values in it are outputs."""
+    config = transformers.GPT2Config(
+        n_embd=96, n_layer=3, n_head=4, n_positions=32, vocab_size=100, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        use_cache=False, attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.GPT2ForSequenceClassification(config), torch.arange(1, 19).view(2, 9)
+
+
 def frozen_resnet50(torchvision):
     return torchvision.models.resnet50(norm_layer=torchvision.ops.FrozenBatchNorm2d), images(64)
 
@@ -157,6 +166,7 @@ ZOO = {
     ),
     "EdgeNeXt": Entry("timm", lambda p: (p.create_model("edgenext_x_small"), images(64)), "params", 0.40),
     "BERT": Entry("transformers", bert, "params", 0.60),
+    "GPT-2": Entry("transformers", gpt2, "params", 0.60),
     "UNet2DConditionModel": Entry("diffusers", conditional_unet, "MACs", 0.70),
     "UNet2DModel": Entry("diffusers", unet, "MACs", 0.65),
     "AutoencoderKL": Entry("diffusers", autoencoder, "MACs", 0.65),
