@@ -1,6 +1,7 @@
 """Attention is cut exactly along the dims of queries, keys and values, and along whole heads (fact F14)."""
 
 import copy
+from functools import cache, partial
 
 import pytest
 import torch
@@ -235,7 +236,10 @@ NETS = {  # with the names of the spaces of attention that are free
     "causal": (lambda: Three(causal), {"q", "q#heads", "v"}),
     "one layer": (One, {"qkv", "qkv#heads"}),
     "as wide as the stream": (lambda: One(typed=True), {"qkv#heads"}),
-    "norms of queries and keys": (lambda: One(nn.LayerNorm), {"qkv#heads"}),
+    "norms of queries and keys": (lambda: One(nn.LayerNorm), {"qkv", "qkv#heads"}),
+    "RMS norms of queries and keys": (lambda: One(nn.RMSNorm), {"qkv", "qkv#heads"}),
+    "norms without a weight": (lambda: One(partial(nn.LayerNorm, elementwise_affine=False)), {"qkv#heads"}),
+    "one norm of both": (lambda: One(cache(nn.LayerNorm)), {"qkv#heads"}),
     "groups": (lambda: Grouped(False), {"q", "q#heads"}),
     "groups repeated": (lambda: Grouped(True), {"q", "q#heads"}),
     "one key for all heads": (lambda: Shared(False), {"q", "q#heads", "v"}),
@@ -275,9 +279,7 @@ def test_every_form_of_attention_is_cut_exactly_to_half(name):
         assert proof.control >= 1e-3
 
 
-@pytest.mark.parametrize(
-    "name, why", [("rotary", "rotary"), ("norms of queries and keys", "norm"), ("channels", "heads")]
-)
+@pytest.mark.parametrize("name, why", [("rotary", "rotary"), ("norms without a weight", "norm"), ("channels", "heads")])
 def test_dims_that_stay_say_why(name, why):
     _, spaces = found(NETS[name][0])
     (dims,) = [s for s in spaces if s.pinned and s.name in ("attention.q", "attention.qkv")]
@@ -334,7 +336,7 @@ def test_f14_keys_are_summed_and_need_not_be_equal():
     torch.testing.assert_close(net(TOKENS), before)
 
 
-@pytest.mark.parametrize("name", ["fused, scale implied", "one layer", "torch"])
+@pytest.mark.parametrize("name", ["fused, scale implied", "one layer", "torch", "norms of queries and keys"])
 def test_f7_sgd_goes_on_with_the_narrow_attention_as_with_the_wide_one(name):
     net, spaces = found(NETS[name][0])
     net = net.double()

@@ -518,10 +518,24 @@ def layer_norm(ledger: Ledger, call: Call) -> None:
         for attribute, value in vars(module).items() if module is not None else ():
             if value is shape:
                 ledger.count(module, (attribute,), atoms, dim - first)
+        if ledger.lanes(labels, dim).size(1) > 1:
+            labels = _scaled_in_each_head(ledger, labels, dim, atoms, len(call.inputs) > 1)
     if not normalised:
         for tensor in call.inputs[1:]:
             ledger.freeze(tensor, f"{call.name} over positions")
     ledger.label(call.outputs[0], labels)
+
+
+def _scaled_in_each_head(ledger: Ledger, labels: Tensor, dim: int, atoms: Tensor, has_weight: bool) -> Tensor:
+    """Labels of what a norm over the dims of each head puts out: of keys a cut sums its weight and bias (fact F14)."""
+    inside = compact(ledger.canonical(labels))
+    made = ledger.fresh(inside.numel()).view_as(inside)
+    ledger.alike(inside, made)
+    if has_weight:
+        ledger.scaled.append((made.movedim(dim, -1).reshape(-1, made.size(dim)), atoms))
+    else:
+        ledger.work_on(made)
+    return made.expand(labels.shape)
 
 
 def prelu(ledger: Ledger, call: Call) -> None:

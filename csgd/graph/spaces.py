@@ -227,17 +227,22 @@ def _keys(ledger: Ledger) -> dict[int, bool]:
     """The channels whose rows a cut sums: of each product one side is what layers put out, but for its place and a
     scale, so that sums go through; the other side's become equal.  Their values: whether the scale is implied.
 
-    Where both sides are vectors of length one, all become equal and none is summed.  Where none of this is so, or the
-    sides meet again in another part, the dims stay.
+    Behind a norm in each head that is its weight and bias.  Where both sides are vectors of length one, all become
+    equal and none is summed.  Where none of this is so, or the sides meet again in another part, the dims stay.
     """
-    worked = ledger.channel.find(_joined(ledger.worked)).unique()
+    worked = set(ledger.channel.find(_joined(ledger.worked)).unique().tolist())
+    weights = {}
+    for rows, atoms in ledger.scaled:
+        for row in ledger.channel.find(rows).tolist():
+            weights.update(zip(row, ledger.channel.find(atoms).tolist(), strict=True))
     keys, equal = {}, set()
     for product in _of_any_length(ledger, worked):
-        sides = [ledger.channel.find(atoms).unique() for atoms in (product.keys, product.queries)]
-        plain = [not torch.isin(side, worked).any() and equal.isdisjoint(side.tolist()) for side in sides]
+        sides = [set(ledger.channel.find(atoms).unique().tolist()) for atoms in (product.keys, product.queries)]
+        sides = [side | {weights[channel] for channel in side if channel in weights} for side in sides]
+        plain = [worked.isdisjoint(side) and equal.isdisjoint(side) for side in sides]
         if plain[1] and not plain[0]:
             sides.reverse()
-        summed, others = (set(side.tolist()) for side in sides)
+        summed, others = sides
         if not any(plain) or others & summed or others & keys.keys():
             reason = "a norm or angles (rotary) change queries and keys on the way to it: whole heads may be free"
             ledger.pinned_dims += [
@@ -250,11 +255,11 @@ def _keys(ledger: Ledger) -> dict[int, bool]:
     return keys
 
 
-def _of_any_length(ledger: Ledger, worked: Tensor) -> list[Product]:
+def _of_any_length(ledger: Ledger, worked: set[int]) -> list[Product]:
     """The products but for those of two vectors of length one; pins what is read of such vectors in any other way."""
     groups = {tuple(row.tolist()): by for rows, by in ledger.of_length_one for row in ledger.channel.find(rows)}
     inside = {channel for group in groups for channel in group}
-    others, misread = [], {channel for channel in worked.tolist() if channel in inside}
+    others, misread = [], worked & inside
     for product in ledger.products:
         rows = [tuple(row.tolist()) for side in (product.keys, product.queries) for row in ledger.channel.find(side)]
         if not all(row in groups for row in rows):
@@ -262,7 +267,7 @@ def _of_any_length(ledger: Ledger, worked: Tensor) -> list[Product]:
             misread |= inside.intersection(chain(*rows))
     for group, by in groups.items():
         if not misread.isdisjoint(group):
-            atoms = torch.tensor(group)
+            atoms = torch.tensor(group, device="cpu")
             heads = ledger.head.find(atoms)
             pins = ledger.pinned_dims if torch.equal(heads, heads[:1].expand_as(heads)) else ledger.pins
             pins.append((atoms, f"{by}: runs over the channels"))
