@@ -24,6 +24,10 @@ class UnionFind:
 
     def find(self, atoms: Tensor) -> Tensor:
         """The representative (smallest atom) of each atom's set; the shape of `atoms`."""
+        if atoms.numel() > len(self):  # labels of many entries: look up all atoms once, then each entry once
+            while not torch.equal(above := self._parent[self._parent], self._parent):
+                self._parent = above
+            return self._parent[atoms]
         root = self._parent[atoms]
         while not torch.equal(above := self._parent[root], root):
             root = above
