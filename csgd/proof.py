@@ -373,7 +373,7 @@ class Trial:
         model, seen = twin_of(self.cut(names)), set()
         for p in model.parameters():
             p.requires_grad_(p.is_floating_point() or p.is_complex())
-        for mode in self.modes.values():
+        for mode in reversed(self.modes.values()):  # training first: of detectors the losses show most
             if any(name not in seen for name in names):
                 seen |= self._seen(model, names, mode)
         return [name for name in names if name not in seen and not self.control({name}) > VISIBLE * self.tolerance]
