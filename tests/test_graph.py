@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import csgd
+from csgd.graph.labels import UnionFind
 from csgd.trial import random_clusters
 from tests import nets
 
@@ -424,3 +425,17 @@ def test_pin_failures_finds_the_one_space_that_fails():
     assert all(space.trimmable for space in spaces[:-1])
     csgd.pin_failures(net, spaces, example)
     assert [space.name for space in spaces if not space.trimmable] == ["body.first", "last"]
+
+
+def test_labels_of_many_entries_have_the_same_representatives_as_few():
+    """Where there are more entries than atoms, all atoms are looked up first: after unions in any order."""
+    generator = torch.Generator().manual_seed(0)
+    few, many = UnionFind(), UnionFind()
+    for ties in (few, many):
+        ties.grow(40)
+    for _ in range(30):
+        a, b = torch.randint(40, (2, 3), generator=generator)
+        few.union(a, b)
+        many.union(a, b)
+        roots = [int(few.find(torch.tensor([atom]))) for atom in range(40)]
+        assert many.find(torch.arange(40).repeat(2)).tolist() == 2 * roots

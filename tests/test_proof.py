@@ -168,6 +168,19 @@ def test_channels_that_reach_no_output_are_not_called_free():
     assert first.pinned == ["its trial cannot see it: no output depends on these channels"]
 
 
+def test_one_backward_pass_shows_what_is_computed_in_training_alone(monkeypatch):
+    """A trial looks at gradients in train mode first: an auxiliary head, or losses, depend on most."""
+    backward, calls = torch.autograd.backward, []
+    monkeypatch.setattr(torch.autograd, "backward", lambda *args: calls.append(backward(*args)))
+
+    def body(y, m):
+        return y + m.aux(m.inner(y).relu()).mean() if m.training else y
+
+    net = Body(body, inner=nn.Conv2d(12, 12, 1), aux=nn.Conv2d(12, 1, 1))
+    assert {"conv", "inner"} <= free(net)
+    assert len(calls) == 1
+
+
 def test_a_trial_that_raises_accuses_no_other_space():
     """It ends a pass in train mode half way, where statistics have moved already."""
 
