@@ -153,6 +153,12 @@ ZOO = {
     "PoolFormer": Entry("timm", lambda p: (p.create_model("poolformer_s12"), images(64)), "params", 0.60),
     "MLP-mixer": Entry("timm", lambda p: (p.create_model("mixer_s32_224"), images(224)), "params", 0.40),
     "ViT": Entry("timm", lambda p: (p.create_model("vit_tiny_patch16_224", img_size=64), images(64)), "params", 0.60),
+    "ViT with norms of queries and keys": Entry(
+        "timm",
+        lambda p: (p.create_model("vit_tiny_patch16_224", img_size=64, depth=4, qk_norm=True), images(64)),
+        "params",
+        0.60,
+    ),
     "Swin": Entry(
         "timm",
         lambda p: (p.create_model("swin_tiny_patch4_window7_224", img_size=112), images(112)),
