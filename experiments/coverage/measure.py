@@ -182,7 +182,7 @@ def torch_kirigami(model: nn.Module, example: Any) -> dict[str, Any]:
 
     clock = Clock()
     graph = DependencyGraph.build(model, args=Inputs.of(example).args)
-    pruner, half, entailed = Pruner(model, graph=graph), [], []
+    pruner, half, entailed, refused = Pruner(model, graph=graph), [], [], []
     specs = filter(None, map(graph.operator_spec, graph.operations()))
     for axis, block in {one.axis: one.block_size for spec in specs for one in spec.candidates}.items():
         if any(impact.selection(axis.tensor).fully_selected_indices(axis.dim) for impact in entailed):
@@ -192,16 +192,18 @@ def torch_kirigami(model: nn.Module, example: Any) -> dict[str, Any]:
         if every_second and impact.status == "resolved":
             half.append(axis.select(every_second))
             entailed.append(impact)
+        else:
+            refused += map(str, impact.diagnostics)
+    if not half:
+        raise PlanningError(refused[0] if refused else "no axis")
     try:
         plan = pruner.plan_remove(half)
     except PlanningError as error:
         if not (half := [one for one in half if _has_plan(pruner, one)]):
             raise
-        plan, refused = pruner.plan_remove(half), {"refused": told(error)}
-    else:
-        refused = {}
+        plan, refused = pruner.plan_remove(half), [told(error)]
     pruner.apply(plan)
-    return clock.read() | refused
+    return clock.read() | {"refused": refused[:1]}
 
 
 def _has_plan(pruner: Any, removal: Any) -> bool:

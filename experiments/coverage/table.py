@@ -81,9 +81,7 @@ def _summary(rows: list[dict[str, Any]]) -> str:
     counts["csgd"]["runs"] = counts["csgd"].pop("exact")
     more = sorted({outcome for of_tool in counts.values() for outcome in of_tool} - {*outcomes})
     cut = {"csgd": [ours["macs"] for ours in exact]}
-    cut |= {
-        name: [row[tool]["macs"] for row in rows if row[tool]["outcome"] == "runs"] for tool, name in OTHERS.items()
-    }
+    cut |= {name: [row[tool]["macs"] for row in rows if _outcome(row[tool]) == "runs"] for tool, name in OTHERS.items()}
     body = [
         (
             name,
@@ -96,6 +94,8 @@ def _summary(rows: list[dict[str, Any]]) -> str:
 
 
 def _outcome(row: dict[str, Any]) -> str:
+    if row["outcome"] == "runs" and row["macs"] < 0.005:
+        return "cuts nothing"
     return "over time" if row["outcome"].startswith("no answer") else row["outcome"]
 
 
@@ -115,7 +115,7 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _of_other(row: dict[str, Any]) -> str:
-    if "macs" not in row:
+    if "macs" not in row or _outcome(row) == "cuts nothing":
         return _outcome(row)
     shapes = "" if row["outcome"] == "runs" else f"{row['outcome']}, "
     return f"{shapes}{row['macs']:.0%} in {row['cpu_seconds']:.1f} s"
