@@ -124,7 +124,8 @@ def kept(model: nn.Module, spaces: list[csgd.ChannelSpace], example: Any) -> dic
     counts = counted(model, example)
     for weight, of_dim in dims.items():
         path, _, name = weight.rpartition(".")
-        if name.startswith("bias") or path not in counts:
+        path = path.partition(".parametrizations")[0]
+        if not path or name.startswith("bias") or path not in counts:
             continue
         free = [(rows < 0).double().mean().item() for rows in of_dim.values()]
         held = [(rows > 0).double().mean().item() for rows in of_dim.values()]
