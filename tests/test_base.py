@@ -9,7 +9,7 @@ import pytest
 import torch
 from filelock import FileLock
 from test_config import composed
-from test_sweep import TINY
+from test_sweep import TINY, UNDRAWN
 
 from csgd import InputError
 from csgd.checkpoint import save_weights
@@ -39,7 +39,7 @@ def test_a_base_network_that_cannot_be_kept_costs_no_run(tmp_path, monkeypatch, 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(base, "save_weights", full)
-    assert run(composed(*TINY[:-1], "wandb=disabled", f"base.cache={tmp_path}/base"), tmp_path / "out")
+    assert run(composed(*TINY[:-1], *UNDRAWN, f"base.cache={tmp_path}/base"), tmp_path / "out")
     assert "base network: could not be kept in base.cache: [Errno 28] No space left on device" in caplog.text
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_sweep import TINY, launch
+from test_sweep import TINY, UNDRAWN, launch
 
 from csgd.pipeline import provenance
 from csgd.pipeline.provenance import commit
@@ -76,6 +76,6 @@ def test_a_git_that_is_broken_refuses_or_hangs_costs_nothing(checkout, monkeypat
 
 
 def test_a_run_without_git_comes_to_its_end(tmp_path):
-    launch(tmp_path, *TINY[:-1], "hydra.run.dir=out", "wandb=disabled", PATH=str(Path(sys.executable).parent))
+    launch(tmp_path, *TINY[:-1], "hydra.run.dir=out", *UNDRAWN, PATH=str(Path(sys.executable).parent))
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["commit"] is None
     assert "`None`" not in (tmp_path / "out" / "pruned.md").read_text()

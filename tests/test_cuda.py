@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_run import run
+from commandline import run_fresh
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -202,7 +202,8 @@ def test_f10_rows_of_a_cluster_are_the_same_bits_on_a_gpu_and_on_every_run():
 @pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_whole_run_on_a_gpu(tmp_path, precision):
-    run(tmp_path, "experiment=smoke", "device=cuda", f"precision={precision}", "wandb=disabled", "hydra.run.dir=out")
+    arguments = ["experiment=smoke", "device=cuda", f"precision={precision}", "wandb=disabled", "hydra.run.dir=out"]
+    run_fresh(tmp_path, *arguments)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["verdict"]["lossless"]
     assert summary["device"] == torch.cuda.get_device_name(0)

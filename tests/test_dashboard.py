@@ -1,18 +1,14 @@
 """The dashboard of W&B: it is built offline, and shows nothing that no run logs."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from functools import reduce
-from pathlib import Path
 
 import pytest
+from commandline import ROOT, start
 
 pytest.importorskip("wandb_workspaces")
 
-ROOT = Path(__file__).parents[1]
 SHORT = "schedule.base.max_steps=10", "schedule.csgd.max_steps=10", "dataset.image_size=16"
 
 
@@ -55,12 +51,11 @@ def runs(tmp_path_factory):
     folders = []
     for pull in ("centri_strength=null", "centri_strength=1"):
         folders.append(tmp_path_factory.mktemp("run"))
-        command = [sys.executable, str(ROOT / "run.py"), "experiment=smoke", pull, "wandb=offline", *SHORT]
-        done = subprocess.run(
-            [*command, f"hydra.run.dir={folders[-1]}"], cwd=folders[-1], capture_output=True, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"},
-        )  # fmt: skip
-        assert done.returncode in (0, 1), done.stderr  # 1: the cut of a run so short need not be lossless
+        arguments = ["experiment=smoke", pull, "wandb=offline", *SHORT, "hydra.run.dir=."]
+        process = start(folders[-1], *arguments, out=folders[-1] / "log.txt")
+        process.join()
+        told = (folders[-1] / "log.txt").read_text()
+        assert process.exitcode in (0, 1), told  # 1: the cut of a run so short need not be lossless
     return folders
 
 

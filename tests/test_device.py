@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from commandline import run_fresh
 from test_config import composed
-from test_run import run
 from test_sweep import TINY
 
 from csgd.pipeline.device import threads_of
@@ -35,7 +35,7 @@ def test_ranks_share_the_threads_of_a_run(tmp_path):
     )
     more = ["model._target_=counted.Net", "distributed.nproc=2", "threads=2", "wandb=disabled", "hydra.run.dir=out"]
     paths = f"{tmp_path}:{__file__.rpartition('/')[0]}"
-    run(tmp_path, *TINY[1:-1], *more, "tolerance.logits=1e9", "tolerance.deviation=1e9", PYTHONPATH=paths)
+    run_fresh(tmp_path, *TINY[1:-1], *more, "tolerance.logits=1e9", "tolerance.deviation=1e9", PYTHONPATH=paths)
 
 
 def test_what_was_compiled_for_an_earlier_run_is_forgotten():
@@ -49,6 +49,6 @@ def test_what_was_compiled_for_an_earlier_run_is_forgotten():
 
 
 def test_a_machine_that_cannot_compile_says_so(tmp_path):
-    done = run(tmp_path, *TINY[1:-1], "model=resnet20", "wandb=disabled", "compile=true", status=2, CXX="nowhere")
+    done = run_fresh(tmp_path, *TINY[1:-1], "model=resnet20", "wandb=disabled", "compile=true", status=2, CXX="nowhere")
     assert done.stderr.startswith("error: compile=true: torch cannot compile here: ")
     assert done.stderr.count("\n") == 1

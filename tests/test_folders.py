@@ -263,7 +263,7 @@ def test_a_network_is_tested_by_the_names_of_its_classes(tmp_path):
     fill(tmp_path / "all", ant=5, bee=5, cat=5)
     mine = ["dataset=imagefolder", "dataset.image_size=8", "dataset.workers=0", f"dataset.root={tmp_path}/all"]
     small = ["model._target_=nets.Plain", "schedule=smoke", "schedule.base.max_steps=1", "schedule.csgd.max_steps=1"]
-    more = ["wandb=disabled", "quiet=true", f"base.cache={tmp_path}/base", "tolerance.logits=1e9"]
+    more = ["wandb=disabled", "report=false", "quiet=true", f"base.cache={tmp_path}/base", "tolerance.logits=1e9"]
     run(composed(*mine, *small, *more), tmp_path / "out")
     described = json.loads((tmp_path / "out" / "pruned.json").read_text())
     assert described["class_names"] == ["ant", "bee", "cat"]

@@ -1,14 +1,13 @@
 """What cannot be used is said in one clear line, and told apart from a bug."""
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from commandline import run, run_fresh
 from test_config import composed
-from test_run import ROOT, SMOKE, run
+from test_run import SMOKE
 
 from csgd import InputError
 from csgd.checkpoint import save_weights
@@ -154,15 +153,10 @@ def test_a_trace_that_is_not_shown_is_kept(faulty):
 
 
 def test_a_console_of_few_characters_shows_the_others_as_marks(tmp_path):
-    done = run(tmp_path, "deps=0.5", status=2, PYTHONIOENCODING="ascii")
+    done = run_fresh(tmp_path, "deps=0.5", status=2, PYTHONIOENCODING="ascii")
     assert done.stderr.endswith("deps.widths=[40,40,?]\n")
 
 
 def test_a_full_trace_on_request(faulty):
-    environment = {**os.environ, "HYDRA_FULL_ERROR": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), "centri_strength=-1"],
-        cwd=faulty, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
+    done = run_fresh(faulty, "centri_strength=-1", status=1, HYDRA_FULL_ERROR="1")
     assert "Traceback" in done.stderr

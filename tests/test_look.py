@@ -7,7 +7,6 @@ import pty
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from datetime import date
 from html import escape, unescape
@@ -16,6 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from shutil import which
 
+import commandline
 import numpy as np
 import pytest
 import torch
@@ -38,22 +38,14 @@ from csgd.report.curves import film_of
 from csgd.report.spaces import GAP, placed
 from csgd.verify import count_macs, count_params, macs_by_module
 
-ROOT = Path(__file__).parents[1]
 KEPT = ("filters", "film", "outputs")  # .safetensors
 SMOKE = ["experiment=smoke", "dataset.image_size=16", "hydra.run.dir=out", "base.cache=base"]
 CHROMIUM = which("chromium") or which("chromium-browser") or which("google-chrome")
 PICTURES = ("curves", "filters", "outputs", "sizes", "spaces", "widths")
 
 
-def run(folder, *arguments, status=0, **streams):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "COLUMNS": "170"}
-    command = [sys.executable, str(ROOT / "run.py"), *SMOKE, *arguments]
-    streams = streams or {"stderr": subprocess.PIPE}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=False, **streams
-    )
-    assert done.returncode == status, done.stdout[-3000:] + str(done.stderr)[-3000:]
-    return done.stdout
+def run(folder, *arguments, status=0):
+    return commandline.run(folder, *SMOKE, *arguments, status=status, COLUMNS="170").stdout
 
 
 def shown_on_terminal(folder, *arguments) -> tuple[str, str]:
@@ -70,13 +62,14 @@ def shown_on_terminal(folder, *arguments) -> tuple[str, str]:
 
     reader = threading.Thread(target=read)
     reader.start()
-    try:
-        stdout = run(folder, *arguments, stderr=theirs)
-    finally:
-        os.close(theirs)
-        reader.join()
-        os.close(ours)
-    return stdout, b"".join(pieces).decode()
+    out = folder / "stdout.txt"
+    process = commandline.start(folder, *SMOKE, *arguments, out=out, err=Path(os.ttyname(theirs)), COLUMNS="170")
+    process.join()
+    os.close(theirs)
+    reader.join()
+    os.close(ours)
+    assert process.exitcode == 0, out.read_text()[-3000:]
+    return out.read_text(), b"".join(pieces).decode()
 
 
 @pytest.fixture(scope="module")

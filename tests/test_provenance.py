@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 from test_config import composed
-from test_sweep import TINY
+from test_sweep import TINY, UNDRAWN
 
 from csgd import InputError
 from csgd.pipeline import run
 from csgd.pipeline.leave import finished
 from csgd.pipeline.provenance import is_free
 
-JOB = [*TINY[:-1], "wandb=disabled", "quiet=true"]
+JOB = [*TINY[:-1], *UNDRAWN, "quiet=true"]
 
 
 @pytest.fixture(scope="module")

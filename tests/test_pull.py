@@ -26,7 +26,7 @@ from csgd.pipeline.progress import Part, Progress
 from csgd.pipeline.setup import prepare
 from csgd.pipeline.spec import RunSpec
 
-SMOKE = ["experiment=smoke", "dataset.image_size=16", "wandb=disabled", "quiet=true"]
+SMOKE = ["experiment=smoke", "dataset.image_size=16", "wandb=disabled", "quiet=true", "report=false"]
 
 
 def summary_of(folder: Path) -> dict:
@@ -179,7 +179,7 @@ class Normed(nn.Module):
 
 
 def test_norms_over_channels_are_cut_by_clusters_of_one_size_and_tables_say_so(tmp_path):
-    net = [*SMOKE, "model={_target_: test_pull.Normed}", "deps=1_2", "clustering.of=outputs"]
+    net = [*SMOKE, "model={_target_: test_pull.Normed}", "deps=1_2", "clustering.of=outputs", "report=true"]
     verdict = run(composed(*net, f"base.cache={tmp_path / 'base'}"), tmp_path / "out")
     assert verdict.lossless
     assert 0 < verdict.relative_logit_change < 2e-6
@@ -211,7 +211,7 @@ def test_slow_statistics_collapse_too_within_a_smoke_run(tmp_path, photos):
     """MobileNetV3's batch norms have a momentum of 0.01: as published they would lag for 1000 steps."""
     cfg = composed("experiment=smoke", "model=torchvision", "model.name=mobilenet_v3_small", "dataset=imagefolder",
                    f"dataset.root={photos}", "dataset.image_size=32", "dataset.workers=0",
-                   "wandb=disabled", "quiet=true", f"base.cache={tmp_path / 'base'}")  # fmt: skip
+                   *SMOKE[2:], f"base.cache={tmp_path / 'base'}")  # fmt: skip
     verdict = run(cfg, tmp_path / "out")
     assert verdict.lossless
     assert verdict.statistics_spread == 0
@@ -275,7 +275,7 @@ def signals(batch_size, seed, device):
 
 def test_a_network_of_one_dimension_is_planned_trained_and_proved(tmp_path, base_cache):
     mine = ["dataset._target_=test_pull.signals", "~dataset.image_size", "~dataset.shift"]
-    mine += ["model._target_=test_pull.Signals", "schedule=smoke", "wandb=disabled", "quiet=true", base_cache]
+    mine += ["model._target_=test_pull.Signals", "schedule=smoke", *SMOKE[2:], base_cache]
     assert run(composed(*mine, "plan_only=true"), tmp_path / "plan") is None
     assert run(composed(*mine), tmp_path / "run").lossless
 

@@ -1,15 +1,13 @@
 """Runs that are killed at any moment and resumed end with the same bits as one that was left alone."""
 
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import commandline
 import pytest
 import torch
 from filelock import FileLock
@@ -20,27 +18,34 @@ from csgd.checkpoint import load_weights
 from csgd.pipeline import run
 from csgd.pipeline.progress import Part, Progress
 
-ROOT = Path(__file__).parents[1]
 RUN = [
     "experiment=smoke", "dataset.image_size=16", "deps.stages=[0.75,0.5]", "deps.fraction=0.5", "wandb=disabled",
     "schedule.batch_size=16", "schedule.csgd={epochs: 3, lr: 0.05, max_steps: 50}", "checkpoint_every=7", "resume=auto",
-    "schedule.ema=0.9",
-    "hydra.run.dir=out",
+    "schedule.ema=0.9", "report=false", "hydra.run.dir=out",
 ]  # fmt: skip
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen:
+def start(folder: Path, *more: str) -> BaseProcess:
     folder.mkdir(exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "run.py"), *RUN, f"base.cache={folder / 'base'}", *more]
-    with (folder / "log.txt").open("a") as log:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    return commandline.start(folder, *RUN, f"base.cache={folder / 'base'}", *more, out=folder / "log.txt")
 
 
-def finish(process: subprocess.Popen, folder: Path, status: int = 0) -> str:
-    code, text = process.wait(), (folder / "log.txt").read_text()
-    assert code == status, text[-3000:]
+def finish(process: BaseProcess, folder: Path, status: int = 0) -> str:
+    process.join()
+    text = (folder / "log.txt").read_text()
+    assert process.exitcode == status, text[-3000:]
     return text
+
+
+def kill(process: BaseProcess) -> None:
+    process.kill()
+    process.join()
+
+
+def wait_for(path: Path, process: BaseProcess) -> None:
+    while not path.exists():
+        assert process.is_alive()
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +83,13 @@ def test_a_killed_run_goes_on_bit_by_bit(whole, tmp_path, seed):
     out, seconds = whole
     rng = random.Random(seed)
     folder = tmp_path / "killed"
-    for _ in range(2):
-        process = start(folder)
-        time.sleep(rng.uniform(0.3, 0.9) * seconds)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = start(folder)
+    time.sleep(rng.uniform(0.1, 0.9) * seconds)
+    kill(process)
+    process = start(folder)
+    wait_for(folder / "out" / "checkpoints" / "last.pt", process)  # whatever the pace of the machine
+    time.sleep(rng.uniform(0, 0.6) * seconds)
+    kill(process)
     text = finish(start(folder), folder)
     assert "resume=auto: there is no checkpoint in '" in text
     assert "resumed from" in text
@@ -107,7 +114,7 @@ class LeavesOut(nn.Module):
 def test_a_resumed_run_looks_for_the_collapse_at_the_same_steps(tmp_path, monkeypatch):
     cfg = composed(*RUN[:2], "wandb=disabled", "model._target_=test_resume.LeavesOut", "checkpoint_every=7",
                    "schedule.csgd={epochs: 3, lr: 0.05, max_steps: 75}", "centri_strength=6", "ramp=constant",
-                   "resume=auto",
+                   "resume=auto", "report=false",
                    f"base.cache={tmp_path / 'base'}")  # fmt: skip
     run(cfg, tmp_path / "whole")
     told = json.loads((tmp_path / "whole" / "summary.json").read_text())["cut"]
@@ -218,18 +225,16 @@ def test_a_checkpoint_of_an_older_form_is_refused_by_name(whole, tmp_path):
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path):
     folder = tmp_path / "damaged"
     process = start(folder)
-    previous = folder / "out" / "checkpoints" / "last.pt.previous"
-    while not previous.exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
+    wait_for(folder / "out" / "checkpoints" / "last.pt.previous", process)
+    kill(process)
     last = folder / "out" / "checkpoints" / "last.pt"
     if last.exists():
         last.write_bytes(last.read_bytes()[:1000])
-    text = finish(start(folder), folder)
+    text = finish(start(folder, "report=true"), folder)
     assert "is damaged" in text or "resumed from" in text
     assert_same_run(whole[0], folder / "out")
+    assert (folder / "out" / "report.html").exists()
+    assert "could not be drawn" not in text
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from commandline import ROOT, run, run_fresh
 from test_config import composed
 
 from csgd import load_trimmed
@@ -21,7 +21,6 @@ from csgd.models import resnet20, vgg16
 from csgd.pipeline.base import cache_path
 from csgd.pipeline.spec import RunSpec
 
-ROOT = Path(__file__).parents[1]
 SHORT = [  # the main job's own path, on fewer steps
     "schedule.batch_size=8",
     "schedule.base={epochs: 1, lr: 3e-4, warmup_epochs: 0, max_steps: 3}",
@@ -30,21 +29,7 @@ SHORT = [  # the main job's own path, on fewer steps
     "ramp=constant",
 ]
 SMOKE = ["model=resnet20", "schedule=smoke", "wandb=disabled"]
-
-
-def run(tmp_path, *arguments, status=0, threads=1, **environment):
-    """Runs `python run.py …` in `tmp_path`; the completed process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "WANDB_SILENT": "true", **environment}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+UNDRAWN = ["wandb=disabled", "report=false"]
 
 
 def only(paths):
@@ -55,7 +40,7 @@ def only(paths):
 @pytest.fixture(scope="module")
 def main_job(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("main")
-    done = run(tmp_path, "model=vgg16", "deps=5_8", *SHORT, "hydra.run.dir=out", threads=2)
+    done = run_fresh(tmp_path, "model=vgg16", "deps=5_8", *SHORT, "hydra.run.dir=out")
     return tmp_path / "out", done
 
 
@@ -139,6 +124,7 @@ def test_a_sweep_trains_its_base_once_and_gives_each_job_its_own_run(tmp_path):
         "dataset.image_size=16",
         "centri_strength=0.1,12",
         "deps=5_8,1_2",
+        "report=false",
     ]
     done = run(tmp_path, *sweep, "hydra.sweep.dir=sweep")
     summaries = [json.loads((tmp_path / "sweep" / str(i) / "summary.json").read_text()) for i in range(4)]
@@ -159,9 +145,8 @@ def test_a_sweep_trains_its_base_once_and_gives_each_job_its_own_run(tmp_path):
 
 
 def test_a_cut_that_is_not_lossless_is_made_measured_and_fails(tmp_path):
-    done = run(
-        tmp_path, "experiment=smoke", "dataset.image_size=16", "centri_strength=0.5", "hydra.run.dir=out", status=1
-    )
+    short = ["experiment=smoke", "dataset.image_size=16", *UNDRAWN, "hydra.run.dir=out"]
+    done = run(tmp_path, *short, "centri_strength=0.5", status=1)
     verdict = json.loads((tmp_path / "out" / "summary.json").read_text())["verdict"]
     assert not verdict["lossless"]
     assert not verdict["collapsed"]
@@ -172,7 +157,7 @@ def test_a_cut_that_is_not_lossless_is_made_measured_and_fails(tmp_path):
 
 def test_the_same_seed_gives_the_same_network(tmp_path):
     for name in ("one", "two"):
-        run(tmp_path, "experiment=smoke", "dataset.image_size=16", "wandb=disabled", f"base.cache={name}",
+        run(tmp_path, "experiment=smoke", "dataset.image_size=16", *UNDRAWN, f"base.cache={name}",
             f"hydra.run.dir=out/{name}")  # fmt: skip
     states = [load_weights(tmp_path / "out" / name / "pruned.safetensors") for name in ("one", "two")]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
@@ -187,9 +172,9 @@ def test_other_models_and_a_network_of_ones_own(tmp_path):
         "            nn.Conv2d(16, 16, 3, 2), nn.ReLU(),\n"
         "            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))\n"
     )
-    short = ["schedule=smoke", "dataset.image_size=16", "wandb=disabled"]
+    short = ["schedule=smoke", "dataset.image_size=16", *UNDRAWN]
     run(tmp_path, "model._target_=mynet.Net", *short, "hydra.run.dir=own", PYTHONPATH=str(tmp_path))
-    gentle = ["schedule.base.lr=0.01", "schedule.csgd.lr=0.01", "centri_strength=60", "ramp=constant", "wandb=disabled"]
+    gentle = ["schedule.base.lr=0.01", "schedule.csgd.lr=0.01", "centri_strength=60", "ramp=constant", *UNDRAWN]
     named = ["model=torchvision", "model.name=squeezenet1_1", "deps=3_4", "schedule=smoke"]
     run(tmp_path, *named, *gentle, "hydra.run.dir=squeezenet")
     for name in ("own", "squeezenet"):
@@ -211,7 +196,7 @@ def test_a_dataset_of_ones_own_is_a_function_and_a_yaml(tmp_path):
     (tmp_path / "mine" / "dataset").mkdir(parents=True)
     (tmp_path / "mine" / "dataset" / "noise.yaml").write_text("_target_: mydata.noise\nsize: 16\n")
     mine = ["--config-dir=mine", "dataset=noise", "hydra.run.dir=out"]
-    run(tmp_path, *mine, *SMOKE, PYTHONPATH=str(tmp_path))
+    run(tmp_path, *mine, *SMOKE, "report=false", PYTHONPATH=str(tmp_path))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["verdict"]["lossless"]
     assert summary["config"]["dataset"] == {"_target_": "mydata.noise", "size": 16}
@@ -221,7 +206,7 @@ def test_base_weights_from_a_file(tmp_path):
     torch.manual_seed(7)
     model = resnet20(10)
     save_weights(tmp_path / "base.safetensors", model.state_dict())
-    run(tmp_path, "experiment=smoke", "dataset.image_size=16", "wandb=disabled", "base.weights=base.safetensors",
+    run(tmp_path, "experiment=smoke", "dataset.image_size=16", *UNDRAWN, "base.weights=base.safetensors",
         "hydra.run.dir=out")  # fmt: skip
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["base"]["source"] == "base.safetensors"

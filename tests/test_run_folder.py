@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 from test_config import composed
-from test_sweep import TINY
+from test_sweep import TINY, UNDRAWN
 
 from csgd import InputError, load_pruned
 from csgd.folder import RunFolder, Status
@@ -58,7 +58,7 @@ def test_what_an_older_run_came_to_is_cleared_and_its_weights_are_not(folder):
 
 
 def test_an_export_of_older_weights_does_not_stay_beside_new_ones(tmp_path):
-    config = [*TINY[:-1], "wandb=disabled", "quiet=true", "report=false", f"base.cache={tmp_path}/base"]
+    config = [*TINY[:-1], *UNDRAWN, "quiet=true", f"base.cache={tmp_path}/base"]
     exports = [tmp_path / "out" / name for name in ("pruned.onnx", "pruned.onnx.data", "pruned.pt2")]
     run(composed(*config), tmp_path / "out")
     for path in exports:
@@ -70,7 +70,7 @@ def test_an_export_of_older_weights_does_not_stay_beside_new_ones(tmp_path):
 
 
 def test_a_run_in_the_place_of_another_says_so_and_one_of_stages_which_cut_it_tells_of(tmp_path, caplog):
-    job = [*TINY[:-1], "wandb=disabled", f"base.cache={tmp_path}/base", "deps.stages=[0.75,0.5]"]
+    job = [*TINY[:-1], *UNDRAWN, f"base.cache={tmp_path}/base", "deps.stages=[0.75,0.5]"]
     run(composed(*job), tmp_path / "out")
     assert "holds an earlier run" not in caplog.text
     run(composed(*job), tmp_path / "out")
@@ -89,7 +89,7 @@ def test_the_network_between_two_stages_is_kept_as_a_folder_that_loads(tmp_path,
         return replace(verdicts[-1], lossless=len(verdicts) > 1)
 
     monkeypatch.setattr(stage, "verdict", first_not_lossless)
-    job = [*TINY[:-1], "wandb=disabled", f"base.cache={tmp_path}/base"]
+    job = [*TINY[:-1], *UNDRAWN, f"base.cache={tmp_path}/base"]
     run(composed(*job, "deps.stages=[0.9,0.75,0.5]", "schedule.csgd.epochs=2"), tmp_path / "out")
     stages = json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]
     assert sorted(path.name for path in tmp_path.glob("out/pruned_*")) == ["pruned_1", "pruned_2"]

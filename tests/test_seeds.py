@@ -73,7 +73,7 @@ def test_seeds_of_ranks_differ_in_every_generator():
 
 
 def test_a_dataset_of_chance_is_the_same_in_each_process_and_on_resume(tmp_path, monkeypatch):
-    cfg = composed("experiment=smoke", "wandb=disabled", "progress=false", "model._target_=test_seeds.Drops",
+    cfg = composed("experiment=smoke", "wandb=disabled", "report=false", "model._target_=test_seeds.Drops",
                    "dataset._target_=test_seeds.split_by_chance", "~dataset.image_size", "~dataset.shift",
                    "checkpoint_every=3", "schedule.batch_size=16", "schedule.csgd={epochs: 3, lr: 0.05, max_steps: 4}",
                    "resume=auto", f"base.cache={tmp_path / 'base'}")  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
+from commandline import run
 
 import csgd
 from csgd.checkpoint import load_weights
@@ -24,12 +25,6 @@ def started(tmp_path, *command, **environment):
     return subprocess.run(
         [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
-
-
-def run(tmp_path, *overrides, status=0, **environment):
-    done = started(tmp_path, str(ROOT / "run.py"), *overrides, **environment)
-    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
 
 
 def evaluated(tmp_path, *arguments):
@@ -92,7 +87,7 @@ def test_a_finished_run_is_exported_later_without_training(shipped, tmp_path):
     shutil.copytree(out.parent, tmp_path, dirs_exist_ok=True)
     (tmp_path / "out" / "pruned.onnx").unlink()
     before = load_weights(tmp_path / "out" / "pruned.safetensors")
-    done = run(tmp_path, *SMOKE, "deps=5_8", "export=onnx", "hydra.run.dir=out", "resume=auto")
+    done = run(tmp_path, *SMOKE, "deps=5_8", "export=onnx", "report=false", "hydra.run.dir=out", "resume=auto")
     assert "epoch 1:" not in done.stdout
     assert (tmp_path / "out" / "pruned.onnx").stat().st_size > 0
     after = load_weights(tmp_path / "out" / "pruned.safetensors")

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 from shutil import which
 
+import commandline
 import pytest
 import yaml
 from filelock import FileLock
@@ -28,22 +28,12 @@ TINY = [
     "schedule=smoke", "schedule.base.max_steps=2", "schedule.csgd.max_steps=4", "hydra.sweep.dir=sweep",
 ]  # fmt: skip
 
+UNDRAWN = ["wandb=disabled", "report=false"]
 NETS = str(Path(__file__).parent)
-ENVIRONMENT = {**os.environ, "PYTHONPATH": NETS, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
 
 
-def command(*arguments):
-    return [sys.executable, str(ROOT / "run.py"), *arguments]
-
-
-def launch(folder, *arguments, status=0, **environment):
-    environment = {key: value for key, value in (ENVIRONMENT | environment).items() if value is not None}
-    done = subprocess.run(
-        command(*arguments), cwd=folder, env=environment, capture_output=True, text=True, check=False,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+def launch(folder, *arguments, run=commandline.run, **more):
+    return run(folder, *arguments, **{"PYTHONPATH": NETS, **more})
 
 
 SWEPT = ["-m", *TINY, "deps=5_8", "seed=0,1", "centri_strength=12,1e5"]
@@ -133,7 +123,7 @@ def test_a_job_that_breaks_leaves_its_trace_and_the_others_go_on(tmp_path):
         "        return super().forward(x) if not self.training else self.missing\n"
     )
     path = os.pathsep.join([NETS, str(tmp_path)])
-    arguments = ["model._target_=broken.Net,nets.Plain", *TINY[1:], "wandb=disabled"]
+    arguments = ["model._target_=broken.Net,nets.Plain", *TINY[1:], *UNDRAWN]
     done = launch(tmp_path, "-m", *arguments, status=2, PYTHONPATH=path)
     assert [job.status for job in sweep.read_jobs(tmp_path / "sweep")] == ["failed", "lossless"]
     told = "the network cannot run on its example: AttributeError: 'Net' object has no attribute 'missing'"
@@ -147,15 +137,15 @@ def test_a_job_that_breaks_leaves_its_trace_and_the_others_go_on(tmp_path):
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     arguments = [
         "-m", *TINY, "schedule.csgd.epochs=6", "schedule.csgd.max_steps=60", "dataset.train_size=480", "deps=5_8,1_2",
-        "schedule.csgd.lr=0.01", "resume=auto", "checkpoint_every=5",
+        "schedule.csgd.lr=0.01", "resume=auto", "checkpoint_every=5", "report=false",
     ]  # fmt: skip
-    process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+    process = commandline.start(tmp_path, *arguments, out=Path(os.devnull), PYTHONPATH=NETS)
     rows = tmp_path / "sweep" / "1" / "metrics.jsonl"
     while not rows.exists() or rows.read_text().count("\n") < 3:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert [job.status == "killed" for job in sweep.read_jobs(tmp_path / "sweep")] == [False, True]
     done = launch(tmp_path, *arguments)
     assert done.stdout.count("finished before") == 1
@@ -193,9 +183,10 @@ ON_SLURM = pytest.param("submitit_slurm", cpu_count(), marks=pytest.mark.skipif(
 @pytest.mark.parametrize("launcher, beside", [("joblib", 2), ("submitit_local", 3), ON_SLURM])
 def test_jobs_side_by_side_share_one_base_and_the_cores(tmp_path, launcher, beside):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
-    arguments = ["-m", *TINY, "centri_strength=12,11,1e5", "wandb=disabled", f"hydra/launcher={launcher}"]
+    arguments = ["-m", *TINY, "centri_strength=12,11,1e5", *UNDRAWN, f"hydra/launcher={launcher}"]
     own = {"joblib": ["hydra.launcher.n_jobs=2"], "submitit_slurm": ["hydra.launcher.cpus_per_task=1"]}
-    done = launch(tmp_path, *arguments, *own.get(launcher, []), status=2, OMP_NUM_THREADS=None)
+    arguments += own.get(launcher, [])
+    done = launch(tmp_path, *arguments, run=commandline.run_fresh, status=2, OMP_NUM_THREADS=None)
     jobs = sweep.read_jobs(tmp_path / "sweep")
     assert [job.status for job in jobs] == ["not lossless", "not lossless", "failed"]
     assert {job.summary["device"] for job in jobs[:2]} == {f"cpu, {max(1, cpu_count() // beside)} threads"}

@@ -83,7 +83,8 @@ def test_held_out_images_of_a_dataset_are_judged_as_its_test_images_are():
 
 
 def test_the_best_rate_of_the_trials_makes_the_run_and_each_trial_is_a_run_of_its_own(tmp_path, base_cache, caplog):
-    tried = run(composed(*SHORT, base_cache, SGD, "tune.lr=[1.0e-5,0.05,1.0e+6]"), tmp_path / "tuned")
+    tuned = [*SHORT, base_cache, SGD, "tune.lr=[1.0e-5,0.05,1.0e+6]", "report=true"]
+    tried = run(composed(*tuned), tmp_path / "tuned")
     told = summary_of(tmp_path / "tuned")["tuned"]
     scores = [trial["score"] for trial in told["trials"]]
     assert told["lr"] == 0.05
@@ -138,7 +139,7 @@ def scored_by_no_number(batch_size, seed, device):
 def test_a_score_that_is_not_a_number_is_no_best_one_and_says_why(tmp_path, base_cache):
     mine = ["dataset._target_=test_tune.scored_by_no_number", "~dataset.image_size", "~dataset.shift"]
     with pytest.raises(InputError, match=r"no trial came to its end; 0\.05: its score is not a number"):
-        run(composed(*SHORT, base_cache, SGD, "report=false", "tune.lr=[0.05]", *mine), tmp_path)
+        run(composed(*SHORT, base_cache, SGD, "tune.lr=[0.05]", *mine), tmp_path)
 
 
 def diverging():
@@ -154,7 +155,7 @@ def test_a_rate_that_diverges_is_known_from_other_errors_of_a_rank():
 
 @pytest.mark.slow
 def test_trials_of_torchruns_ranks_are_not_repeated_and_name_a_rate_that_diverges(tmp_path):
-    job = [*SMOKE, "schedule.base.max_steps=4", "schedule.csgd.max_steps=6", "report=false", "hydra.run.dir=out"]
+    job = [*SMOKE, "schedule.base.max_steps=4", "schedule.csgd.max_steps=6", "hydra.run.dir=out"]
     torchrun = "-m torch.distributed.run --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0"
 
     def started(*overrides):
@@ -243,7 +244,7 @@ def test_tests_come_at_the_end_of_every_so_many_epochs_and_of_the_last(tmp_path,
     often, seldom = tmp_path / "often", tmp_path / "seldom"
     verdicts = [
         run(
-            composed(*SMOKE, base_cache, "report=false", "schedule.csgd.epochs=5", f"schedule.test_every={every}"),
+            composed(*SMOKE, base_cache, "schedule.csgd.epochs=5", f"schedule.test_every={every}"),
             folder,
         )
         for folder, every in ((often, 1), (seldom, 3))

@@ -302,7 +302,7 @@ class Named(Small):
 SMALL = [
     "experiment=smoke", "model._target_=test_verify.Small", "dataset=synthetic", "dataset.image_size=8",
     "dataset.train_size=1040", "dataset.test_size=64", "deps=1_2",
-    "centri_strength=15", "wandb=disabled", "threads=1", "progress=false",
+    "centri_strength=15", "wandb=disabled", "report=false", "threads=1", "progress=false",
 ]  # fmt: skip
 
 

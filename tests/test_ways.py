@@ -87,7 +87,7 @@ def test_the_schedule_itself_where_it_is_asked_for_and_its_rates_stretched_where
 
 @pytest.mark.parametrize("way", RIVALS)
 def test_a_rival_is_cut_before_its_first_step_and_trained_narrow(tmp_path, base_cache, way):
-    verdict = run(composed(*SMOKE, base_cache, f"method={way}"), tmp_path)
+    verdict = run(composed(*SMOKE, base_cache, f"method={way}", "report=true"), tmp_path)
     summary = summary_of(tmp_path)
     assert summary["cut"]["step"] == 0
     assert not verdict.lossless
