@@ -36,10 +36,11 @@ def _server():
 
 
 def _main(arguments: list[str], environment: dict[str, str], folder: str, out: str, err: str) -> None:
-    for number, path in ((1, out), (2, err)):
+    for number, name, path in ((1, "stdout", out), (2, "stderr", err)):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, number)
         os.close(descriptor)
+        setattr(sys, name, os.fdopen(number, "w", 1, "utf-8", closefd=False))  # the old one knew what it wrote to
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
