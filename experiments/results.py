@@ -77,7 +77,7 @@ COMPARED = {
 
 
 def page() -> str:
-    runs = (ways, rates, variations, allotments, main_job, front, rivals, curves, ramps, one_stroke, lenet, papers)
+    runs = (ways, cuts, rates, variations, allotments, main_job, front, rivals, curves, ramps, one_stroke, lenet, papers)
     costs = (step, step_beside, training_step, latency, memory, clusters, spaces, growth, loading)
     return "\n\n".join([HEAD, *(part() for part in (*runs, *costs))]) + "\n"
 
@@ -168,6 +168,22 @@ def variations() -> str:
     about = """512 images, half of the widths; the rates are the tuned ones of each way, of SGD each that was tried.
 Mean (least … most), by the same command as above."""
     return section("One thing varied", about, table(("network", "", "after the cut", "at the end", "n"), body))
+
+
+def cuts() -> str:
+    rows = [row for row in lines(HERE / "study_ways.jsonl") if row["images"] == "512"]
+    rows = [row for row in rows if row["study"] == "early" or (row["study"], row["way"]) == ("ways", "csgd")]
+    body = []
+    for (network, width), members in grouped(rows, at("network", "width")).items():
+        of = grouped(members, lambda row: row["more"].partition("collapse_by=")[2] or "0.5")
+        told = [percent(of.get(by, []), key) for key in ("after_cut", "end") for by in ("0.5", "0.15", "0.05")]
+        counts = "/".join(str(len(of.get(by, []))) for by in ("0.5", "0.15", "0.05"))
+        body.append((study_ways.NAMES[network], width.replace("_", "/"), *told, counts))
+    about = """512 images, `collapse_by=0.5` (the default), 0.15 and 0.05, each as long as the cost of the first allows:
+at a quarter of the widths 20, about 50 and about 90 epochs. The learning rate is that tuned for the first. Mean (least …
+most) of n seeds. Made by `python experiments/study_ways.py early --images 512`."""
+    header = [f"{when}, {by}" for when in ("after the cut", "at the end") for by in ("0.5", "0.15", "0.05")]
+    return section("How early to cut, at one cost", about, table(("network", "widths", *header, "n"), body))
 
 
 def allotments() -> str:
