@@ -77,7 +77,8 @@ COMPARED = {
 
 
 def page() -> str:
-    runs = (ways, cuts, rates, variations, allotments, main_job, front, rivals, curves, ramps, one_stroke, lenet, papers)
+    runs = (ways, cuts, rates, variations, allotments, lenet, papers)
+    jobs = (main_job, front, rivals, curves, ramps, one_stroke)
     costs = (step, step_beside, training_step, latency, memory, clusters, spaces, growth, loading)
     return "\n\n".join([HEAD, *(part() for part in (*runs, *costs))]) + "\n"
 
@@ -180,8 +181,8 @@ def cuts() -> str:
         counts = "/".join(str(len(of.get(by, []))) for by in ("0.5", "0.15", "0.05"))
         body.append((study_ways.NAMES[network], width.replace("_", "/"), *told, counts))
     about = """512 images, `collapse_by=0.5` (the default), 0.15 and 0.05, each as long as the cost of the first allows:
-at a quarter of the widths 20, about 50 and about 90 epochs. The learning rate is that tuned for the first. Mean (least …
-most) of n seeds. Made by `python experiments/study_ways.py early --images 512`."""
+at a quarter of the widths 20, about 50 and about 90 epochs. The learning rate is that tuned for the first. Mean (least
+… most) of n seeds. Made by `python experiments/study_ways.py early --images 512`."""
     header = [f"{when}, {by}" for when in ("after the cut", "at the end") for by in ("0.5", "0.15", "0.05")]
     return section("How early to cut, at one cost", about, table(("network", "widths", *header, "n"), body))
 

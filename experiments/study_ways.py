@@ -11,7 +11,8 @@ rates are tuned alike: for each network, number of images and way three rates ar
 widths, on images held out of the training set, a tenth of 60,000 and a quarter of 512; the best is that of all its
 runs.  Every row is what run.py says of the command that it holds.  `more` varies one thing at half of the widths and
 with 512 images: the learning rate, the optimizer, what is clustered, the importance, and the pull as published.
-`early` cuts at 15 %, or 5 %, of a longer run of the same cost, `allot` shares a budget of multiply-accumulates in two ways.
+`early` cuts at 15 %, or 5 %, of a longer run of the same cost, `allot` shares a budget of multiply-accumulates in two
+ways.
 """
 
 import argparse
