@@ -40,7 +40,7 @@ from csgd.graph.twin import run, tensors_in
 from csgd.verify import count_params
 
 ROWS = Path(__file__).parent / "rows.jsonl"
-LIMIT = 60  # CPU seconds that a tool may take for a network: others at work on the machine change them little
+LIMIT = 30  # CPU seconds that a tool may take for a network: others at work on the machine change them little
 OURS = 240  # the same of csgd, with its proof
 WALL = 1800  # seconds after which a process counts as stuck
 FORK = multiprocessing.get_context("fork")
