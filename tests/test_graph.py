@@ -175,6 +175,7 @@ def test_what_cannot_be_merged_exactly_is_pinned_with_its_reason(function, reaso
         lambda x, _: F.interpolate(x, scale_factor=2.0),
         lambda x, _: F.pad(x, (1, 1, 1, 1), mode="reflect"),
         lambda x, _: torch.where(x > 0, x, 0.1 * x),
+        lambda x, _: torch.as_tensor(x),
         lambda x, _: torch.stack([x, x.tanh()], 1).softmax(1).sum(1) * torch.stack([x, x + 1.0], 1).mean(1),
         lambda x, _: F.layer_norm(x, x.shape[3:]),
         lambda x, _: x[:, :, ::2, ::2],

@@ -26,9 +26,8 @@ CARRIED = {  # functions through which a sum of channels goes, or whose rule say
     "t", "movedim", "moveaxis", "swapaxes", "swapdims", "expand", "expand_as", "broadcast_to", "repeat",
     "repeat_interleave", "cat", "concat", "concatenate", "stack", "split", "chunk", "tensor_split",
     "split_with_sizes", "narrow", "select", "getitem", "unbind", "roll", "flip", "index_select", "contiguous", "clone",
-    "detach", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "matmul", "rmatmul", "bmm",
-    "einsum",
-    "scaled_dot_product_attention",
+    "detach", "to", "as_tensor", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "matmul", "rmatmul",
+    "bmm", "einsum", "scaled_dot_product_attention",
 }  # fmt: skip
 SCALED = {"mul", "rmul", "imul", "multiply", "neg"}  # so does it where a single tensor is large,
 DIVIDED = {"div", "divide", "truediv", "itruediv", "true_divide"}  # and is what is divided
@@ -557,7 +556,7 @@ RULES: dict[str, Rule] = {
             alpha_dropout feature_dropout feature_alpha_dropout contiguous clone detach to type_as float double half
             bfloat16 masked_fill nan_to_num round floor ceil gt lt ge le eq ne iadd radd isub imul rmul itruediv
             rtruediv ipow isnan isinf isfinite logical_and logical_or logical_not logical_xor atan cpu
-            zero fill type""",
+            zero fill type as_tensor""",
         sample: "roi_align roi_pool grid_sample grid_sampler",
         max_unpool: "max_unpool1d max_unpool2d max_unpool3d",
         pool: """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d
