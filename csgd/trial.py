@@ -12,6 +12,8 @@ from csgd.graph.integers import integers_of, like
 from csgd.graph.twin import Outputs
 from csgd.proof import Trial
 
+NORMED = 4  # channels that a trial leaves to a norm: of two, a layer norm makes −1 and 1 whatever they are
+
 
 def find_spaces(
     model: nn.Module,
@@ -200,13 +202,15 @@ def random_clusters(spaces: list[ChannelSpace], seed: int = 0, ratio: float | No
 
     At least two clusters, but for spaces of two slots, which become one.  Random numbers are at most half of the size,
     and differ among spaces of one size where there are enough: equal ones would hide that two must be equal.  Where the
-    condition is clusters of one size, that is drawn, or the one nearest to 1 / ratio.
+    condition is clusters of one size, that is drawn, of those that leave enough channels for a norm to let something
+    through, or the one nearest to 1 / ratio.
     """
     rng, clusters, taken = random.Random(seed), {}, defaultdict(set)
     for together in conditions.tied(spaces):
         if condition := conditions.one_size(together[0]):
-            sizes = condition.sizes
-            size = rng.choice(sizes) if ratio is None else min(sizes, key=lambda n: abs(1 / n - ratio))
+            sizes, fewest = condition.sizes, min(map(len, condition.parts))
+            roomy = [n for n in sizes if fewest // n >= NORMED] or [min(sizes)]
+            size = rng.choice(roomy) if ratio is None else min(sizes, key=lambda n: abs(1 / n - ratio))
             clusters |= {space.name: _of_one_size(space, size, rng) for space in together}
             continue
         (space,) = together

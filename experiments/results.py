@@ -80,7 +80,7 @@ def page() -> str:
     runs = (ways, cuts, rates, variations, allotments, lenet, papers)
     jobs = (main_job, front, rivals, curves, ramps, one_stroke)
     costs = (step, step_beside, training_step, latency, memory, clusters, spaces, growth, loading)
-    return "\n\n".join([HEAD, *(part() for part in (*runs, *costs))]) + "\n"
+    return "\n\n".join([HEAD, *(part() for part in (*runs, *jobs, *costs))]) + "\n"
 
 
 HEAD = """# Results

@@ -1,4 +1,5 @@
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -186,6 +187,34 @@ def test_a_space_that_fails_its_trial_takes_along_those_that_are_tied_to_it():
     net = Net(Apply(body, other=nn.Conv2d(8, 8, 1), free=nn.Conv2d(8, 16, 1)), out=16)
     spaces = by_name(found(net)[0])
     assert all("its trial trim changes the output" in spaces[name].pinned for name in ("conv", "body.other"))
+
+
+class Normed(nn.Module):
+    """Blocks x + f(norm(x)) at several widths, as a ConvNeXt has them."""
+
+    def __init__(self, widths=(40, 80, 20, 12)):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, widths[0]), nn.Linear(widths[-1], 5)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(n), nn.Linear(n, 2 * n), nn.GELU(), nn.Linear(2 * n, n)) for n in widths
+        )
+        self.steps = nn.ModuleList(nn.Sequential(nn.LayerNorm(a), nn.Linear(a, b)) for a, b in pairwise(widths))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block, step in zip(self.blocks, [*self.steps, self.head], strict=True):
+            x = step(x + block(x))
+        return x
+
+
+def test_a_trial_leaves_a_norm_enough_channels_to_see_through_it():
+    """Of two channels it makes −1 and 1, whatever they are: nothing before it would matter."""
+    net, example = Normed(), torch.randn(2, 7, 3)
+    assert [space.name for space in csgd.find_spaces(net, example) if not space.trimmable] == ["head"]
+    spaces = csgd.find_spaces(net, example, trial=False)
+    for seed in range(20):
+        clusters = random_clusters(spaces, seed, ratio=None)
+        assert all(len(clusters[space.name]) >= 4 for space in spaces if space.trimmable and space.conditions)
 
 
 def test_the_control_of_one_space_does_not_need_those_that_are_tied_to_it():
