@@ -115,7 +115,9 @@ def ways() -> str:
         tuned.append((study_ways.NAMES[network], f"{int(images):,}", *told))
     about = f"""Fashion-MNIST, test accuracy in per cent at the last epoch: mean (least … most) of n seeds. All have
 the same base networks, channel spaces and widths, and the training cost of the C-SGD run in multiply-accumulates, what
-choosing takes included; from scratch also the base network's. `csgd` cuts when half of its steps are done; *cut early*
+choosing takes included; from scratch also the base network's, with weights drawn as the commit of its row drew them:
+with 512 images those of the wide network, spread by the root of its inputs over those left, with 60,000 by the rule of
+each layer. `csgd` cuts when half of its steps are done; *cut early*
 at 15 % of a run that is as much longer as its narrow steps are cheaper. `csgd` and `merge` cluster by outputs, the
 deletion is of the channels of least group L2. Commits {commits}, torch {torch}, one thread; every row of
 `experiments/study_ways.jsonl` holds its command, `python experiments/study_ways.py run`, and `early`, make them."""
@@ -147,7 +149,7 @@ def rates() -> str:
     header = ("network", "way", *(f"{rate:g}" for rate in study_ways.MORE_RATES), "apart")
     seeds = sorted({row["seed"] for row in rows})
     about = f"""512 images, half of the widths, at the end, by learning rate (AdamW); n = {len(seeds)} seeds. *apart* is
-the best mean less the worst: what one has to tune. Made by `python experiments/study_ways.py more --images 512`."""
+the best mean less the worst: what one has to tune, for csgd as much as for the others. Made by `python experiments/study_ways.py more --images 512`."""
     return section("How much hangs on the learning rate", about, table(header, body))
 
 
@@ -199,7 +201,8 @@ def allotments() -> str:
         body.append((study_ways.NAMES[network], width.removeprefix("macs="), study_ways.TOLD[way], *told, counts))
     about = """512 images, a budget of multiply-accumulates (`deps.macs`), met by one fraction of all widths (`uniform`,
 the default) or by what each layer can spare (`deps.allot=sensitivity`); test accuracy in per cent, mean (least … most)
-of n seeds. Made by `python experiments/study_ways.py allot --images 512`."""
+of n seeds. Neither is ahead in all three networks, so the simpler one is the default. Made by `python
+experiments/study_ways.py allot --images 512`."""
     how = ("uniform: after the cut", "at the end", "sensitivity: after the cut", "at the end")
     header = ("network", "MACs", "way", *how)
     return section("A budget, shared in two ways", about, table((*header, "n"), body))
