@@ -149,7 +149,8 @@ def rates() -> str:
     header = ("network", "way", *(f"{rate:g}" for rate in study_ways.MORE_RATES), "apart")
     seeds = sorted({row["seed"] for row in rows})
     about = f"""512 images, half of the widths, at the end, by learning rate (AdamW); n = {len(seeds)} seeds. *apart* is
-the best mean less the worst: what one has to tune, for csgd as much as for the others. Made by `python experiments/study_ways.py more --images 512`."""
+the best mean less the worst: what one has to tune, for csgd as much as for the others. Made by `python
+experiments/study_ways.py more --images 512`."""
     return section("How much hangs on the learning rate", about, table(header, body))
 
 
