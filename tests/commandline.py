@@ -15,9 +15,9 @@ from tempfile import TemporaryDirectory
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = [  # and nothing of csgd: that is imported by each run, in its own order
+LIBRARIES = [  # not csgd, which each run imports in its own order, nor wandb, which makes a folder when it is imported
     "torch._dynamo", "torch.distributed.fsdp", "torch.utils.flop_counter", "torchvision", "sklearn.cluster",
-    "sklearn.datasets", "sklearn.model_selection", "hydra.main", "wandb", "tqdm", "jinja2", "filelock",
+    "sklearn.datasets", "sklearn.model_selection", "hydra.main", "tqdm", "jinja2", "filelock",
     "matplotlib.backends.backend_agg", "matplotlib.figure",
 ]  # fmt: skip
 ALWAYS = {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
