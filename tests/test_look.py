@@ -100,7 +100,7 @@ def test_every_picture_is_there_on_white_paper_with_something_on_it(looked):
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50, f"{name} is empty"
     assert "could not be drawn" not in stdout
     drawn = float(re.search(r"report: drawn in ([\d.]+) s", stdout).group(1))
-    assert drawn < 2 * read_json(folder / "out" / "summary.json")["seconds"]["total"], "at any pace of the machine"
+    assert drawn < max(10, read_json(folder / "out" / "summary.json")["seconds"]["total"]), "or the machine is slow"
 
 
 def test_pictures_are_drawn_from_the_files_alone(looked, tmp_path):
