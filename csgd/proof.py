@@ -1,8 +1,8 @@
 """The proof of a cut before it is made: a float64 twin of the network, its members made equal, is cut and compared."""
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from csgd.blocks import CONVOLUTIONS, convolved
 from csgd.clusters import Clusters, check_clusters, clustered_tensors
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Inputs, conditions
@@ -31,6 +32,7 @@ from csgd.graph.twin import (
     run,
     set_mode,
     set_random_state,
+    shrink_images,
     twin_of,
 )
 from csgd.trim import cut
@@ -124,11 +126,14 @@ class Passes:
         return self.outputs + [a for a, _ in given], other.outputs + [b for _, b in given]
 
 
-class _WithoutDropout(TorchFunctionMode):
-    """Dropout drops nothing: its masks have the shape of what is cut, and could not be compared."""
+class _AsTried(TorchFunctionMode):
+    """Dropout drops nothing: its masks have the shape of what is cut, and could not be compared.  Large convolutions
+    are computed block by block."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in CONVOLUTIONS:
+            return convolved(func, *args, **kwargs)
         name = getattr(func, "__name__", "").strip("_")
         if name in DROPOUTS:
             return args[0] if args else kwargs["input"]
@@ -176,48 +181,63 @@ class Trial:
                 self.dtype, self.tolerance = dtype, TOLERANCE.get(dtype, ROUGH)
                 self._weights, generator = weights, torch.Generator().manual_seed(self.seed)
                 self.inputs = [one.copied(partial(inputs, dtype, generator)) for one in self._examples]
+                self._sizes = {}
                 try:
                     model = self.twin()
-                    unequal = self._unequal_cut(model) if self.controlled else None
+                    unequal = self._cut(model, self.clusters) if self.controlled else None
                     self._make_equal(model, self.clusters)
                     wide = twin_of(model, Tensor.detach)  # what it keeps from pass to pass, the cut one is not to see
                     self.modes = modes_of(wide)
-                    before = {name: self.passes(wide, mode) for name, mode in self.modes.items()}
+                    with self._fitting(wide) if weights is _random else nullcontext():  # eval is the first mode
+                        before = {"eval": self.passes(wide, self.modes["eval"])}
+                    before |= {name: self.passes(wide, mode) for name, mode in self.modes.items() if name != "eval"}
                 except InputError as error:
                     failed = failed or error
                     continue
                 held = [out for passes in before.values() for out in passes.outputs]
                 infinite = weights is _noisy and not any(out.isnan().any() for out in held)  # masked, not overflown
                 if infinite or all(out.isfinite().all() for out in held):
-                    return model, unequal, before
+                    return model, None if unequal is None else self._unequal(unequal), before
         raise failed or InputError("the network cannot be tried: its outputs are not numbers (NaN)")
 
     def twin(self) -> nn.Module:
         """A copy of the network with the weights of this trial, the same ones each time."""
         generator = torch.Generator().manual_seed(self.seed)
         model = twin_of(self._model, partial(self._weights, self.dtype, generator))
+        shrink_images(model)
         if self._weights is _random:
             _randomise_statistics(model, generator)
             _soften(model)
-            self._fit_statistics(model)
+            for path, size in self._sizes.items():
+                _scale_statistics(model.get_submodule(path), size)
         return model
 
-    def _fit_statistics(self, model: nn.Module) -> None:
-        """Makes the running statistics of each layer as large as the values that it normalises, in place: else these
-        grow from layer to layer, and rounding with them."""
+    @contextmanager
+    def _fitting(self, model: nn.Module) -> Iterator[None]:
+        """Makes the running statistics of each layer as large as the values that it is the first time called with, in
+        place: else these grow from layer to layer, and rounding with them.  What they are then is known in `_sizes`."""
+        fitted: set[int] = set()  # two layers may share them
 
         @torch.no_grad()
-        def fit(module: nn.Module, args: tuple) -> None:
-            handles.pop(module).remove()  # a layer that is called again keeps them
+        def fit(path: str, module: nn.Module, args: tuple) -> None:
+            handles.pop(path).remove()  # a layer that is called again keeps them
             values = next((arg for arg in args if isinstance(arg, Tensor)), None)
             size = float(values.square().mean()) if values is not None else 0.0
-            for name, statistic in _statistics(module).items() if 0 < size < math.inf else ():
-                statistic.mul_(size if name == "running_var" else size**0.5)
+            own = {id(statistic) for statistic in _statistics(module).values()}
+            if 0 < size < math.inf and fitted.isdisjoint(own):
+                self._sizes[path] = size
+                _scale_statistics(module, size)
+                fitted.update(own)
 
-        model = twin_of(model, Tensor.detach)  # it shares the statistics
-        handles = {module: module.register_forward_pre_hook(fit) for module in model.modules() if _statistics(module)}
-        if handles:
-            self.passes(model, False)
+        handles = {
+            path: module.register_forward_pre_hook(partial(fit, path))
+            for path, module in model.named_modules() if _statistics(module)
+        }  # fmt: skip
+        try:
+            yield
+        finally:
+            for handle in handles.values():
+                handle.remove()
 
     @torch.no_grad()
     def _make_equal(self, model: nn.Module, clusters: Clusters) -> None:
@@ -251,7 +271,7 @@ class Trial:
                     watched = not grad and (like is None or any(like.decisions))
                     with (
                         nullcontext() if grad else gradients(model, mode is not False),
-                        _WithoutDropout(),
+                        _AsTried(),
                         chosen if watched else nullcontext(),
                     ):
                         outputs += [out.to_dense() for out in outputs_in(run(model, given), self.outputs)]
@@ -265,24 +285,31 @@ class Trial:
         return Passes(outputs if grad else [out.detach() for out in outputs], states, decisions)
 
     def cut(self, names: Collection[str]) -> nn.Module:
-        """A copy of the twin in which the clusters of some spaces are cut; it shares the tensors that stay whole."""
+        """A copy of the twin in which the clusters of some spaces are cut; it shares the parameters that stay whole."""
         return self._cut(self.model, {name: self.clusters[name] for name in names})
 
     def _cut(self, model: nn.Module, clusters: Clusters) -> nn.Module:
-        model = twin_of(model, Tensor.detach)
+        model = twin_of(model, lambda t: t.detach() if isinstance(t, nn.Parameter) else t.detach().clone())
         cut(model, self.spaces, clusters)
         return model
 
-    def _unequal_cut(self, model: nn.Module) -> Passes | None:
-        """What a twin puts out in eval mode that is cut before its members are equal; None where that cannot run."""
+    def _unequal(self, model: nn.Module) -> Passes | None:
+        """What a twin puts out in eval mode that was cut before its members were equal; None where that cannot run."""
+        for path, size in self._sizes.items():
+            _scale_statistics(model.get_submodule(path), size)
         with suppress(InputError):
-            return self.passes(self._cut(model, self.clusters), False)
+            return self.passes(model, False)
         return None
 
     def changes(self, names: Collection[str]) -> tuple[dict[str, float | None], str | None]:
         """What cutting some spaces changes in each mode, and why that is not exact, or None if it is."""
-        changes, model, self.raised_in = {}, self.cut(names), None
-        for mode, before in self.before.items():
+        return self.changes_by(self.cut(names), self.modes)
+
+    def changes_by(self, model: nn.Module, modes: Iterable[str]) -> tuple[dict[str, float | None], str | None]:
+        """The same of a network that is cut, in some modes."""
+        changes, self.raised_in = {}, None
+        for mode in modes:
+            before = self.before[mode]
             try:
                 after = self.passes(model, self.modes[mode])
             except InputError as error:  # whatever the model raises when its sizes no longer fit
@@ -494,6 +521,13 @@ def _statistics(module: nn.Module) -> dict[str, Tensor]:
     buffers = dict(module._buffers.items())  # scripted modules have no dict
     named = {name: buffers.get(name) for name in ("running_mean", "running_var")}
     return {name: buffer for name, buffer in named.items() if buffer is not None and buffer.is_floating_point()}
+
+
+@torch.no_grad()
+def _scale_statistics(module: nn.Module, size: float) -> None:
+    """Makes those of values with a mean square of 1 those of values whose mean square is `size`, in place."""
+    for name, statistic in _statistics(module).items():
+        statistic.mul_(size if name == "running_var" else size**0.5)
 
 
 def _randomise_statistics(model: nn.Module, generator: torch.Generator) -> None:

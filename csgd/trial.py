@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from csgd.graph import ChannelSpace, Ref, conditions, trace_spaces
-from csgd.graph.integers import integers_of, like
+from csgd.graph.integers import Integers, at_place, integers_of, like, replaced
 from csgd.graph.twin import Outputs
 from csgd.proof import Trial
 
@@ -71,10 +71,12 @@ def pin_failures(
     else:
         return spaces
     inexact = reason = _leave_what_is_none(model, trial, followed, reason)
+    keys = [ref for space in spaces if space.trimmable for ref in space.refs if ref.role == "key"]
+    if reason and keys and trial.raised_in is None and _is_exact_turned(trial, keys):
+        reason = None
     failing = dict(trial.failures(list(clusters), reason)) if reason else {}
     if turned := [ref for space in spaces if space.name in failing for ref in space.refs if ref.role == "key"]:
-        for ref in turned:  # the scale of a product is a number, or the inverse root of what a cut changes
-            ref.power = 0.5 - ref.power
+        _turn(turned)
         _, reason = trial.changes(clusters)
         failing = dict(trial.failures(list(clusters), reason)) if reason else {}
     left = [name for name in clusters if name not in failing]
@@ -86,6 +88,21 @@ def pin_failures(
     return spaces
 
 
+def _turn(keys: list[Ref]) -> None:
+    """The scale of a product is a number, or the inverse root of what a cut changes: takes it for the other one."""
+    for ref in keys:
+        ref.power = 0.5 - ref.power
+
+
+def _is_exact_turned(trial: Trial, keys: list[Ref]) -> bool:
+    """Whether all is exact once the scales of all keys are turned; else these are as they were."""
+    _turn(keys)
+    if trial.changes(trial.clusters)[1] is None:
+        return True
+    _turn(keys)
+    return False
+
+
 def _leave_what_is_none(model: nn.Module, trial: Trial, followed: list[Ref], reason: str | None = None) -> str | None:
     """Takes back the integers without which the cut is as exact: nothing says that they are widths, and where an
     example is short the largest length that a network takes is one that it does not come near.
@@ -94,25 +111,46 @@ def _leave_what_is_none(model: nn.Module, trial: Trial, followed: list[Ref], rea
             still is not
     """
     free = [space for space in trial.spaces if space.trimmable]
-    names, before, still = [space.name for space in free], [space.refs for space in free], reason
+    if not followed:
+        return reason
+    names, before = [space.name for space in free], [space.refs for space in free]
     alike = defaultdict(list)  # of one attribute of a class
     for ref in followed:
         ((path, attribute),) = ref.owners
-        alike[type(model.get_submodule(path)), attribute, ref.dim].append(id(ref))
-    for some in alike.values():
-        refs = [space.refs for space in free]
-        if not any(id(ref) in some for held in refs for ref in held):
-            continue
-        for space in free:
-            space.refs = [ref for ref in space.refs if id(ref) not in some]
-        why = trial.changes(names)[1]
-        if why and (still is None or trial.raised_in is not None):
-            _give_back(free, refs)
-        else:
-            still = why
+        alike[type(model.get_submodule(path)), attribute, ref.dim].append(ref)
+    for modes in (["eval"], [*trial.modes]):  # mostly eval mode says as much
+        still, narrow = reason, trial.cut(names)
+        for some in alike.values():
+            ids, refs = {id(ref) for ref in some}, [space.refs for space in free]
+            if not any(id(ref) in ids for held in refs for ref in held):
+                continue
+            for space in free:
+                space.refs = [ref for ref in space.refs if id(ref) not in ids]
+            said = [_say(narrow, ref, trial.model) for ref in some]
+            why = trial.changes_by(narrow, modes)[1]
+            if why and (still is None or trial.raised_in is not None):
+                _give_back(free, refs)
+                for ref, counted in zip(some, said, strict=True):
+                    setattr(narrow.get_submodule(ref.owners[0][0]), ref.owners[0][1], counted)
+            else:
+                still = why
+        taken = [space.refs for space in free] != before
+        if not taken or trial.changes(names)[1] == still:
+            break
+        _give_back(free, before)
     if still is not None:
         _give_back(free, before)
     return reason and still
+
+
+def _say(model: nn.Module, ref: Ref, like: nn.Module) -> Integers:
+    """Gives an integer of a module the value that another network has there; returns what was said before."""
+    ((path, attribute),) = ref.owners
+    module = model.get_submodule(path)
+    said = getattr(module, attribute)
+    value = at_place(getattr(like.get_submodule(path), attribute), ref.dim)
+    setattr(module, attribute, replaced(said, ref.dim, value))
+    return said
 
 
 def _give_back(spaces: list[ChannelSpace], refs: list[list[Ref]]) -> None:

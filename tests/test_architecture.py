@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "csgd.errors": 0,
     "csgd.balanced": 0,
+    "csgd.blocks": 0,
     "csgd.build": 0,
     "csgd.centripetal": 0,
     "csgd.graph": 0,

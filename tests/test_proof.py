@@ -77,10 +77,26 @@ def test_a_proof_runs_the_wide_network_twice_and_its_control_at_the_narrow_width
         return passes(trial, model, *how)
 
     monkeypatch.setattr(Trial, "passes", noted)
-    net = Body(lambda y, _: y)
+    net = Body(lambda y, m: m.norm(y), norm=nn.BatchNorm2d(12))
     spaces = csgd.find_spaces(net, IMAGES, trial=False)
     assert csgd.prove(net, spaces, random_clusters(spaces), IMAGES).exact
-    assert sorted(widths) == [6, 6, 6, 12, 12]
+    assert sorted(widths) == [6, 6, 6, 12, 12], "statistics are fitted in a pass that is needed anyway"
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own statistics", "shared statistics"])
+def test_statistics_are_fitted_once_and_the_pass_that_fits_them_is_the_one_of_eval_mode(shared):
+    """Where two layers share them, or a layer is called again, the pass that fits sees what all later ones see."""
+    first, second = nn.BatchNorm2d(12), nn.BatchNorm2d(12)
+    if shared:
+        second.running_mean, second.running_var = first.running_mean, first.running_var
+    net = Body(lambda y, m: m.second(3 * m.first(5 * m.first(y))), first=first, second=second)
+    spaces = csgd.find_spaces(net, IMAGES, trial=False)
+    trial = Trial(net, spaces, random_clusters(spaces), IMAGES)
+    fitted, again = (passes.outputs[0] for passes in (trial.before["eval"], trial.passes(trial.model, False)))
+    torch.testing.assert_close(again, fitted, rtol=1e-13, atol=0)
+    of_equal, of_random = trial.model.first.running_var, trial.twin().first.running_var
+    assert torch.isin(of_equal, of_random).all(), "a twin that is made anew has the same"
+    assert csgd.prove(net, spaces, random_clusters(spaces), IMAGES).exact
 
 
 def test_a_proof_whose_cut_cannot_run_tells_its_control_all_the_same():

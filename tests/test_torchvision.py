@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import csgd
 from csgd.models import torchvision
@@ -77,3 +78,37 @@ def test_coverage_of_residual_and_concat_networks():
         spaces = csgd.find_spaces(torchvision(name, 10), torch.randn(2, 3, 32, 32), trial=False)
         assert sum(space.trimmable for space in spaces) == free
         assert [space.pinned for space in spaces if space.pinned] == [["network output"]]
+
+
+class Detector(nn.Module):
+    """Images of any size, resized as torchvision's detectors do it, and maps of them."""
+
+    def __init__(self, **how):
+        super().__init__()
+        self.transform = GeneralizedRCNNTransform(800, 1333, [0.5] * 3, [0.2] * 3, **how)
+        self.conv, self.head = nn.Conv2d(3, 8, 3, stride=4), nn.Conv2d(8, 4, 1)
+
+    def forward(self, images):
+        batch = self.transform(images)[0].tensors
+        return self.head(self.conv(batch).relu()).mean((2, 3))
+
+
+@pytest.mark.parametrize("how", [{}, {"fixed_size": (96, 96)}])
+def test_a_detector_that_resizes_images_is_tried_on_small_ones(monkeypatch, how):
+    """Its channels are the same at any size; 800 × 1066 pixels in float64 take a minute."""
+    seen, forward = [], GeneralizedRCNNTransform.forward
+
+    def noted(self, images, targets=None):
+        out = forward(self, images, targets)
+        seen.append(tuple(out[0].tensors.shape[-2:]))
+        return out
+
+    monkeypatch.setattr(GeneralizedRCNNTransform, "forward", noted)
+    model, images = Detector(**how), ([torch.rand(3, 60, 80), torch.rand(3, 60, 60)],)
+    spaces = csgd.find_spaces(model, images)
+    assert [space.name for space in spaces if space.trimmable] == ["conv"]
+    assert csgd.prove(model, spaces, random_clusters(spaces), images).exact
+    assert set(seen) == {(96, 96) if how else (256, 352)}
+    assert model.transform.min_size == (800,)
+    model(*images)
+    assert seen[-1] == ((96, 96) if how else (800, 1088)), "the network itself keeps its size"

@@ -38,6 +38,7 @@ from csgd.graph.twin import (
     run,
     set_mode,
     set_random_state,
+    shrink_images,
     twin_of,
 )
 
@@ -151,6 +152,7 @@ def trace_spaces(
                 with torch.no_grad():
                     for buffer, saved in buffers:
                         buffer.copy_(saved)
+        shrink_images(twin)
         hold(twin)
         originals = {id(tensor): dotted(path, name) for path, _, name, tensor in own_tensors(model)}
         return _trace(twin, inputs, unused, originals, outputs)
@@ -171,6 +173,8 @@ def _trace(
         set_mode(model, mode)
         for inputs in examples:
             _run(ledger, model, inputs, 0, originals, mode is not False, outputs)
+    if ledger.met:
+        return _trace(model, examples, unused, originals, outputs, {**ledger.met, **maps})
     statistics = {id(buffer): buffer.clone() for buffer in model.buffers()}
     used, evaluated, ledger.seen = ledger.seen & statistics.keys(), ledger.seen, set()
     for seed in range(TRAINING_PASSES):

@@ -19,6 +19,8 @@ from torch.nn.parameter import is_lazy
 
 from csgd.errors import InputError
 
+SMALL = 256  # pixels
+
 
 class Inputs:
     """What a forward pass is called with: `Inputs(x, task="a")` stands for `model(x, task="a")`."""
@@ -172,6 +174,16 @@ def twin_of(model: nn.Module, new: Callable[[Tensor], Tensor] = Tensor.clone) ->
     return twin
 
 
+def shrink_images(twin: nn.Module) -> None:
+    """Lets detectors of torchvision, which resize images themselves, make them SMALL pixels high, not 800: as many
+    channels, a tenth of the work."""
+    if (known := sys.modules.get("torchvision.models.detection.transform")) is None:
+        return
+    for module in twin.modules():
+        if isinstance(module, known.GeneralizedRCNNTransform) and module.fixed_size is None:
+            module.min_size = tuple(min(size, SMALL) for size in module.min_size)
+
+
 def _like(tensor: Tensor, new: Callable[[Tensor], Tensor]) -> Tensor:
     """new(tensor), as a parameter where the tensor is one, with the attributes that hang on it."""
     with torch.no_grad():
@@ -260,7 +272,7 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
 def gradients(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Gradients enabled as in training while no parameter asks for one: code that looks takes the branch of training,
     and no graph is kept."""
-    asked = [p for p in model.parameters() if p.requires_grad and p.is_leaf]  # scripted ones are not
+    asked = [p for p in model.parameters() if enabled and p.requires_grad and p.is_leaf]  # scripted ones are not
     for p in asked:
         p.requires_grad_(False)
     try:
