@@ -281,6 +281,14 @@ def clustered_tensors(
     return [_clustered(list(owners), model, uses) for owners, uses in refs.items()]
 
 
+def keep_buffers(model: nn.Module, touched: Iterable[ClusteredTensor]) -> None:
+    """Lets the state_dict hold buffers that it leaves out since a network makes them anew: what becomes of them when
+    members are made equal, or cut, it would not make."""
+    for tensor in touched:
+        for path, attribute in tensor.owners:
+            model.get_submodule(path)._non_persistent_buffers_set.discard(attribute)
+
+
 def _firsts(spaces: list[ChannelSpace], clusters: Clusters) -> Iterator[tuple[ChannelSpace, Tensor]]:
     """Each space that is clustered, and the representative [slots] of each slot."""
     for space in spaces:

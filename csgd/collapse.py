@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from csgd.carry_over import like_parameter
 from csgd.centripetal import segment_mean
-from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors
+from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors, keep_buffers
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
 from csgd.graph.twin import dotted
@@ -376,8 +376,9 @@ def _sharding() -> tuple[type, ...]:
 
 def _places(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters) -> list[_Place]:
     """Of every tensor whose rows become equal, but for constants that are."""
-    places, sharding = [], _sharding()
-    for t in clustered_tensors(model, spaces, clusters):
+    places, sharding, touched = [], _sharding(), clustered_tensors(model, spaces, clusters)
+    keep_buffers(model, touched)
+    for t in touched:
         if isinstance(t.tensor, sharding):
             raise InputError(f"{t.name} is a DTensor: the rows of a sharded tensor cannot be pulled together")
         if not t.becomes_equal:

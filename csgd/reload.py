@@ -3,7 +3,7 @@
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -42,12 +42,40 @@ def load_trimmed(
     are left of each part, or whether of an attention there are fewer heads or smaller ones, `widths` does, {space name:
     width} as `target_widths` returns them.
 
-    Parameters and buffers stay the objects that they are.  InputError if keys are missing, left over, of another kind
+    Parameters and buffers stay the objects that they are.  A buffer that the network leaves out of its state_dict, and
+    this one holds since a cut has changed it, is in it from then on.  InputError if keys are missing, left over, of another kind
     or number of dims or wider than the model's, or if the shapes do not fit together.
     """
     if not isinstance(state_dict, Mapping):
         raise InputError(f"a state_dict maps names to tensors, got a {type(state_dict).__name__}")
     _check_widths(widths)
+    with _saving(model, state_dict):
+        return _load_trimmed(model, state_dict, example, widths)
+
+
+@contextmanager
+def _saving(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Iterator[None]:
+    """Lets the state_dict of a network hold the buffers that it leaves out and this one does not, as after a cut; not
+    where that raises."""
+    held = [
+        (module, name)
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+        if module._buffers.get(name) is not None and dotted(path, name) in state_dict
+    ]
+    for module, name in held:
+        module._non_persistent_buffers_set.discard(name)
+    try:
+        yield
+    except BaseException:
+        for module, name in held:
+            module._non_persistent_buffers_set.add(name)
+        raise
+
+
+def _load_trimmed(
+    model: nn.Module, state_dict: Mapping[str, Tensor], example: Any, widths: Mapping[str, int] | None
+) -> nn.Module:
     own = model.state_dict(keep_vars=True)
     _check_keys(model, own, state_dict)
     versioned = OrderedDict(state_dict)  # some modules ask for their version, which files of safetensors do not hold

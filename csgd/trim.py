@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from csgd.carry_over import carry_over
 from csgd.centripetal import segment_mean
-from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors, counted_channels
+from csgd.clusters import ClusteredTensor, Clusters, clustered_tensors, counted_channels, keep_buffers
 from csgd.collapse import attached
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace
@@ -37,7 +37,9 @@ def merge_equal(model: nn.Module, spaces: list[ChannelSpace], clusters: Clusters
 
     What C-SGD reaches by training, done in one stroke: the one-shot baseline, and the way to test `trim`.
     """
-    for t in clustered_tensors(model, spaces, clusters, for_cut=False):
+    touched = clustered_tensors(model, spaces, clusters, for_cut=False)
+    keep_buffers(model, touched)
+    for t in touched:
         if t.becomes_equal:
             merged = segment_mean(t.tensor.detach(), *t.merged)
             if not torch.equal(merged, t.tensor):  # a constant that was expanded has no memory for each entry
@@ -59,6 +61,7 @@ def trim(
     of any tensor is above `tolerance`, running statistics included, which lag the filters by about 1 / momentum steps
     (fact F8); tolerance=None cuts all the same.
 
+    A buffer that the state_dict leaves out (persistent=False), since the network makes it anew, is in it once it is cut.
     Every parameter and buffer stays the object that it is, with its attributes, hooks and places in lists; only its
     data is another, and its gradient None.  What remembers shapes must be made anew: wrappers of DDP, compiled steps,
     and optimizers, whose state is that of the wide network.  But those of torch's interface that are given, one or
@@ -123,6 +126,7 @@ def cut(
     narrowed  what each tensor becomes
     """
     touched, counted = clustered_tensors(model, spaces, clusters), counted_channels(model, spaces, clusters)
+    keep_buffers(model, touched)
     touched, narrow = zip(*cut_values(model, touched, narrowed), strict=True) if touched else ((), ())
     carry_over(optimizers, touched)
     multipliers, widths = depthwise_multipliers(model), defaultdict(lambda: defaultdict(set))

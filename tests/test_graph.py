@@ -304,18 +304,19 @@ def test_whole_numbers_and_masks_for_each_channel_pin(mask):
     assert not spaces_of(Net(body))["conv"].trimmable
 
 
-def test_buffers_that_are_not_saved_pin():
-    """A network that is built anew would have the one of the wide network."""
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffers_that_are_not_saved_are_cut_like_others(persistent):
 
     def centred(x, m):
         if m.training:
             m.mean.mul_(0.9).add_(0.1 * x.mean((0, 2, 3)))
         return x - m.mean.view(-1, 1, 1)
 
-    for persistent in (True, False):
-        body = Apply(centred)
-        body.register_buffer("mean", torch.zeros(8), persistent)
-        assert spaces_of(Net(body))["conv"].trimmable is persistent
+    body = Apply(centred)
+    body.register_buffer("mean", torch.zeros(8), persistent)
+    space = spaces_of(Net(body))["conv"]
+    assert space.trimmable
+    assert ("body", "mean") in {owner for ref in space.refs for owner in ref.owners}
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(())])

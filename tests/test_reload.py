@@ -296,3 +296,47 @@ def test_integers_that_may_count_channels_ask_for_an_example_where_no_input_is_f
     assert "give an example" in message
     loaded = load_trimmed(wide, narrow.state_dict(), example=example, widths=widths)
     assert torch.equal(loaded(*example), narrow(*example))
+
+
+class Placed(nn.Module):
+    """Adds places that it makes anew, and that its state_dict does not hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 4, 1)
+        self.register_buffer("places", torch.linspace(0, 9, 12 * 64).view(12, 8, 8).sin(), persistent=False)
+        self.register_buffer("grey", torch.full((12, 1, 1), 0.5), persistent=False)
+
+    def forward(self, x):
+        return self.last((self.grey * self.conv(x) + self.places).tanh()).mean((2, 3))
+
+
+def test_a_buffer_that_is_not_saved_is_once_it_is_cut():
+    """And goes into a network that makes it anew at its full width; a network that is not cut has its old keys."""
+    example, net = torch.randn(2, 3, 8, 8), Placed()
+    keys = [*net.state_dict()]
+    spaces = csgd.find_spaces(net, example)
+    assert [space.trimmable for space in spaces] == [True, False]
+    clusters = random_clusters(spaces)
+    assert csgd.prove(net, spaces, clusters, example).exact
+    assert [*net.state_dict()] == keys
+    csgd.merge_equal(net, spaces, clusters)
+    merged = copy.deepcopy(net)
+    csgd.trim(net, spaces, clusters)
+    torch.testing.assert_close(net(example), merged(example))
+    state = net.state_dict()
+    assert {key: len(state[key]) for key in ("places", "grey")} == {"places": 6, "grey": 6}
+    for how in ({}, {"example": example}):
+        loaded = load_trimmed(Placed(), state, **how)
+        assert torch.equal(loaded(example), net(example))
+        assert [*loaded.state_dict()] == [*state]
+    fresh = Placed()
+    assert "places" in refused(fresh, narrowed(state, places=5), example=example)
+    assert [*fresh.state_dict()] == keys, "nothing of it has changed"
+    wide = load_trimmed(Placed(), merged.state_dict())
+    assert torch.equal(wide(example), merged(example)), "equal members are no longer what it makes"
+    again = random_clusters(found := csgd.find_spaces(loaded, example))
+    csgd.merge_equal(loaded, found, again)
+    csgd.trim(loaded, found, again)
+    assert len(loaded.state_dict()["places"]) == 3
+    assert torch.equal(load_trimmed(Placed(), loaded.state_dict())(example), loaded(example))

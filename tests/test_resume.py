@@ -136,31 +136,34 @@ def test_a_resumed_run_looks_for_the_collapse_at_the_same_steps(tmp_path, monkey
 
 
 class Attends(nn.Module):
-    """Shapes alone do not say whether an attention has fewer heads or smaller ones."""
+    """Shapes alone do not say whether an attention has fewer heads or smaller ones, and the places of its patches are
+    no part of its state_dict."""
 
     def __init__(self, num_classes):
         super().__init__()
         self.patches, self.heads = nn.Conv2d(3, 16, 4, 4), 4
         self.q, self.k, self.v, self.out = *(nn.Linear(16, 32) for _ in range(3)), nn.Linear(32, 16)
         self.fc = nn.Linear(16, num_classes)
+        self.register_buffer("places", torch.outer(torch.arange(16), 0.5 ** torch.arange(16)).sin(), persistent=False)
 
     def forward(self, images):
-        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.places
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return self.fc(x.mean(1))
 
 
-def test_a_run_that_is_killed_after_the_cut_of_an_attention_goes_on_with_its_heads(tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", [Part.WIDE, Part.NARROW])
+def test_a_run_that_is_killed_goes_on_with_heads_and_buffers(tmp_path, monkeypatch, part):
     cfg = composed(*RUN[:2], "wandb=disabled", "quiet=true", "deps=1_2", "model._target_=test_resume.Attends",
                    "schedule.csgd={epochs: 2, lr: 0.01, optimizer: adamw, max_steps: 6}", "resume=auto", "report=false",
-                   "schedule.base.max_steps=6", f"base.cache={tmp_path / 'base'}")  # fmt: skip
+                   "schedule.ema=0.5", "checkpoint_every=4", "schedule.base.max_steps=6", f"base.cache={tmp_path / 'base'}")  # fmt: skip
     run(cfg, tmp_path / "whole")
     save = Progress.save
 
     def killed(self, setup):
         save(self, setup)
-        if self.part is Part.NARROW:
+        if self.part is part and self.step:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Progress, "save", killed)
@@ -170,6 +173,7 @@ def test_a_run_that_is_killed_after_the_cut_of_an_attention_goes_on_with_its_hea
     run(cfg, tmp_path / "killed")
     weights = [(tmp_path / name / "pruned.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
+    assert load_weights(tmp_path / "whole" / "pruned.safetensors")["places"].shape == (16, 8)
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole):

@@ -185,12 +185,9 @@ def _trace(
     if ledger.met:
         return _trace(model, examples, unused, originals, outputs, {**ledger.met, **maps})
     _move_statistics(model, examples, [(b, statistics[id(b)]) for b in model.buffers() if id(b) in statistics])
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if id(buffer) in statistics and torch.equal(buffer, statistics[id(buffer)]):
-                ledger.constants.add(id(buffer))
-            if buffer is not None and name in module._non_persistent_buffers_set:
-                ledger.freeze(buffer, "meets a buffer that is not saved with the network")
+    for buffer in model.buffers():
+        if id(buffer) in statistics and torch.equal(buffer, statistics[id(buffer)]):
+            ledger.constants.add(id(buffer))
     _pin_what_may_be_read(ledger, _without(left, unused), examples)
     spaces = spaces_of(ledger, model)
     add_conditions(ledger, spaces)

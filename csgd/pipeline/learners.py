@@ -8,7 +8,7 @@ from torch.amp import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from csgd.carry_over import scale_gradients
-from csgd.clusters import Clusters
+from csgd.clusters import Clusters, clustered_tensors, keep_buffers
 from csgd.collapse import Collapse
 from csgd.graph import ChannelSpace
 from csgd.optim import CSGD, param_groups
@@ -34,6 +34,7 @@ def base_learner(setup: Setup) -> Learner:
 def pulled_learner(setup: Setup, spaces: list[ChannelSpace], clusters: Clusters) -> Learner:
     """The wide network at the start of a stage."""
     spec, model = setup.spec, setup.model
+    keep_buffers(model, clustered_tensors(model, spaces, clusters))  # in the average of the weights too
     if spec.pull.published:
         return _learner(setup, csgd_optimizer(spec, model, spaces, clusters), averages=True)
     return _collapsing(setup, free_learner(setup), spaces, clusters)
@@ -58,6 +59,8 @@ def saved_learner(
     """That of a checkpoint of a stage; spaces  None where the network has been cut"""
     spec, named = setup.spec, dict(setup.model.named_parameters())
     held = [{"params": [named[name] for name in names]} for names in groups]
+    if spaces is not None:
+        keep_buffers(setup.model, clustered_tensors(setup.model, spaces, clusters))
     adamw = spec.pull.optimizer == "adamw"
     learner = _learner(setup, torch.optim.AdamW(held) if adamw else CSGD(held, lr=0.0), averages=True)
     if spaces is not None and spec.pull.published is None:
