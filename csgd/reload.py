@@ -43,8 +43,10 @@ def load_trimmed(
     width} as `target_widths` returns them.
 
     Parameters and buffers stay the objects that they are.  A buffer that the network leaves out of its state_dict, and
-    this one holds since a cut has changed it, is in it from then on.  InputError if keys are missing, left over, of another kind
-    or number of dims or wider than the model's, or if the shapes do not fit together.
+    this one holds since a cut has changed it, is in it from then on.
+
+    InputError if keys are missing, left over, of another kind or number of dims or wider than the model's, or if the
+    shapes do not fit together.
     """
     if not isinstance(state_dict, Mapping):
         raise InputError(f"a state_dict maps names to tensors, got a {type(state_dict).__name__}")

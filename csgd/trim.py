@@ -61,7 +61,7 @@ def trim(
     of any tensor is above `tolerance`, running statistics included, which lag the filters by about 1 / momentum steps
     (fact F8); tolerance=None cuts all the same.
 
-    A buffer that the state_dict leaves out (persistent=False), since the network makes it anew, is in it once it is cut.
+    A buffer that the state_dict leaves out (persistent=False), as a network makes it anew, is in it once it is cut.
     Every parameter and buffer stays the object that it is, with its attributes, hooks and places in lists; only its
     data is another, and its gradient None.  What remembers shapes must be made anew: wrappers of DDP, compiled steps,
     and optimizers, whose state is that of the wide network.  But those of torch's interface that are given, one or

@@ -808,3 +808,41 @@ def test_a_rule_that_holds_for_another_function_too_is_tried_like_any():
         RULES.pop("erfc"), RULES.pop("logcumsumexp")
     with pytest.raises(csgd.InputError, match="like='nothing' has no rule"):
         csgd.rule("mine", like="nothing")
+
+
+def padded(net, x):
+    """Shortcuts that pad their channels with zeros, in front and behind."""
+    x = net.a(x)
+    return net.h(net.c(F.pad(x, net.pads).relu() + net.b(x).relu()))
+
+
+def padded_by_its_width(net, x):
+    x = net.a(x)
+    return net.h(F.pad(x, (0, 0, 0, 0, 0, x.size(1))) + net.b(x))
+
+
+def padded_on_one_side(net, x):
+    x = net.a(x)
+    return net.h(F.pad(x, (0, 0, 0, 0, 0, net.more)) + net.b(x))
+
+
+PADDED = {
+    "both sides, a tuple": (lambda: Net(padded, a=conv(3, 8), b=conv(8, 16), c=conv(16, 6), h=head(6),
+                                        pads=(0, 0, 0, 0, 4, 4)), 22),
+    "its own width": (lambda: Net(padded_by_its_width, a=conv(3, 8), b=conv(8, 16), h=head(16)), 8),
+    "one side": (lambda: Net(padded_on_one_side, a=conv(3, 8), b=conv(8, 12), h=head(12), more=4), 12),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", PADDED)
+def test_channels_of_zeros_that_a_module_counts_follow(way):
+    make, free = PADDED[way]
+    net, x = make(), torch.randn(3, 3, 10, 10)
+    check_exact(net, x, free=free)
+    spaces = csgd.find_spaces(net, x)
+    narrow, widths = copy.deepcopy(net), csgd.target_widths(spaces, 0.5)
+    csgd.trim(narrow, spaces, csgd.cluster(narrow, spaces, widths), tolerance=None)
+    loaded = csgd.load_trimmed(make(), narrow.state_dict(), example=x, widths=widths)
+    assert torch.equal(loaded(x), narrow(x))
+    if way == "both sides, a tuple":
+        assert narrow.pads == loaded.pads == (0, 0, 0, 0, 2, 2)

@@ -157,7 +157,8 @@ class Attends(nn.Module):
 def test_a_run_that_is_killed_goes_on_with_heads_and_buffers(tmp_path, monkeypatch, part):
     cfg = composed(*RUN[:2], "wandb=disabled", "quiet=true", "deps=1_2", "model._target_=test_resume.Attends",
                    "schedule.csgd={epochs: 2, lr: 0.01, optimizer: adamw, max_steps: 6}", "resume=auto", "report=false",
-                   "schedule.ema=0.5", "checkpoint_every=4", "schedule.base.max_steps=6", f"base.cache={tmp_path / 'base'}")  # fmt: skip
+                   "schedule.ema=0.5", "checkpoint_every=4", "schedule.base.max_steps=6",
+                   f"base.cache={tmp_path / 'base'}")  # fmt: skip
     run(cfg, tmp_path / "whole")
     save = Progress.save
 

@@ -18,6 +18,7 @@ from csgd.errors import InputError
 from csgd.graph.labels import along, compact, wide_dims
 from csgd.graph.ledger import Ledger
 from csgd.graph.picks import counted, made, made_like, max_unpool, pick, setitem, spread
+from csgd.graph.sizes import channels_of
 
 # Values leave, or are written into, a tensor behind the tracer's back.
 ESCAPES = {"setitem", "set", "numpy", "tolist", "array", "dlpack"}
@@ -346,8 +347,14 @@ def channel_shuffle(ledger: Ledger, call: Call) -> None:
     ledger.label(call.outputs[0], along(atoms.t().reshape(-1), 1, call.inputs[0].dim()))
 
 
+def _zeros(ledger: Ledger, n: int) -> Tensor:
+    atoms = channels_of(ledger, n)
+    return ledger.fresh(1, "zero-padded channels").expand(n) if atoms is None else atoms
+
+
 def pad(ledger: Ledger, call: Call) -> None:
-    """Padding with zeros adds channels that must stay (a shortcut that pads its channels)."""
+    """Padding with zeros adds channels (a shortcut that pads its own): as many as a module's integer says, or is the
+    width of; others must stay."""
     labels = compact(ledger.canonical(ledger.labels(call.inputs[0])))
     pads, mode = call.arg(1, "pad"), call.arg(2, "mode", "constant")
     for i, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
@@ -355,9 +362,9 @@ def pad(ledger: Ledger, call: Call) -> None:
         if labels.size(dim) > 1 and (before or after):
             if mode != "constant" or min(before, after) < 0:
                 return unknown(ledger, call)
-            zero = ledger.fresh(1, "zero-padded channels")
-            ends = [zero.expand(*labels.shape[:dim], n, *labels.shape[dim + 1 :]) for n in (before, after)]
-            labels = torch.cat([ends[0], labels, ends[1]], dim)
+            ends = [along(_zeros(ledger, n), dim, labels.dim()) for n in (before, after)]
+            others = (*labels.shape[:dim], -1, *labels.shape[dim + 1 :])
+            labels = torch.cat([ends[0].expand(others), labels, ends[1].expand(others)], dim)
     ledger.label(call.outputs[0], labels)
 
 
