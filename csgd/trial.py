@@ -198,9 +198,11 @@ def _within(ref: Ref, path: str) -> bool:
 
 def _share_widths(model: nn.Module, spaces: list[ChannelSpace], path: str) -> bool:
     """Ties the streams of an attention, and of all of its class, to its heads, where these are together as wide;
-    whether there was any that was not tied."""
+    whether there was any that was not tied.  A network of which a layer raises is no attention."""
     found = False
     for where, _ in like(model, path):
+        if path and not where:
+            continue
         within = [
             (space, ref)
             for space in spaces if space.trimmable

@@ -85,6 +85,24 @@ class One(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(b, n, c if self.typed else self.num_heads * self.head_dim))
 
 
+class Reduced(nn.Module):
+    """Keys and values of fewer tokens, as in PVT v2: all is read by the width of the stream, and `by` says how."""
+
+    def __init__(self, heads: int, by: str = "dims"):
+        super().__init__()
+        self.num_heads, self.head_dim, self.by = heads, WIDTH // heads, by
+        self.q, self.kv, self.proj = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.reduce, self.norm = nn.Conv1d(WIDTH, WIDTH, 2, 2), nn.LayerNorm(WIDTH)
+
+    def forward(self, x):
+        b, n, c = x.shape
+        dims = self.head_dim if self.by == "dims" else c // self.num_heads
+        q = self.q(x).reshape(b, n, self.num_heads, dims if self.by == "parts" else -1).transpose(1, 2)
+        x = self.reduce(x.transpose(1, 2).reshape(b, c, n)).reshape(b, c, -1).transpose(1, 2)
+        k, v = self.kv(self.norm(x)).reshape(b, -1, 2, self.num_heads, dims).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+
+
 class Grouped(nn.Module):
     """Twice as many queries as keys and values."""
 
@@ -236,6 +254,12 @@ NETS = {  # with the names of the spaces of attention that are free
     "causal": (lambda: Three(causal), {"q", "q#heads", "v"}),
     "one layer": (One, {"qkv", "qkv#heads"}),
     "as wide as the stream": (lambda: One(typed=True), {"qkv#heads"}),
+    "one head as wide as the stream": (lambda: Reduced(1), {"q", "reduce"}),
+    "two heads as wide as the stream": (lambda: Reduced(2), {"q", "reduce"}),
+    "four heads as wide as the stream": (lambda: Reduced(4), {"q#heads", "reduce"}),
+    "heads of parts of the stream": (lambda: Reduced(4, "parts"), {"q#heads", "reduce"}),
+    "a head of all of the stream": (lambda: Reduced(1, "parts"), {"q", "reduce"}),
+    "values of parts of the stream": (lambda: Reduced(2, "values"), {"q", "reduce"}),
     "norms of queries and keys": (lambda: One(nn.LayerNorm), {"qkv", "qkv#heads"}),
     "RMS norms of queries and keys": (lambda: One(nn.RMSNorm), {"qkv", "qkv#heads"}),
     "norms without a weight": (lambda: One(partial(nn.LayerNorm, elementwise_affine=False)), {"qkv#heads"}),

@@ -153,6 +153,27 @@ def sums(net, x):
     return net.h(torch.cat([y[:, : net.k], y[:, net.k : net.k + net.m].relu(), net.b(y[:, net.k + net.m :])], 1))
 
 
+def chunked(net, x):
+    parts = list(net.a(x).chunk(net.parts, 1))
+    parts[0] = net.b(parts[0]).tanh()
+    return net.h(torch.cat([*parts[:-1], parts[-1].sigmoid()], 1))
+
+
+def folded(net, x):
+    """Shapes of one tensor are typed into views of others."""
+    y = net.a(x)
+    b, c, _, _ = y.shape
+    z = net.b(y).view(b, c, -1).mean(-1)
+    return net.h(y * net.c(y).view(b, net.groups, c // net.groups, 8, 8).flatten(1, 2).relu() + z[:, :, None, None])
+
+
+def folded_otherwise(net, x):
+    """The same, where nothing but the shape says that there are as many."""
+    y = net.a(x)
+    b, c, _, _ = y.shape
+    return net.h(net.b(y).reshape(b, c, -1).transpose(1, 2).unflatten(1, (8, 8)).movedim(-1, 1).relu())
+
+
 PICKS = {
     "Res2Net": (res2, dict(a=conv(3, 24), b=conv(8, 8), c=conv(8, 8), h=head(24), width=8), 16),
     "C2f": (c2f, dict(a=conv(3, 16), b=conv(8, 8), h=head(24), c=8), 8),
@@ -220,6 +241,11 @@ PICKS = {
         dict(a=conv(3, 16), h=head(15)),
         15,
     ),
+    "three parts, the last smaller": (chunked, dict(a=conv(3, 22), b=conv(8, 8), h=head(22), parts=3), 22),
+    "fewer parts than asked": (chunked, dict(a=conv(3, 12), b=conv(3, 3), h=head(12), parts=5), 6),
+    "fewer parts, the last smaller": (chunked, dict(a=conv(3, 40), b=conv(6, 6), h=head(40), parts=7), 16),
+    "the width of others": (folded, dict(a=conv(3, 8), b=conv(8, 8), c=conv(8, 8), h=head(8), groups=2), 4),
+    "the width of what is read": (folded_otherwise, dict(a=conv(3, 8), b=conv(8, 8), h=head(8)), 16),
     "a lane": (
         lambda n, x: n.h(torch.mul(*(y := n.a(x)).view(2, 2, y.shape[1] // 2, 8, 8).unbind(1))),
         dict(a=conv(3, 16), h=head(8)),
@@ -485,6 +511,21 @@ def filled(net, x):
 
 
 two = dict(a=conv(3, 16), b=conv(16, 16), h=head(16))
+@pytest.mark.parametrize(
+    "way, parts, why",
+    [
+        (chunked, dict(a=conv(3, 15), b=nn.Identity(), h=head(15), parts=2), "make no clusters of one size"),
+        (folded_otherwise, dict(a=nn.Identity(), b=conv(3, 3), h=head(3)), "its trial trim raises"),
+        (folded_otherwise, dict(a=conv(3, 9), b=conv(9, 9), h=nn.Sequential(nn.Flatten(1))), "cannot be cut together"),
+    ],
+    ids=["8 and 7", "of an input", "of an output"],
+)
+def test_parts_and_widths_that_leave_no_cut_pin(way, parts, why):
+    spaces = csgd.find_spaces(Net(way, **parts), IMAGES)
+    assert not any(space.trimmable for space in spaces)
+    assert any(why in reason for space in spaces for reason in space.pinned)
+
+
 MADE = {
     "zeros_like": (lambda n, x: n.h(torch.zeros_like(y := n.a(x)) + y + n.b(y)), two, 16),
     "new_zeros": (lambda n, x: n.h((y := n.a(x)).new_zeros(y.shape) + n.b(y)), two, 16),

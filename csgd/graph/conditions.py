@@ -74,7 +74,7 @@ def _ask_for_one_size(ledger: Ledger, spaces: Sequence[ChannelSpace]) -> None:
         free = beside.isdisjoint(together) and all(spaces[k].trimmable for k in together)
         _settle([spaces[k] for k in together], [parts[k] for k in together], [list(why[k]) for k in together], free)
 
-    for stream, values in ledger.same_width:
+    for stream, values in _of_same_width(ledger):
         found = [
             [
                 spaces[k].name
@@ -84,6 +84,17 @@ def _ask_for_one_size(ledger: Ledger, spaces: Sequence[ChannelSpace]) -> None:
             for of_heads, atoms in ((False, stream), (True, values), (False, values))
         ]
         share_width(spaces, *found)
+
+
+def _of_same_width(ledger: Ledger) -> Iterator[tuple[Tensor, Tensor]]:
+    """(stream, channels) that must be as many, each once, but for those of the same slots: they are cut alike."""
+    seen = set()
+    for pair in ledger.same_width:
+        slots = [ties.find(atoms).unique() for ties in (ledger.slot, ledger.head) for atoms in pair]
+        key = tuple(ledger.channel.find(atoms).numpy().tobytes() for atoms in pair)
+        if key not in seen and not (torch.equal(*slots[:2]) and torch.equal(*slots[2:])):
+            yield pair
+        seen.add(key)
 
 
 def _tie(classes: list[int], k: int, other: int) -> None:
@@ -101,7 +112,8 @@ def share_width(
     spaces: Sequence[ChannelSpace], stream: Sequence[str], heads: Sequence[str], dims: Sequence[str]
 ) -> None:
     """The heads of an attention are together as wide as its stream, before a cut and after: clusters have one size in
-    the stream and among the heads, or, where heads cannot be as many fewer, among their dims.
+    the stream and among the heads, or, where heads cannot be as many fewer, among their dims.  The same for any other
+    channels, `dims`, to which a view gives the width of a stream.
 
     In place; where neither can be, all of them stay.
     """
@@ -111,6 +123,8 @@ def share_width(
     best = min((0, 1), key=lambda i: (not possible[i], before[:1] != possible[i][:1]))
     if not possible[best]:
         why = "an attention whose heads are together as wide as their stream, and cannot be cut with it"
+        if not heads:
+            why = "a view asks that other channels are as many, and they cannot be cut together"
         return pin(spaces, dict.fromkeys([one for one in (*stream, *heads, *dims) if of[one].trimmable], why))
     for name in ways[1 - best][0]:
         if of[name].trimmable:
@@ -118,7 +132,8 @@ def share_width(
     tied = _all_tied(of, [*stream, *ways[best][0]])
     for name in tied:
         condition = one_size(space := of[name])
-        why = condition.why if condition else "as wide as the stream of its attention"
+        told = "as wide as the stream of its attention" if heads else "as many as other channels that a view names"
+        why = condition.why if condition else told
         if condition is None or condition.tied != tuple(tied):
             parts = condition.parts if condition else (tuple(range(space.size)),)
             space.conditions = [one for one in space.conditions if one is not condition]

@@ -68,7 +68,7 @@ class Ledger:
         self.products: list[Product] = []
         self.of_length_one: list[tuple[Tensor, str]] = []  # (atoms [groups, n], by what each group is made so long)
         self.scaled: list[tuple[Tensor, Tensor]] = []  # (atoms [heads, n], those of a weight and bias [n] of all heads)
-        self.same_width: list[tuple[Tensor, Tensor]] = []  # (stream, channels of all heads): as many before as after
+        self.same_width: list[tuple[Tensor, Tensor]] = []  # (stream, channels that its width counts): as many after
         self.worked: list[Tensor] = []  # atoms of channels that are not only moved, scaled and multiplied in a product
 
     def tensor_of(self, owner: tuple[str, str]) -> Tensor | None:

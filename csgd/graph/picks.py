@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from csgd.graph.labels import along, compact, wide_dims
 from csgd.graph.ledger import Ledger
-from csgd.graph.sizes import Size, channels_of, count, row
+from csgd.graph.sizes import Size, channels_of, count, row, width_of
 
 if TYPE_CHECKING:
     from csgd.graph.rules import Call
@@ -140,7 +140,7 @@ def _index_of(index: Any, ndim: int) -> list[Any]:
 
 def counted(ledger: Ledger, call: "Call", moved: Tensor) -> None:
     """Lets the integers of modules in the shape of a view follow what lies along their dim: channels, dims of a head,
-    or heads."""
+    or heads.  What the view gives the width of other channels, or a part of it for each head, stays as wide."""
     first = call.arg(1, "dim") % call.inputs[0].dim() if call.name == "unflatten" else 0
     given = call.args[2:] if first or call.name == "unflatten" else call.args[1:]
     sizes = given[0] if len(given) == 1 and isinstance(given[0], tuple | list) else given
@@ -153,6 +153,8 @@ def counted(ledger: Ledger, call: "Call", moved: Tensor) -> None:
                 count(ledger, size, atoms, atoms, call.name)
             else:
                 count(ledger, size, atoms := ledger.heads_of(ledger.lanes(moved, dim)), atoms, call.name)
+        elif dim in wide_dims(moved) and (width := width_of(ledger, size)) is not None:
+            ledger.same_width.append((width, compact(moved).reshape(-1)))
 
 
 def setitem(ledger: Ledger, call: "Call") -> str | None:

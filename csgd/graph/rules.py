@@ -313,13 +313,23 @@ def join(ledger: Ledger, call: Call) -> None:
 
 
 def chunk(ledger: Ledger, call: Call) -> None:
-    """Equal parts of the channels are clustered alike, so that chunk still cuts them in the right places."""
+    """Equal parts of the channels are clustered alike, so that chunk still cuts them in the right places.
+
+    The last of k parts may be smaller: of w and v < w channels.  Clusters of one size n leave w / n and v / n, and chunk
+    still takes ⌈((k − 1) w + v) / k n⌉ = w / n of them, since w − v < k.
+    """
     labels = ledger.canonical(ledger.labels(call.inputs[0]))
     parts = call.on(labels)
     if call.arg(2, "dim", 0) % labels.dim() in wide_dims(labels):
-        if len(wide_dims(labels)) > 1 or len({part.shape for part in parts}) > 1:
+        *equal, last = parts
+        if len(wide_dims(labels)) > 1:
             return pick(ledger, call)
-        for first, second in pairwise(parts):
+        if last.shape == parts[0].shape:
+            equal = parts
+        else:
+            ledger.weigh(labels, [call.arg(2, "dim", 0)], _told(ledger, call))
+            ledger.part(last)
+        for first, second in pairwise(equal):
             ledger.alike(compact(first), compact(second))
     for out, part in zip(call.outputs, parts, strict=True):
         ledger.label(out, part)

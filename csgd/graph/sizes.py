@@ -145,6 +145,15 @@ def channels_of(ledger: Ledger, number: int) -> Tensor | None:
     return atoms
 
 
+def width_of(ledger: Ledger, number: int) -> Tensor | None:
+    """The channels whose width a number is, or one of equal parts of it; None for any other number."""
+    terms = terms_of(number)
+    width = next(iter(terms), None) if len(terms) == 1 else None
+    if not isinstance(width, Width) or width.ledger is not ledger:
+        return None
+    return width.atoms if terms[width].numerator == 1 and terms[width] * width.value == number else None
+
+
 def count(ledger: Ledger, number: int, atoms: Tensor, whole: Tensor, by: str) -> None:
     """Notes that a number says how many channels `atoms` are, of those of `whole`, so that it still does when they are
     cut: integers of modules follow; what is computed from a width asks that its parts lose equally many.  Pins what
