@@ -109,7 +109,7 @@ def _of_one_size(
         if condition is None:
             continue
         made = together[0].size // after.get(together[0].name, together[0].size)  # size of the clusters so far
-        narrowest = min(space.size for space in together)
+        narrowest = min(space.size for space in together if not space.of_heads)  # one head may be left
         sizes = [n for n in (1, *condition.sizes) if n % made == 0 and (n <= made or narrowest // n >= min_width)]
         if any(space in whole for space in together):
             sizes = sizes[:1]

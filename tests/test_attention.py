@@ -174,6 +174,41 @@ class Crossed(nn.Module):
         return self.proj((scores.softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2))
 
 
+class Pair(nn.Module):
+    """Attention between channels whose two heads are as wide as the stream, in its code: one of them is left."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj, self.heads = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), 2
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 4, 1)
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        return self.proj((scores.softmax(-1) @ v).permute(0, 3, 1, 2).reshape(b, n, c))
+
+
+class Overlapping(nn.Module):
+    """Keys and values of windows that overlap and are padded, as in HAT; queries are padded too, as in DAT."""
+
+    def __init__(self, by: str = "unfold"):
+        super().__init__()
+        self.qkv, self.proj, self.heads, self.by = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), HEADS, by
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, c).permute(2, 0, 1, 3)
+        if self.by == "unfold":
+            kv = F.unfold(torch.cat([k, v], 2).transpose(1, 2).reshape(b, 2 * c, 2, n // 2), 2, padding=1)
+            k, v = kv.view(b, 2, c, -1).permute(1, 0, 3, 2)
+        elif self.by == "windows":
+            k, v = (t.unfold(1, 4, 2).permute(0, 1, 3, 2).flatten(1, 2) for t in (k, v))
+        else:
+            q, k, v = F.pad(torch.stack([q, k, v]), (0, 0, 0, 2), value=0 if self.by == "zeros" else 0.5)
+        q, k, v = (t.reshape(b, -1, self.heads, c // self.heads).transpose(1, 2) for t in (q, k, v))
+        return self.proj(F.scaled_dot_product_attention(q, k, v)[:, :, :n].transpose(1, 2).reshape(b, n, c))
+
+
 class Cosine(nn.Module):
     """Queries and keys of length one, a scale for each head, and a bias without keys, as in Swin v2."""
 
@@ -270,6 +305,10 @@ NETS = {  # with the names of the spaces of attention that are free
     "one key, expanded": (lambda: Shared(True), {"q", "q#heads", "v"}),
     "windows": (Windows, {"qkv", "qkv#heads"}),
     "channels": (Crossed, {"qkv#heads"}),
+    "channels, of two heads": (Pair, {"qkv#heads"}),
+    "windows that overlap": (Overlapping, {"qkv"}),
+    "windows of tokens": (lambda: Overlapping("windows"), {"qkv"}),
+    "padded with zeros": (lambda: Overlapping("zeros"), {"qkv"}),
     "vectors of length one": (Cosine, {"qkv", "qkv#heads"}),
     "a bias of parts": (Joined, {"qkv", "qkv#heads"}),
     "rotary": (Rotary, {"q#heads"}),
@@ -308,6 +347,11 @@ def test_dims_that_stay_say_why(name, why):
     _, spaces = found(NETS[name][0])
     (dims,) = [s for s in spaces if s.pinned and s.name in ("attention.q", "attention.qkv")]
     assert any(why in reason and "whole heads may be free" in reason for reason in dims.pinned)
+
+
+def test_keys_that_are_padded_with_other_numbers_than_zeros_stay():
+    _, spaces = found(lambda: Overlapping("ones"))
+    assert not any(space.trimmable for space in spaces if "qkv" in space.name)
 
 
 def unit(x, **how):

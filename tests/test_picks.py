@@ -511,6 +511,8 @@ def filled(net, x):
 
 
 two = dict(a=conv(3, 16), b=conv(16, 16), h=head(16))
+
+
 @pytest.mark.parametrize(
     "way, parts, why",
     [
@@ -526,7 +528,13 @@ def test_parts_and_widths_that_leave_no_cut_pin(way, parts, why):
     assert any(why in reason for space in spaces for reason in space.pinned)
 
 
+def unfolded(net, x):
+    y = F.unfold(net.a(x), 3, padding=1, stride=2)
+    return net.h(F.fold(net.b(y).relu(), (8, 8), 3, padding=1, stride=2))
+
+
 MADE = {
+    "unfold and fold": (unfolded, dict(a=conv(3, 4), b=nn.Conv1d(36, 45, 1), h=head(5)), 9),
     "zeros_like": (lambda n, x: n.h(torch.zeros_like(y := n.a(x)) + y + n.b(y)), two, 16),
     "new_zeros": (lambda n, x: n.h((y := n.a(x)).new_zeros(y.shape) + n.b(y)), two, 16),
     "new_zeros, filled": (filled, two, 32),

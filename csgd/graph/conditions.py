@@ -120,7 +120,8 @@ def share_width(
     of = {space.name: space for space in spaces}
     ways = [(heads, "whole heads"), (dims, "the dims of its heads")]
     before, possible = _common_sizes(of, stream), [_common_sizes(of, [*stream, *way]) if way else () for way, _ in ways]
-    best = min((0, 1), key=lambda i: (not possible[i], before[:1] != possible[i][:1]))
+    alone = any(of[name].size // n < 2 for n in possible[0][:1] for name in heads)  # one head would be left
+    best = min((0, 1), key=lambda i: (not possible[i], before[:1] != possible[i][:1], i == 0 and alone))
     if not possible[best]:
         why = "an attention whose heads are together as wide as their stream, and cannot be cut with it"
         if not heads:
@@ -153,7 +154,9 @@ def _common_sizes(of: Mapping[str, ChannelSpace], names: Sequence[str]) -> tuple
         return ()
     parts = [c.parts if (c := one_size(space)) else (range(space.size),) for space in spaces]
     most = gcd(*(len(part) for of_space in parts for part in of_space))
-    return tuple(n for n in range(2, most + 1) if most % n == 0 and all(space.size // n > 1 for space in spaces))
+    fewest = [1 if space.of_heads else 2 for space in spaces]  # one head may be left, but not one channel under a norm
+    left = [n for n in range(2, most + 1) if most % n == 0]
+    return tuple(n for n in left if all(space.size // n >= least for space, least in zip(spaces, fewest, strict=True)))
 
 
 def _settle(tied: list[ChannelSpace], parts: list[np.ndarray], why: list[list[str]], free: bool) -> None:

@@ -28,7 +28,7 @@ CARRIED = {  # functions through which a sum of channels goes, or whose rule say
     "repeat_interleave", "cat", "concat", "concatenate", "stack", "split", "chunk", "tensor_split",
     "split_with_sizes", "narrow", "select", "getitem", "unbind", "roll", "flip", "index_select", "contiguous", "clone",
     "detach", "to", "as_tensor", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "matmul", "rmatmul",
-    "bmm", "einsum", "scaled_dot_product_attention",
+    "bmm", "einsum", "scaled_dot_product_attention", "unfold",
 }  # fmt: skip
 SCALED = {"mul", "rmul", "imul", "multiply", "neg"}  # so does it where a single tensor is large,
 DIVIDED = {"div", "divide", "truediv", "itruediv", "true_divide"}  # and is what is divided
@@ -65,7 +65,8 @@ class Call:
         alone = [tensor.numel() > 1 for tensor in self.inputs].count(True) == 1
         first = bool(self.args) and self.args[0] is self.inputs[0] and self.inputs[0].numel() > 1
         divided = self.name in DIVIDED and alone and first and not self.kwargs
-        return self.name in CARRIED or (self.name in SCALED and alone) or divided
+        zeros = self.name == "pad" and not self.arg(3, "value")
+        return self.name in CARRIED or zeros or (self.name in SCALED and alone) or divided
 
     def arg(self, position: int, key: str, default=None):
         return self.kwargs.get(key, self.args[position] if len(self.args) > position else default)
@@ -357,6 +358,27 @@ def channel_shuffle(ledger: Ledger, call: Call) -> None:
     ledger.label(call.outputs[0], along(atoms.t().reshape(-1), 1, call.inputs[0].dim()))
 
 
+def unfold(ledger: Ledger, call: Call) -> str | None:
+    """Windows of a tensor along a dim, or of an image: of each channel one entry for each position in a window."""
+    labels, out = ledger.labels(call.inputs[0]), call.outputs[0]
+    if call.func is not nn.functional.unfold:
+        if call.arg(1, "dimension") % max(1, labels.dim()) in wide_dims(labels):
+            return "no rule for"
+        ledger.label(out, call.on(labels))
+        return None
+    atoms = ledger.channels(labels, labels.dim() - 3)
+    ledger.label(out, along(atoms.repeat_interleave(out.size(-2) // len(atoms)), out.dim() - 2, out.dim()))
+    return None
+
+
+def fold(ledger: Ledger, call: Call) -> None:
+    """The inverse, which sums where windows overlap."""
+    labels, out = ledger.labels(call.inputs[0]), call.outputs[0]
+    atoms = ledger.channels(labels, labels.dim() - 2).view(out.size(-3), -1)
+    ledger.same_channel(atoms[:, :1].expand_as(atoms), atoms)
+    ledger.label(out, along(atoms[:, 0], out.dim() - 3, out.dim()))
+
+
 def _zeros(ledger: Ledger, n: int) -> Tensor:
     atoms = channels_of(ledger, n)
     return ledger.fresh(1, "zero-padded channels").expand(n) if atoms is None else atoms
@@ -596,6 +618,8 @@ RULES: dict[str, Rule] = {
         pixel_shuffle: "pixel_shuffle",
         pixel_unshuffle: "pixel_unshuffle",
         channel_shuffle: "channel_shuffle",
+        unfold: "unfold",
+        fold: "fold",
         pad: "pad",
         conv: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
         linear: "linear",
