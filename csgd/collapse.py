@@ -108,7 +108,8 @@ class Collapse:
 
     whatever optimizer, learning rate, momentum, clipping or loss scale there are, and no strength is to be solved for.
     Where weight decay is part of the gradient V shrinks faster.  At `stop` V is 0 in every tensor of the spaces:
-    parameters, trained or frozen, running statistics and other buffers.
+    parameters, trained or frozen, running statistics and other buffers.  Buffers that the state_dict leaves out, since
+    the network makes them anew, are in it from now on.
 
     optimizers  one or several (Muon beside AdamW), which hold every trained parameter of the spaces, and only tensors
                 of `model`

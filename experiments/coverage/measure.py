@@ -2,6 +2,8 @@
 
     OMP_NUM_THREADS=1 python experiments/coverage/measure.py               adds what is missing to rows.jsonl
     OMP_NUM_THREADS=1 python experiments/coverage/measure.py --only timm   of one package
+    python experiments/coverage/measure.py --rows new.jsonl --others experiments/coverage/rows.jsonl
+                                                   csgd anew, and what the other tools did from rows that are there
 
 It may be stopped and started again, and run several times at once: each network is measured by one of them.
 
@@ -242,13 +244,15 @@ TOOLS: dict[str, Callable[[nn.Module, Any], dict[str, Any]]] = {
 }
 
 
-def row_of(package: str, name: str) -> dict[str, Any]:
+def row_of(package: str, name: str, others: dict[str, Any]) -> dict[str, Any]:
+    """A network's row; what other tools did may be known."""
     try:
         model, example = build(package, name)
         row = {"params": count_params(model), "macs": counted(model, example)[""]}
     except Exception as error:
         return {"outcome": "does not run", "why": told(error)}
-    return row | {tool: measured(tool, model, example) for tool in TOOLS}
+    known = {tool: others[tool] for tool in TOOLS if tool in others and tool != "ours"}
+    return row | {tool: known.get(tool) or measured(tool, model, example) for tool in TOOLS}
 
 
 def measured(tool: str, model: nn.Module, example: Any) -> dict[str, Any]:
@@ -292,15 +296,16 @@ def commit() -> str:
     return git[0] + ("+" if git[1] else "")
 
 
-def is_done(path: Path, package: str, name: str) -> bool:
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return any((row["package"], row["name"]) == (package, name) for row in rows)
+def row_in(path: Path | None, package: str, name: str) -> dict[str, Any]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+    return next((row for row in rows if (row["package"], row["name"]) == (package, name)), {})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=(), help="networks of these packages, or of these names")
     parser.add_argument("--rows", type=Path, default=ROWS, help="the file that rows are added to")
+    parser.add_argument("--others", type=Path, help="a file of rows from which those of the other tools are taken")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # a process that is forked has no threads of torch's
@@ -313,10 +318,10 @@ def main() -> None:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
             except OSError:
                 continue
-            if is_done(asked.rows, package, name):
+            if row_in(asked.rows, package, name):
                 continue
             about_it = {"package": package, "name": name} | about | {"versions": versions(package)}
-            row = about_it | row_of(package, name)
+            row = about_it | row_of(package, name, row_in(asked.others, package, name))
             with asked.rows.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(name, row.get("outcome") or {tool: row[tool]["outcome"] for tool in TOOLS}, flush=True)
