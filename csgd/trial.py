@@ -130,7 +130,7 @@ def _leave_what_is_none(model: nn.Module, trial: Trial, followed: list[Ref], rea
             why = trial.changes_by(narrow, modes)[1]
             if why and (still is None or trial.raised_in is not None):
                 _give_back(free, refs)
-                for ref, counted in zip(some, said, strict=True):
+                for ref, counted in zip(reversed(some), reversed(said), strict=True):
                     setattr(narrow.get_submodule(ref.owners[0][0]), ref.owners[0][1], counted)
             else:
                 still = why
@@ -138,6 +138,8 @@ def _leave_what_is_none(model: nn.Module, trial: Trial, followed: list[Ref], rea
         if not taken or trial.changes(names)[1] == still:
             break
         _give_back(free, before)
+    else:  # what a network keeps from pass to pass makes it another one
+        still = reason
     if still is not None:
         _give_back(free, before)
     return reason and still

@@ -384,6 +384,25 @@ def test_an_attribute_of_a_width_that_the_example_does_not_come_near_stays():
         assert torch.equal(loaded(long), cut(long))
 
 
+class Joined(nn.Module):
+    """The same, of the width of two layers side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.dim = self.longest = 14
+        self.a, self.b, self.h = nn.Linear(16, 8), nn.Linear(16, 6), nn.Linear(14, 5)
+
+    def forward(self, x):
+        x = x[:, -self.longest :]
+        y = torch.cat([self.a(x), self.b(x)], -1).view(-1, int(self.dim))
+        return self.h(y.relu().view(len(x), x.size(1), -1)).sum(1)
+
+
+def test_an_attribute_that_two_layers_need_is_given_back_whole():
+    _, _, narrow = check_exact(Joined(), torch.randn(3, 3, 16), free=14)
+    assert (narrow.dim, narrow.longest) == (narrow.a.out_features + narrow.b.out_features, 14)
+
+
 # whole networks
 
 
