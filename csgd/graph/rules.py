@@ -316,8 +316,8 @@ def join(ledger: Ledger, call: Call) -> None:
 def chunk(ledger: Ledger, call: Call) -> None:
     """Equal parts of the channels are clustered alike, so that chunk still cuts them in the right places.
 
-    The last of k parts may be smaller: of w and v < w channels.  Clusters of one size n leave w / n and v / n, and
-    chunk still takes ⌈((k − 1) w + v) / k n⌉ = w / n of them, since w − v < k.
+    The last of k parts may be smaller: v < w channels beside w in each.  Clusters of one size n leave v / n and w / n,
+    and chunk still takes ⌈((k − 1) w + v) / k n⌉ = w / n of them, since w − v < k.
     """
     labels = ledger.canonical(ledger.labels(call.inputs[0]))
     parts = call.on(labels)

@@ -34,7 +34,11 @@ KINDS = (  # of reasons: words of theirs, what they have in common, what would f
     (("no rule for",), "an operator without a rule", "`csgd.rule`"),
     (("does not reach",), "a layer that the example does not reach", "`examples=` or `unused=`"),
     (("rotary",), "queries and keys that are turned or normalised", "nothing; whole heads are free"),
-    (("as wide as", "cut with it"), "an attention that is as wide as its stream", "nothing; the stream is cut with it"),
+    (
+        ("as wide as", "cut with it", "cut together"),
+        "an attention that is as wide as its stream",
+        "nothing; the stream is cut with it",
+    ),
     (("weights that are computed",), "a sum over channels with computed weights", "whole heads, where it has them"),
     (("tied together",), "channels that are all tied together", "nothing: no two of them are apart"),
     (("several dims",), "channels that lie along several dims", "a rule that follows them"),
