@@ -103,6 +103,21 @@ class Reduced(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
 
 
+class Measured(nn.Module):
+    """What comes out of the heads is read by the width of the queries, as in Hugging Face's BERT."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.proj = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.head_dim = DIMS
+
+    def forward(self, x):
+        q = self.q(x)
+        b, n, c = q.shape
+        q, k, v = (t.view(b, n, -1, self.head_dim).transpose(1, 2) for t in (q, self.k(x), self.v(x)))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+
+
 class Grouped(nn.Module):
     """Twice as many queries as keys and values."""
 
@@ -295,6 +310,7 @@ NETS = {  # with the names of the spaces of attention that are free
     "heads of parts of the stream": (lambda: Reduced(4, "parts"), {"q#heads", "reduce"}),
     "a head of all of the stream": (lambda: Reduced(1, "parts"), {"q", "reduce"}),
     "values of parts of the stream": (lambda: Reduced(2, "values"), {"q", "reduce"}),
+    "as wide as its queries": (Measured, {"q", "q#heads"}),
     "norms of queries and keys": (lambda: One(nn.LayerNorm), {"qkv", "qkv#heads"}),
     "RMS norms of queries and keys": (lambda: One(nn.RMSNorm), {"qkv", "qkv#heads"}),
     "norms without a weight": (lambda: One(partial(nn.LayerNorm, elementwise_affine=False)), {"qkv#heads"}),

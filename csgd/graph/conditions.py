@@ -75,15 +75,17 @@ def _ask_for_one_size(ledger: Ledger, spaces: Sequence[ChannelSpace]) -> None:
         _settle([spaces[k] for k in together], [parts[k] for k in together], [list(why[k]) for k in together], free)
 
     for stream, values in _of_same_width(ledger):
-        found = [
-            [
-                spaces[k].name
-                for k in np.unique(seats[of_heads][0][ledger.channel.find(atoms).numpy()]).tolist()
-                if k >= 0
-            ]
-            for of_heads, atoms in ((False, stream), (True, values), (False, values))
-        ]
-        share_width(spaces, *found)
+        by_dims, by_heads = (
+            [_names(spaces, seats[of_heads][0], ledger, atoms) for atoms in (stream, values)]
+            for of_heads in (False, True)
+        )
+        if not by_heads[0] and by_dims[0] != by_dims[1]:  # else cut alike; dims of heads beside others the trial judges
+            share_width(spaces, by_dims[0], by_heads[1], by_dims[1])
+
+
+def _names(spaces: Sequence[ChannelSpace], space_of: np.ndarray, ledger: Ledger, atoms: Tensor) -> list[str]:
+    """The spaces in which these channels are."""
+    return [spaces[k].name for k in np.unique(space_of[ledger.channel.find(atoms).numpy()]).tolist() if k >= 0]
 
 
 def _of_same_width(ledger: Ledger) -> Iterator[tuple[Tensor, Tensor]]:
