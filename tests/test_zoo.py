@@ -5,6 +5,7 @@ transformers (pip install).
 """
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -170,6 +171,10 @@ ZOO = {
     "ViT of torchvision": Entry(
         "torchvision", lambda p: (p.models.VisionTransformer(64, 16, 4, 4, 64, 256), images(64)), "params", 0.60
     ),
+    "Swin v2 of timm, with tables that are not saved": Entry(
+        "timm", lambda p: (p.create_model("swinv2_tiny_window8_256", img_size=128), images(128)), "params", 0.60
+    ),
+    "PVT v2": Entry("timm", lambda p: (p.create_model("pvt_v2_b0"), images(64)), "MACs", 0.70),
     "EdgeNeXt": Entry("timm", lambda p: (p.create_model("edgenext_x_small"), images(64)), "params", 0.40),
     "BERT": Entry("transformers", bert, "params", 0.60),
     "GPT-2": Entry("transformers", gpt2, "params", 0.60),
@@ -180,6 +185,12 @@ ZOO = {
     "SegResNet": Entry(
         "monai.networks.nets",
         lambda p: (p.SegResNet(spatial_dims=2, init_filters=32, in_channels=3, out_channels=3), images(64)),
+        "MACs",
+        0.70,
+    ),
+    "HighResNet": Entry(
+        "monai.networks.nets",
+        lambda p: (p.HighResNet(spatial_dims=2, in_channels=3, out_channels=3), images(64)),
         "MACs",
         0.70,
     ),
@@ -222,3 +233,37 @@ def test_published_networks_are_cut_exactly_to_half_of_their_widths(name):
     assert proof.change <= 1e-12
     assert proof.control >= 1e-3
     assert 1 - left[entry.counted] >= entry.least
+
+
+def mask_rcnn(torchvision):
+    """Images that it makes 800 pixels high itself."""
+    boxes = torch.tensor([[10.0, 10.0, 80.0, 90.0], [30.0, 40.0, 150.0, 120.0]])
+    target = {"boxes": boxes, "labels": torch.tensor([3, 7]), "masks": (images(160)[:, 0] > 0).to(torch.uint8)}
+    model = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    return model, ([*images(160).sigmoid()], [dict(target) for _ in range(2)])
+
+
+HEAVY = {  # 15 and 8 s on a quiet core
+    "Mask R-CNN": ("torchvision", mask_rcnn),
+    "VNet": ("monai.networks.nets", lambda p: (p.VNet(out_channels=3), torch.randn(2, 1, 32, 32, 32))),
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_heavy_networks_are_analysed_in_seconds(name):
+    package, make = HEAVY[name]
+    torch.manual_seed(0)
+    model, example = make(pytest.importorskip(package))
+    began = time.process_time()
+    spaces = csgd.find_spaces(model, example)
+    seconds = time.process_time() - began
+    print(f"\n{name}: {seconds:.1f} CPU s")
+    assert seconds < 30
+    clusters = csgd.cluster(model, spaces, csgd.target_widths(spaces, 0.5), "even")
+    proof = csgd.prove(model, spaces, clusters, example)
+    assert proof.exact
+    assert proof.change <= 1e-11
+    assert proof.control >= 1e-3
+    narrow = copy.deepcopy(model)
+    csgd.trim(narrow, spaces, clusters, tolerance=None)
+    assert count_params(narrow) < 0.3 * count_params(model)
