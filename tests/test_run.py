@@ -16,7 +16,7 @@ from test_config import composed
 from csgd import load_trimmed
 from csgd.build import build
 from csgd.checkpoint import load_weights, save_weights
-from csgd.data import synthetic
+from csgd.data import FASHION_PACKAGE, synthetic
 from csgd.models import resnet20, vgg16
 from csgd.pipeline.base import cache_path
 from csgd.pipeline.spec import RunSpec
@@ -294,3 +294,31 @@ def test_an_interrupted_run_says_in_one_line_how_to_go_on(tmp_path, mode):
     assert words == [one for one in endless if not one.startswith("hydra.")]
     assert (tmp_path / folder.partition("=")[2] / ("0" if "-m" in mode else "") / "checkpoints").is_dir()
     assert resume == "resume=auto"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(FASHION_PACKAGE.glob("*.gz")), reason="needs Debian's dataset-fashion-mnist")
+def test_a_small_vision_transformer_that_is_trained_on_fashion_mnist(tmp_path):
+    """Whole heads, MLPs and the stream, all to half, when a Collapse has made them equal beside AdamW."""
+    sizes = dict(image_size=28, patch_size=7, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128)
+    trained = "{epochs: 3, lr: 0.001, optimizer: adamw}"
+    run(
+        tmp_path,
+        "model._target_=torchvision.models.VisionTransformer",
+        *(f"+model.{key}={n}" for key, n in sizes.items()),
+        "dataset=fashion_mnist",
+        "dataset.train_size=6000",
+        "deps=1_2",
+        f"schedule.base={trained}",
+        f"schedule.csgd={trained}",
+        *UNDRAWN,
+        "base.cache=base",
+        "hydra.run.dir=out",
+    )
+    told = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert told["verdict"]["max_logit_change"] <= 5e-6, "in float32"
+    assert told["base"]["accuracy"] > 0.5
+    state = load_weights(tmp_path / "out" / "pruned.safetensors")
+    assert state["class_token"].shape == (1, 1, 32)
+    assert state["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"].shape == (96, 32)
+    assert state["encoder.layers.encoder_layer_0.mlp.0.weight"].shape == (64, 32)
