@@ -5,7 +5,7 @@ system hands out page by page; blocks that fit in what the process has already t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,26 +33,27 @@ def convolved(
     strides, paddings, dilations = (_each(one, input.dim() - 2) for one in (stride, padding, dilation))
     reaches = [gap * (size - 1) + 1 for gap, size in zip(dilations, weight.shape[2:], strict=True)]
 
-    def rows(part: Tensor) -> list[int]:
-        sizes = zip(part.shape[2:], reaches, strides, strict=True)
-        return [(size - reach) // step + 1 for size, reach, step in sizes]
+    def rows(sizes: Sequence[int]) -> list[int]:
+        return [(size - reach) // step + 1 for size, reach, step in zip(sizes, reaches, strides, strict=True)]
 
-    def columns(part: Tensor) -> int:
-        return part.element_size() * part.size(0) * part.size(1) * weight[0, 0].numel() * math.prod(rows(part))
+    def columns(images: int, sizes: Sequence[int]) -> int:
+        return input.element_size() * images * input.size(1) * weight[0, 0].numel() * math.prod(rows(sizes))
 
     def in_blocks(part: Tensor, dim: int) -> Tensor:
-        if dim == part.dim() or columns(part) <= BLOCK:
+        large = columns(1, part.shape[2:])
+        if dim == part.dim() or large <= BLOCK:
             return convolve(part, weight, bias, strides, 0, dilations, groups)
-        many, step, reach = rows(part)[dim - 2], strides[dim - 2], reaches[dim - 2]
-        block = math.ceil(many / min(many, math.ceil(columns(part) / BLOCK)))
+        many, step, reach = rows(part.shape[2:])[dim - 2], strides[dim - 2], reaches[dim - 2]
+        block = math.ceil(many / min(many, math.ceil(large / BLOCK)))
         ends = [(start, min(start + block, many)) for start in range(0, many, block)]
         parts = [part.narrow(dim, step * a, step * (b - 1 - a) + reach) for a, b in ends]
         return torch.cat([in_blocks(one, dim + 1) for one in parts], dim)
 
-    padded = F.pad(input, [many for one in reversed(paddings) for many in (one, one)])
-    if weight[0, 0].numel() == 1 or columns(padded) <= LARGE:  # a kernel of one value unfolds nothing
+    padded = [size + 2 * more for size, more in zip(input.shape[2:], paddings, strict=True)]
+    if weight[0, 0].numel() == 1 or columns(len(input), padded) <= LARGE:  # a kernel of one value unfolds nothing
         return convolve(input, weight, bias, stride, padding, dilation, groups)
-    return torch.cat([in_blocks(image, 2) for image in padded.split(1)])
+    input = F.pad(input, [more for one in reversed(paddings) for more in (one, one)])
+    return torch.cat([in_blocks(image, 2) for image in input.split(1)])
 
 
 def _each(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
