@@ -46,6 +46,7 @@ DROPOUTS = {
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout",
 }  # fmt: skip
 ATTENTIONS = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}  # and the place of dropout_p
+RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}  # whose sixth argument is the dropout between layers
 VISIBLE = 10  # times the tolerance: what a channel must matter for a cut of it to be judged
 
 
@@ -137,6 +138,8 @@ class _AsTried(TorchFunctionMode):
         name = getattr(func, "__name__", "").strip("_")
         if name in DROPOUTS:
             return args[0] if args else kwargs["input"]
+        if name in RECURRENT and len(args) == 9:
+            args = (*args[:5], 0.0, *args[6:])
         if name in ATTENTIONS:
             place = ATTENTIONS[name]
             args, kwargs = (*args[:place], 0.0, *args[place + 1 :])[: len(args)], kwargs | {"dropout_p": 0.0}

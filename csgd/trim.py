@@ -229,6 +229,8 @@ def fit_attributes(modules: Iterable[nn.Module], multipliers: dict[nn.Module, in
             names = ["in_proj_weight"] * 3 if together is not None else [f"{one}_proj_weight" for one in "qkv"]
             parts = [module._parameters[name] for name in names]
             module.embed_dim, module.kdim, module.vdim = (part.size(1) for part in parts)
+        elif isinstance(module, nn.RNNBase):
+            module.hidden_size, module.input_size = module.weight_hh_l0.size(1), module.weight_ih_l0.size(1)
         elif isinstance(module, nn.Embedding):
             module.embedding_dim = weight.size(1)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and weight is not None:

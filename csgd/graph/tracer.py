@@ -20,6 +20,7 @@ from csgd.graph.conditions import add_conditions
 from csgd.graph.kernels import layer_of
 from csgd.graph.labels import compact
 from csgd.graph.ledger import Ledger
+from csgd.graph.recurrent import RECURRENT
 from csgd.graph.rules import RULES, Call, apply_rule, unknown
 from csgd.graph.sizes import hold, measured
 from csgd.graph.spaces import ChannelSpace, spaces_of
@@ -43,6 +44,7 @@ from csgd.graph.twin import (
 )
 
 RULES.update(ATTENTION)
+RULES.update(RECURRENT)
 
 SIZES = {torch.Tensor.size, torch.Tensor.numel, torch.Tensor.nelement, torch.numel}
 TRAINING_PASSES = 8  # at most, until what is left out at random has all been seen
