@@ -234,8 +234,9 @@ class Trial:
 
         handles = {
             path: module.register_forward_pre_hook(partial(fit, path))
-            for path, module in model.named_modules() if _statistics(module)
-        }  # fmt: skip
+            for path, module in model.named_modules()
+            if _statistics(module) and not isinstance(module, torch.jit.ScriptModule)  # which take no hooks
+        }
         try:
             yield
         finally:

@@ -62,8 +62,8 @@ def _saving(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Iterator[None
     held = [
         (module, name)
         for path, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
-        if module._buffers.get(name) is not None and dotted(path, name) in state_dict
+        for name, _ in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set and dotted(path, name) in state_dict
     ]
     for module, name in held:
         module._non_persistent_buffers_set.discard(name)

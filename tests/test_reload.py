@@ -340,3 +340,38 @@ def test_a_buffer_that_is_not_saved_is_once_it_is_cut():
     csgd.trim(loaded, found, again)
     assert len(loaded.state_dict()["places"]) == 3
     assert torch.equal(load_trimmed(Placed(), loaded.state_dict())(example), loaded(example))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+        self.register_buffer("scale", torch.ones(8, 1, 1), persistent=False)
+
+    def forward(self, x):
+        return self.norm(x).relu() * self.scale
+
+
+class HoldsScripted(nn.Module):
+    """A scripted module takes no hooks, and its buffers are in no dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mix, self.last = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 1), nn.Conv2d(8, 4, 1)
+        self.scaled = torch.jit.script(Scaled())
+
+    def forward(self, x):
+        return self.last(self.scaled(self.mix(self.conv(x).relu()))).mean((2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning", "ignore:The .grad attribute:UserWarning")
+def test_a_network_with_a_scripted_module_is_cut_beside_it_and_loaded():
+    example, net = torch.randn(2, 3, 8, 8), HoldsScripted().eval()
+    spaces = csgd.find_spaces(net, example)
+    assert [space.trimmable for space in spaces] == [True, False, False]
+    clusters = random_clusters(spaces)
+    assert csgd.prove(net, spaces, clusters, example).exact
+    csgd.merge_equal(net, spaces, clusters)
+    csgd.trim(net, spaces, clusters)
+    loaded = load_trimmed(HoldsScripted(), net.state_dict(), example=example).eval()
+    assert torch.equal(loaded(example), net(example))
