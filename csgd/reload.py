@@ -463,8 +463,8 @@ def _check_run(
         return followed
     for (path, attribute), value in counted.items():
         setattr(narrow.get_submodule(path), attribute, value)
-    weights = copy.copy(state_dict)
-    weights.update((key, value.to("meta")) for key, value in state_dict.items() if isinstance(value, Tensor))
+    weights, held = copy.copy(state_dict), narrow.state_dict()  # scripted modules keep their tensors where they are
+    weights.update((key, value.to(held[key].device)) for key, value in state_dict.items() if isinstance(value, Tensor))
     try:
         narrow.load_state_dict(weights)
     except Exception as error:  # whatever a module of the user's raises when it is loaded

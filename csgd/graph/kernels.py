@@ -9,7 +9,8 @@ from torch.nn.utils.parametrizations import _WeightNorm
 def kernel_of(layer: nn.Module) -> Tensor | None:
     """Its weight, or the v of its weight norm (torch's parametrization, or the older hook); None for a weight that is
     computed in another way."""
-    own = layer._parameters.get("weight", layer._parameters.get("weight_v"))
+    parameters = dict(layer._parameters.items())  # scripted modules have no dict
+    own = parameters.get("weight", parameters.get("weight_v"))
     if own is not None or not parametrize.is_parametrized(layer, "weight"):
         return own
     steps = layer.parametrizations["weight"]
