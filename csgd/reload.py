@@ -236,12 +236,12 @@ def _check_spaces(model: nn.Module, shapes: Shapes, example) -> list[ChannelSpac
     names, slots, parts = {}, defaultdict(int), defaultdict(dict)
     in_heads = {(dotted(*owner), ref.dim) for s in spaces if s.of_heads for ref in s.refs for owner in ref.owners}
     for space in spaces:
-        uses = [
-            (key, ref.dim, ref.index.size(1))
-            for ref in space.refs
-            for key in (dotted(*owner) for owner in ref.owners)
-            if key in shapes and (key, ref.dim) not in in_heads  # of which heads and dims are left: `_of_attention`
-        ]
+        rows = defaultdict(list)  # one head's qkv has some as keys, others as values
+        for ref in space.refs:
+            for key in (dotted(*owner) for owner in ref.owners):
+                if key in shapes and (key, ref.dim) not in in_heads:  # of these `_of_attention` tells what is left
+                    rows[key, ref.dim].append(ref.index)
+        uses = [(*use, torch.cat(some, 1).unique().numel() // space.size) for use, some in rows.items()]
         alike = tuple(uses)  # a space of which some slots are pinned is listed in two parts
         names.setdefault(alike, space.name)
         slots[alike] += space.size

@@ -375,3 +375,26 @@ def test_a_network_with_a_scripted_module_is_cut_beside_it_and_loaded():
     csgd.trim(net, spaces, clusters)
     loaded = load_trimmed(HoldsScripted(), net.state_dict(), example=example).eval()
     assert torch.equal(loaded(example), net(example))
+
+
+class OneHead(nn.Module):
+    """An attention of one head, whose queries, keys and values are rows of one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.head = nn.Linear(6, 16), nn.Linear(16, 48), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.head(x + ((q @ k.mT * q.size(-1) ** -0.5).softmax(-1) @ v).reshape(x.shape))
+
+
+@pytest.mark.parametrize("told", [{}, {"example": torch.randn(2, 5, 6)}])
+def test_one_head_whose_values_lie_beside_its_keys_is_loaded(told):
+    model = OneHead()
+    state = cut(model, torch.randn(2, 5, 6))
+    assert state["qkv.weight"].size(0) < 48
+    load_trimmed(model, state, **told)
+    assert model.qkv.weight.shape == state["qkv.weight"].shape
+    assert refused(OneHead(), {**state, "qkv.weight": state["qkv.weight"][1:]}, **told)
