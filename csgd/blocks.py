@@ -57,4 +57,6 @@ def convolved(
 
 
 def _each(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
-    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
+    if not isinstance(value, Sequence):  # one of numpy's too
+        return (int(value),) * dims
+    return tuple(value) * (dims if len(value) == 1 else 1)

@@ -1,5 +1,6 @@
 """Convolutions in double precision, block by block: the same numbers, and what is not unfolded stays plain."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ SHAPES = {  # input, weight, and what else is said
     "image": ((2, 4, 19, 17), (6, 4, 3, 3), {"padding": 1}),
     "stride": ((3, 4, 21, 16), (6, 4, 3, 3), {"stride": 2, "padding": 2}),
     "dilation": ((2, 4, 23, 20), (5, 4, 3, 2), {"dilation": (3, 2), "padding": (0, 2), "stride": (1, 3)}),
+    "integers of numpy": ((3, 4, 21, 16), (6, 4, 3, 3), {"stride": np.int64(2), "padding": np.int64(2)}),
     "groups": ((2, 8, 15, 15), (12, 2, 5, 5), {"groups": 4, "padding": 2}),
     "depthwise": ((2, 8, 15, 15), (8, 1, 5, 5), {"groups": 8, "padding": 2}),
     "volume": ((2, 3, 9, 10, 11), (4, 3, 3, 3, 3), {"padding": 1}),
