@@ -894,11 +894,18 @@ def padded_on_one_side(net, x):
     return net.h(F.pad(x, (0, 0, 0, 0, 0, net.more)) + net.b(x))
 
 
+def padded_by_the_rest(net, x):
+    x = net.a(x)
+    return net.h(F.pad(x, (0, 0, 0, 0, net.some, net.more - net.some)) + net.b(x))
+
+
 PADDED = {
     "both sides, a tuple": (lambda: Net(padded, a=conv(3, 8), b=conv(8, 16), c=conv(16, 6), h=head(6),
                                         pads=(0, 0, 0, 0, 4, 4)), 22),
     "its own width": (lambda: Net(padded_by_its_width, a=conv(3, 8), b=conv(8, 16), h=head(16)), 8),
     "one side": (lambda: Net(padded_on_one_side, a=conv(3, 8), b=conv(8, 12), h=head(12), more=4), 12),
+    "what is left of a number": (lambda: Net(padded_by_the_rest, a=conv(3, 8), b=conv(8, 18), h=head(18), some=4,
+                                             more=10), 18),
 }  # fmt: skip
 
 

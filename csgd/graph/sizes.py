@@ -132,8 +132,14 @@ def row(labels: Tensor, dim: int) -> Tensor:
 
 def channels_of(ledger: Ledger, number: int) -> Tensor | None:
     """Atoms along a dim that is made so long: the channels whose width it is, or new ones that a module's integer
-    counts; None for any other number."""
-    if len(terms := terms_of(number)) != 1:
+    counts, or those that one counts more than another; None for any other number."""
+    terms = terms_of(number)
+    if (parts := _whole_and_part(number)) is not None:
+        atoms = ledger.fresh(parts[0].value)
+        _follows(ledger, parts[0], Fraction(1), atoms)
+        _follows(ledger, parts[1], Fraction(1), atoms[: parts[1].value])
+        return atoms[parts[1].value :]
+    if len(terms) != 1:
         return None
     ((source, factor),) = terms.items()
     if factor != 1 or source.value != number:
@@ -143,6 +149,14 @@ def channels_of(ledger: Ledger, number: int) -> Tensor | None:
     atoms = ledger.fresh(source.value)
     _follows(ledger, source, factor, atoms)
     return atoms
+
+
+def _whole_and_part(number: int) -> tuple[Held, Held] | None:
+    """The two integers of modules of which a number is the difference, the larger one first; None for any other."""
+    of = {factor: source for source, factor in terms_of(number).items() if isinstance(source, Held)}
+    if len(terms_of(number)) != 2 or of.keys() != {1, -1} or of[1].value - of[-1].value != number or number < 1:
+        return None
+    return of[Fraction(1)], of[Fraction(-1)]
 
 
 def width_of(ledger: Ledger, number: int) -> Tensor | None:
