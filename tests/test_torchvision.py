@@ -112,3 +112,10 @@ def test_a_detector_that_resizes_images_is_tried_on_small_ones(monkeypatch, how)
     assert model.transform.min_size == (800,)
     model(*images)
     assert seen[-1] == ((96, 96) if how else (800, 1088)), "the network itself keeps its size"
+
+
+def test_a_size_that_a_detector_does_not_take_is_told_in_its_own_words():
+    model = Detector()
+    model.transform.min_size = 800
+    with pytest.raises(csgd.InputError, match="cannot run on its example: transform: TypeError"):
+        csgd.find_spaces(model, ([torch.rand(3, 60, 80)],))

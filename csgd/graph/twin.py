@@ -180,7 +180,8 @@ def shrink_images(twin: nn.Module) -> None:
     if (known := sys.modules.get("torchvision.models.detection.transform")) is None:
         return
     for module in twin.modules():
-        if isinstance(module, known.GeneralizedRCNNTransform) and module.fixed_size is None:
+        resizes = isinstance(module, known.GeneralizedRCNNTransform) and module.fixed_size is None
+        if resizes and isinstance(module.min_size, tuple | list):  # not what a user set wrongly
             module.min_size = tuple(min(size, SMALL) for size in module.min_size)
 
 
