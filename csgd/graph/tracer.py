@@ -31,6 +31,7 @@ from csgd.graph.twin import (
     check_has_values,
     dotted,
     gradients,
+    is_made_anew,
     keep_random_state,
     modes_of,
     outputs_in,
@@ -187,9 +188,12 @@ def _trace(
     if ledger.met:
         return _trace(model, examples, unused, originals, outputs, {**ledger.met, **maps})
     _move_statistics(model, examples, [(b, statistics[id(b)]) for b in model.buffers() if id(b) in statistics])
-    for buffer in model.buffers():
-        if id(buffer) in statistics and torch.equal(buffer, statistics[id(buffer)]):
-            ledger.constants.add(id(buffer))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if id(buffer) in statistics and torch.equal(buffer, statistics[id(buffer)]):
+                ledger.constants.add(id(buffer))
+                if name in module._non_persistent_buffers_set and is_made_anew(module, name):
+                    ledger.freeze(buffer, "meets a buffer that the network's code may make anew")
     _pin_what_may_be_read(ledger, _without(left, unused), examples)
     spaces = spaces_of(ledger, model)
     add_conditions(ledger, spaces)

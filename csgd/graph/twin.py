@@ -7,7 +7,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dis import get_instructions
 from functools import partial
+from inspect import unwrap
 from threading import RLock
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
@@ -183,6 +185,16 @@ def shrink_images(twin: nn.Module) -> None:
         resizes = isinstance(module, known.GeneralizedRCNNTransform) and module.fixed_size is None
         if resizes and isinstance(module.min_size, tuple | list):  # not what a user set wrongly
             module.min_size = tuple(min(size, SMALL) for size in module.min_size)
+
+
+def is_made_anew(module: nn.Module, buffer: str) -> bool:
+    """Whether code of a module, but for its constructor, sets a buffer: a table of positions that grows."""
+    functions = [unwrap(f) for kind in type(module).__mro__ for f in vars(kind).values() if callable(f)]
+    codes = [f.__code__ for f in functions if isinstance(f, FunctionType) and f.__name__ != "__init__"]
+    registered = any(buffer in code.co_consts and "register_buffer" in code.co_names for code in codes)
+    return registered or any(
+        step.opname == "STORE_ATTR" and step.argval == buffer for code in codes for step in get_instructions(code)
+    )
 
 
 def _like(tensor: Tensor, new: Callable[[Tensor], Tensor]) -> Tensor:
