@@ -319,14 +319,15 @@ def test_buffers_that_are_not_saved_are_cut_like_others(persistent):
     assert ("body", "mean") in {owner for ref in space.refs for owner in ref.owners}
 
 
+@pytest.mark.parametrize("persistent", [True, False])
 @pytest.mark.parametrize("registered", [True, False])
-def test_a_table_that_grows_with_its_input_pins(registered):
+def test_a_table_that_grows_with_its_input_pins(registered, persistent):
     """What the code makes of a longer input has the width of the cut, and other entries than those that were kept."""
 
     class Places(nn.Module):
         def __init__(self):
             super().__init__()
-            self.register_buffer("table", self.made(64, 8), persistent=False)
+            self.register_buffer("table", self.made(64, 8), persistent=persistent)
 
         def made(self, n, width):
             return torch.outer(torch.arange(n), 0.5 ** torch.arange(width)).sin()
@@ -334,7 +335,7 @@ def test_a_table_that_grows_with_its_input_pins(registered):
         def forward(self, x):
             x = x.flatten(2).mT
             if x.size(1) > len(self.table) and registered:
-                self.register_buffer("table", self.made(*x.shape[1:]), persistent=False)
+                self.register_buffer("table", self.made(*x.shape[1:]), persistent=persistent)
             elif x.size(1) > len(self.table):
                 self.table = self.made(*x.shape[1:])
             return (x * self.table[: x.size(1)]).mT.unflatten(2, (-1, 4))

@@ -192,7 +192,7 @@ def _trace(
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if id(buffer) in statistics and torch.equal(buffer, statistics[id(buffer)]):
                 ledger.constants.add(id(buffer))
-                if name in module._non_persistent_buffers_set and is_made_anew(module, name):
+                if is_made_anew(module, name):
                     ledger.freeze(buffer, "meets a buffer that the network's code may make anew")
     _pin_what_may_be_read(ledger, _without(left, unused), examples)
     spaces = spaces_of(ledger, model)
