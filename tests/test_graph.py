@@ -319,28 +319,81 @@ def test_buffers_that_are_not_saved_are_cut_like_others(persistent):
     assert ("body", "mean") in {owner for ref in space.refs for owner in ref.owners}
 
 
+def _made(n, width):
+    return torch.outer(torch.arange(n), 0.5 ** torch.arange(width)).sin()
+
+
+class Places(nn.Module):
+    """Adds positions from a table that grows where an input is longer; `grow` says how."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        self.register_buffer("table", _made(64, 8), persistent)
+
+    def forward(self, x):
+        x = x.flatten(2).mT
+        if x.size(1) > len(self.table):
+            self.grow(*x.shape[1:])
+        return (x * self.table[: x.size(1)]).mT.unflatten(2, (-1, 4))
+
+
+class Assigned(Places):
+    def grow(self, n, width):
+        self.table = _made(n, width)
+
+
+class Registered(Places):
+    def grow(self, n, width):
+        self.register_buffer("table", _made(n, width), persistent=False)
+
+
+class SetByName(Places):
+    def grow(self, n, width):
+        setattr(self, "table", _made(n, width))  # noqa: B010
+
+
+class InTheDict(Places):
+    def grow(self, n, width):
+        self._buffers["table"] = _made(n, width)
+
+
+class Nested(Places):
+    def grow(self, n, width):
+        def longer():
+            self.table = _made(n, width)
+
+        longer()
+
+
+class ByProperty(Places):
+    def grow(self, n, width):
+        self.length = n
+
+    @property
+    def length(self):
+        return len(self.table)
+
+    @length.setter
+    def length(self, n):
+        self.table = _made(n, 8)
+
+
+class ByAnother(nn.Module):
+    def __init__(self, persistent):
+        super().__init__()
+        self.places = Places(persistent)
+
+    def forward(self, x):
+        if x[0, 0].numel() > len(self.places.table):
+            self.places.table = _made(x[0, 0].numel(), x.size(1))
+        return self.places(x)
+
+
 @pytest.mark.parametrize("persistent", [True, False])
-@pytest.mark.parametrize("registered", [True, False])
-def test_a_table_that_grows_with_its_input_pins(registered, persistent):
+@pytest.mark.parametrize("way", [Assigned, Registered, SetByName, InTheDict, Nested, ByProperty, ByAnother])
+def test_a_table_that_grows_with_its_input_pins(way, persistent):
     """What the code makes of a longer input has the width of the cut, and other entries than those that were kept."""
-
-    class Places(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("table", self.made(64, 8), persistent=persistent)
-
-        def made(self, n, width):
-            return torch.outer(torch.arange(n), 0.5 ** torch.arange(width)).sin()
-
-        def forward(self, x):
-            x = x.flatten(2).mT
-            if x.size(1) > len(self.table) and registered:
-                self.register_buffer("table", self.made(*x.shape[1:]), persistent=persistent)
-            elif x.size(1) > len(self.table):
-                self.table = self.made(*x.shape[1:])
-            return (x * self.table[: x.size(1)]).mT.unflatten(2, (-1, 4))
-
-    assert spaces_of(Net(Places()))["conv"].pinned == ["meets a buffer that the network's code may make anew"]
+    assert spaces_of(Net(way(persistent)))["conv"].pinned == ["meets a buffer that the network's code may make anew"]
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(())])

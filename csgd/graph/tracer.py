@@ -31,13 +31,13 @@ from csgd.graph.twin import (
     check_has_values,
     dotted,
     gradients,
-    is_made_anew,
     keep_random_state,
     modes_of,
     outputs_in,
     own_tensors,
     random_state,
     run,
+    set_anew,
     set_mode,
     set_random_state,
     shrink_images,
@@ -155,9 +155,13 @@ def trace_spaces(
                 with torch.no_grad():
                     for buffer, saved in buffers:
                         buffer.copy_(saved)
-        shrink_images(twin)
-        hold(twin)
         originals = {id(tensor): dotted(path, name) for path, _, name, tensor in own_tensors(model)}
+        if shrink_images(twin):
+            hold(twin)
+            with suppress(InputError):  # its code may take images of its own size alone
+                return _trace(twin, inputs, unused, originals, outputs)
+            twin = twin_of(model)
+        hold(twin)
         return _trace(twin, inputs, unused, originals, outputs)
 
 
@@ -188,12 +192,12 @@ def _trace(
     if ledger.met:
         return _trace(model, examples, unused, originals, outputs, {**ledger.met, **maps})
     _move_statistics(model, examples, [(b, statistics[id(b)]) for b in model.buffers() if id(b) in statistics])
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if id(buffer) in statistics and torch.equal(buffer, statistics[id(buffer)]):
-                ledger.constants.add(id(buffer))
-                if is_made_anew(module, name):
-                    ledger.freeze(buffer, "meets a buffer that the network's code may make anew")
+    made_anew = set_anew(model)
+    for _, _, name, buffer in own_tensors(model):
+        if id(buffer) in statistics and torch.equal(buffer, statistics[id(buffer)]):
+            ledger.constants.add(id(buffer))
+            if name in made_anew:
+                ledger.freeze(buffer, "meets a buffer that the network's code may make anew")
     _pin_what_may_be_read(ledger, _without(left, unused), examples)
     spaces = spaces_of(ledger, model)
     add_conditions(ledger, spaces)

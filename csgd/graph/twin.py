@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from csgd.errors import InputError
 
 SMALL = 256  # pixels
+SETTERS = {"register_buffer", "setattr", "_buffers"}  # by which code sets a buffer whose name is a text
 
 
 class Inputs:
@@ -176,25 +177,43 @@ def twin_of(model: nn.Module, new: Callable[[Tensor], Tensor] = Tensor.clone) ->
     return twin
 
 
-def shrink_images(twin: nn.Module) -> None:
+def shrink_images(twin: nn.Module) -> bool:
     """Lets detectors of torchvision, which resize images themselves, make them SMALL pixels high, not 800: as many
-    channels, a tenth of the work."""
+    channels, a tenth of the work.  Whether there is one."""
     if (known := sys.modules.get("torchvision.models.detection.transform")) is None:
-        return
+        return False
+    found = False
     for module in twin.modules():
         resizes = isinstance(module, known.GeneralizedRCNNTransform) and module.fixed_size is None
         if resizes and isinstance(module.min_size, tuple | list):  # not what a user set wrongly
             module.min_size = tuple(min(size, SMALL) for size in module.min_size)
+            found = True
+    return found
 
 
-def is_made_anew(module: nn.Module, buffer: str) -> bool:
-    """Whether code of a module, but for its constructor, sets a buffer: a table of positions that grows."""
-    functions = [unwrap(f) for kind in type(module).__mro__ for f in vars(kind).values() if callable(f)]
+def set_anew(model: nn.Module) -> set[str]:
+    """Names of attributes that the code of a network, but for its constructors, sets: a table of positions that grows.
+
+    The code of all its modules: a network may grow the table of a layer.
+    """
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    held = [value for kind in kinds for value in vars(kind).values()]
+    functions = [unwrap(part) for value in held for part in _functions(value)]
     codes = [f.__code__ for f in functions if isinstance(f, FunctionType) and f.__name__ != "__init__"]
-    registered = any(buffer in code.co_consts and "register_buffer" in code.co_names for code in codes)
-    return registered or any(
-        step.opname == "STORE_ATTR" and step.argval == buffer for code in codes for step in get_instructions(code)
-    )
+    return set().union(*map(_set_in, codes))
+
+
+def _functions(value: Any) -> list[Any]:
+    """The functions that an attribute of a class calls."""
+    return [f for f in (value.fget, value.fset) if f] if isinstance(value, property) else [value] * callable(value)
+
+
+def _set_in(code: CodeType) -> set[str]:
+    """The names of attributes that code, or a function in it, sets, in one of the ways there are."""
+    stored = {step.argval for step in get_instructions(code) if step.opname == "STORE_ATTR"}
+    by_name = set() if SETTERS.isdisjoint(code.co_names) else {text for text in code.co_consts if isinstance(text, str)}
+    inside = [_set_in(part) for part in code.co_consts if isinstance(part, CodeType)]
+    return stored.union(by_name, *inside)
 
 
 def _like(tensor: Tensor, new: Callable[[Tensor], Tensor]) -> Tensor:
