@@ -17,6 +17,7 @@ from csgd.clusters import Clusters, check_clusters, clustered_tensors
 from csgd.errors import InputError
 from csgd.graph import ChannelSpace, Inputs, conditions
 from csgd.graph.decisions import Decision, Decisions
+from csgd.graph.recurrent import GATES
 from csgd.graph.twin import (
     Mode,
     Outputs,
@@ -46,7 +47,6 @@ DROPOUTS = {
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout",
 }  # fmt: skip
 ATTENTIONS = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}  # and the place of dropout_p
-RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}  # whose sixth argument is the dropout between layers
 VISIBLE = 10  # times the tolerance: what a channel must matter for a cut of it to be judged
 
 
@@ -138,8 +138,8 @@ class _AsTried(TorchFunctionMode):
         name = getattr(func, "__name__", "").strip("_")
         if name in DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if name in RECURRENT and len(args) == 9:
-            args = (*args[:5], 0.0, *args[6:])
+        if name in GATES and len(args) == 9:
+            args = (*args[:5], 0.0, *args[6:])  # dropout between layers
         if name in ATTENTIONS:
             place = ATTENTIONS[name]
             args, kwargs = (*args[:place], 0.0, *args[place + 1 :])[: len(args)], kwargs | {"dropout_p": 0.0}
@@ -175,7 +175,14 @@ class Trial:
         self._model, self._examples = model, [Inputs.of(one) for one in (example, *examples)]
         check_examples(self._examples)
         check_clusters(spaces, clusters)
-        self.model, self.unequal, self.before = self._first_that_runs()
+        self._small = shrink_images(twin_of(model, Tensor.detach))
+        try:
+            self.model, self.unequal, self.before = self._first_that_runs()
+        except InputError:
+            if not self._small:
+                raise
+            self._small = False  # its code takes images of its own size alone
+            self.model, self.unequal, self.before = self._first_that_runs()
 
     def _first_that_runs(self) -> tuple[nn.Module, Passes | None, dict[str, Passes]]:
         failed: InputError | None = None
@@ -207,7 +214,8 @@ class Trial:
         """A copy of the network with the weights of this trial, the same ones each time."""
         generator = torch.Generator().manual_seed(self.seed)
         model = twin_of(self._model, partial(self._weights, self.dtype, generator))
-        shrink_images(model)
+        if self._small:
+            shrink_images(model)
         if self._weights is _random:
             _randomise_statistics(model, generator)
             _soften(model)

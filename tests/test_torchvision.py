@@ -119,3 +119,22 @@ def test_a_size_that_a_detector_does_not_take_is_told_in_its_own_words():
     model.transform.min_size = 800
     with pytest.raises(csgd.InputError, match="cannot run on its example: transform: TypeError"):
         csgd.find_spaces(model, ([torch.rand(3, 60, 80)],))
+
+
+class OfItsSize(Detector):
+    """Sizes of its maps are typed in."""
+
+    def __init__(self):
+        super().__init__()
+        self.transform = GeneralizedRCNNTransform(300, 300, [0.5] * 3, [0.2] * 3)
+
+    def forward(self, images):
+        maps = self.conv(self.transform(images)[0].tensors).relu()
+        return self.head(maps.flatten(2)[..., :4900].unflatten(-1, (70, 70))).mean((2, 3))
+
+
+def test_a_detector_whose_code_takes_one_size_alone_is_tried_at_that_size():
+    model, images = OfItsSize(), ([torch.rand(3, 60, 60), torch.rand(3, 60, 60)],)
+    spaces = csgd.find_spaces(model, images)
+    assert [space.name for space in spaces if space.trimmable] == ["conv"]
+    assert csgd.prove(model, spaces, random_clusters(spaces), images).exact
